@@ -1,0 +1,2 @@
+//! The urus command.
+fn main() {}

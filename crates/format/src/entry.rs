@@ -1,0 +1,176 @@
+//! L1 and L2 table entries (specification: "Cluster mapping").
+
+use crate::{Geometry, HostOffset};
+
+const COPIED: u64 = 1 << 63;
+const COMPRESSED: u64 = 1 << 62;
+const ZERO: u64 = 1;
+const OFFSET_MASK: u64 = 0x00ff_ffff_ffff_fe00;
+const L1_RESERVED: u64 = 0x7f00_0000_0000_01ff;
+const L2_RESERVED: u64 = 0x3f00_0000_0000_01fe;
+
+/// Why an entry is invalid.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum EntryError {
+    /// Reserved bits are set.
+    ReservedBits(u64),
+    /// The offset is no multiple of the cluster size.
+    Unaligned(u64),
+    /// The zero flag where the version does not know it.
+    ZeroFlag(u64),
+    /// COPIED without an offset, which only an external data file gives a meaning.
+    NoOffset(u64),
+}
+
+impl std::fmt::Display for EntryError {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::ReservedBits(raw) => write!(f, "reserved bits set in entry {raw:#018x}"),
+            Self::Unaligned(raw) => write!(f, "offset of entry {raw:#018x} is not cluster-aligned"),
+            Self::ZeroFlag(raw) => write!(f, "zero flag in entry {raw:#018x} of a version 2 image"),
+            Self::NoOffset(raw) => write!(f, "entry {raw:#018x} has flags but no offset"),
+        }
+    }
+}
+
+impl std::error::Error for EntryError {}
+
+/// An L1 entry: where an L2 table lies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct L1Entry {
+    /// Host offset of the L2 table, cluster-aligned.
+    pub table: HostOffset,
+    /// Refcount of the table is exactly one: it may be changed in place.
+    pub copied: bool,
+}
+
+impl L1Entry {
+    /// Decodes an entry; `None` where no L2 table is allocated.
+    ///
+    /// # Errors
+    /// Reserved bits, an unaligned offset.
+    pub fn decode(raw: u64, geometry: &Geometry) -> Result<Option<Self>, EntryError> {
+        if raw == 0 {
+            return Ok(None);
+        }
+        if raw & L1_RESERVED != 0 {
+            return Err(EntryError::ReservedBits(raw));
+        }
+        let table = raw & OFFSET_MASK;
+        if table == 0 {
+            return Err(EntryError::NoOffset(raw));
+        }
+        if geometry.in_cluster(table) != 0 {
+            return Err(EntryError::Unaligned(raw));
+        }
+        Ok(Some(Self { table: HostOffset(table), copied: raw & COPIED != 0 }))
+    }
+
+    /// The entry as it stands on disk, in host byte order.
+    #[must_use]
+    pub fn encode(self) -> u64 {
+        debug_assert_eq!(self.table.0 & !OFFSET_MASK, 0);
+        self.table.0 | if self.copied { COPIED } else { 0 }
+    }
+}
+
+/// The words of an L2 entry: the standard entry, and the subcluster bitmap of an extended one (else 0).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct L2Raw {
+    /// The first 8 bytes: the cluster descriptor.
+    pub entry: u64,
+    /// Bytes 8 to 15 of an extended entry: the subcluster bitmap.
+    pub subclusters: u64,
+}
+
+/// Where compressed data lies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct CompressedExtent {
+    /// First byte, unaligned.
+    pub offset: HostOffset,
+    /// Bytes that may hold the stream: up to the end of its last 512-byte sector. Decoding stops after one
+    /// cluster of output; the last sector may pass the end of the file.
+    pub bytes: u64,
+}
+
+/// What an L2 entry says of its cluster.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum L2Entry {
+    /// Nothing here: reads from the backing file, or zeroes.
+    Unallocated,
+    /// Reads as zeroes, no host cluster.
+    Zero,
+    /// Reads as zeroes; a host cluster is preallocated.
+    ZeroAllocated {
+        /// The preallocated host cluster.
+        host: HostOffset,
+        /// Its refcount is exactly one.
+        copied: bool,
+    },
+    /// Data in a host cluster.
+    Data {
+        /// The host cluster.
+        host: HostOffset,
+        /// Its refcount is exactly one.
+        copied: bool,
+    },
+    /// A compressed cluster.
+    Compressed(CompressedExtent),
+}
+
+impl L2Entry {
+    /// Decodes a standard (8-byte) entry.
+    ///
+    /// # Errors
+    /// Reserved bits, an unaligned offset, a flag that the version does not know.
+    pub fn decode(raw: L2Raw, geometry: &Geometry) -> Result<Self, EntryError> {
+        let raw = raw.entry;
+        if raw & COMPRESSED != 0 {
+            // COPIED must not be set on a compressed cluster, but readers accept it.
+            let x = 62 - (geometry.cluster_bits() - 8);
+            let offset = raw & ((1 << x) - 1);
+            let additional_sectors = (raw & (COMPRESSED - 1)) >> x;
+            let bytes = (additional_sectors + 1) * 512 - offset % 512;
+            return Ok(Self::Compressed(CompressedExtent { offset: HostOffset(offset), bytes }));
+        }
+        if raw & L2_RESERVED != 0 {
+            return Err(EntryError::ReservedBits(raw));
+        }
+        let zero = raw & ZERO != 0;
+        if zero && !geometry.has_zero_flag() {
+            return Err(EntryError::ZeroFlag(raw));
+        }
+        let host = HostOffset(raw & OFFSET_MASK);
+        if geometry.in_cluster(host.0) != 0 {
+            return Err(EntryError::Unaligned(raw));
+        }
+        let copied = raw & COPIED != 0;
+        match (zero, host.0) {
+            (false, 0) if copied => Err(EntryError::NoOffset(raw)),
+            (false, 0) => Ok(Self::Unallocated),
+            (true, 0) => Ok(Self::Zero),
+            (false, _) => Ok(Self::Data { host, copied }),
+            (true, _) => Ok(Self::ZeroAllocated { host, copied }),
+        }
+    }
+
+    /// The standard (8-byte) entry as it stands on disk, in host byte order.
+    #[must_use]
+    pub fn encode(self, geometry: &Geometry) -> L2Raw {
+        let copied_bit = |copied: bool| if copied { COPIED } else { 0 };
+        let entry = match self {
+            Self::Unallocated => 0,
+            Self::Zero => ZERO,
+            Self::ZeroAllocated { host, copied } => host.0 | copied_bit(copied) | ZERO,
+            Self::Data { host, copied } => host.0 | copied_bit(copied),
+            Self::Compressed(extent) => {
+                let x = 62 - (geometry.cluster_bits() - 8);
+                let last = extent.offset.0 + extent.bytes - 1;
+                let additional_sectors = last / 512 - extent.offset.0 / 512;
+                COMPRESSED | (additional_sectors << x) | extent.offset.0
+            }
+        };
+        L2Raw { entry, subclusters: 0 }
+    }
+}
