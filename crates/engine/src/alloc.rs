@@ -1,0 +1,342 @@
+//! Allocation of host clusters. Owned by the maintenance executor; queues reserve runs by mail.
+//!
+//! A cluster is *free* (refcount 0), *reserved* (handed to a queue: nothing on disk or in the refcounts says so yet) or
+//! *referenced*. Free space is found by a scan of the refcounts with a cursor; the file grows only when a step of
+//! the scan finds nothing.
+
+use std::cell::{Cell, RefCell};
+
+use crate::error::{Error, Result};
+use crate::limits;
+use crate::ranges::RangeSet;
+use crate::refcounts::Refcounts;
+use crate::shared::{Owner, Run, Shared};
+use crate::storage::Storage;
+use crate::worker::Worker;
+
+/// Where a refcount table lies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct TablePlace {
+    pub(crate) offset: u64,
+    pub(crate) clusters: u64,
+}
+
+/// The allocator's state.
+pub(crate) struct Allocator {
+    pub(crate) refcounts: Refcounts,
+    reserved: RefCell<RangeSet>,
+    /// Reserved runs that came back unused.
+    recycled: RefCell<Vec<Run>>,
+    /// Free clusters known to read as zeroes: punched, and not handed out since.
+    zero: RefCell<RangeSet>,
+    /// Every cluster from here on lies past the end of the file and was never handed out.
+    virgin: Cell<u64>,
+    cursor: Cell<u64>,
+    /// Clusters from here on are found by extension.
+    end: Cell<u64>,
+    /// Where the refcount table lies on disk.
+    place: Cell<TablePlace>,
+    /// Where it is to move, as no commit has begun yet.
+    next_place: Cell<Option<TablePlace>>,
+    /// Clusters of its newest place, on disk or not.
+    table_clusters: Cell<u64>,
+    /// Places that a header write ever named, or might have (O15): free after the next durable header.
+    superseded: RefCell<Vec<TablePlace>>,
+    regular: bool,
+    /// Last cluster that the file can have (a block device ends).
+    limit: u64,
+}
+
+impl Allocator {
+    pub(crate) fn new(refcounts: Refcounts, place: TablePlace, file_bytes: u64, regular: bool) -> Self {
+        let bits = refcounts.geometry.cluster_bits();
+        let file_end = file_bytes.div_ceil(1 << bits);
+        let end = file_end.min(refcounts.covered_end());
+        Self {
+            refcounts,
+            reserved: RefCell::default(),
+            recycled: RefCell::default(),
+            zero: RefCell::default(),
+            virgin: Cell::new(if regular { file_end } else { u64::MAX }),
+            cursor: Cell::new(0),
+            end: Cell::new(end),
+            place: Cell::new(place),
+            next_place: Cell::new(None),
+            table_clusters: Cell::new(place.clusters),
+            superseded: RefCell::default(),
+            regular,
+            // Entries hold host offsets below 2^56.
+            limit: if regular { 1 << (56 - bits) } else { file_bytes >> bits },
+        }
+    }
+
+    pub(crate) fn is_regular(&self) -> bool {
+        self.regular
+    }
+
+    /// Where the refcount table lies on disk.
+    pub(crate) fn place(&self) -> TablePlace {
+        self.place.get()
+    }
+
+    /// A commit begins to move the table, if it is to move.
+    pub(crate) fn begin_move(&self) -> Option<TablePlace> {
+        self.next_place.take()
+    }
+
+    /// The move may have reached the disk or not: the place is neither free nor in use.
+    pub(crate) fn move_failed(&self, place: TablePlace) {
+        if self.next_place.get().is_none() {
+            self.next_place.set(Some(place));
+        } else {
+            self.superseded.borrow_mut().push(place);
+        }
+    }
+
+    /// The header names the new place durably: the places before it are free (O8).
+    pub(crate) async fn moved<S: Storage>(&self, worker: &Worker<S>, place: TablePlace) -> Result<()> {
+        let old = self.place.replace(place);
+        self.superseded.borrow_mut().push(old);
+        let free = std::mem::take(&mut *self.superseded.borrow_mut());
+        for place in free {
+            let first = place.offset >> self.refcounts.geometry.cluster_bits();
+            for cluster in first..first + place.clusters {
+                let refcount = self.refcounts.load(worker, cluster).await?;
+                self.refcounts.set(cluster, refcount.saturating_sub(1));
+                worker.shared.meta.lock().owners.remove(&cluster);
+            }
+            self.released(first, place.clusters, false);
+        }
+        Ok(())
+    }
+
+    /// A run that was never referenced comes back. What it holds is unknown: a write of it may have failed.
+    pub(crate) fn give_back(&self, run: Run) {
+        self.recycled.borrow_mut().push(Run { zero: false, ..run });
+    }
+
+    /// Reserved clusters got their first reference.
+    pub(crate) async fn reference<S: Storage>(&self, worker: &Worker<S>, cluster: u64) -> Result<()> {
+        let refcount = self.refcounts.load(worker, cluster).await?;
+        self.refcounts.set(cluster, refcount + 1);
+        self.reserved.borrow_mut().remove(cluster, 1);
+        Ok(())
+    }
+
+    /// Free clusters whose last reference is gone durably (O4), that nothing in flight uses (O7), and that
+    /// were punched (O5) or not.
+    pub(crate) fn released(&self, first: u64, count: u64, punched: bool) {
+        if punched && self.regular {
+            self.zero.borrow_mut().insert(first, count);
+        }
+        self.cursor.set(self.cursor.get().min(first));
+    }
+
+    /// Reserves up to `count` adjacent clusters, one at least.
+    pub(crate) async fn reserve<S: Storage>(&self, worker: &Worker<S>, count: u64) -> Result<Run> {
+        if let Some(run) = self.take_recycled(count) {
+            return Ok(run);
+        }
+        if let Some(run) = self.scan(worker, count).await? {
+            return Ok(run);
+        }
+        self.extend(worker, count).await
+    }
+
+    fn take_recycled(&self, count: u64) -> Option<Run> {
+        let mut recycled = self.recycled.borrow_mut();
+        let run = recycled.last_mut()?;
+        let taken = Run { count: count.min(run.count), ..*run };
+        run.first += taken.count;
+        run.count -= taken.count;
+        if run.count == 0 {
+            recycled.pop();
+        }
+        Some(taken)
+    }
+
+    /// One bounded step of the search for free clusters.
+    async fn scan<S: Storage>(&self, worker: &Worker<S>, count: u64) -> Result<Option<Run>> {
+        let mut slices = 0;
+        while self.cursor.get() < self.end.get() && slices < limits::SCAN_SLICES_PER_STEP {
+            let start = self.cursor.get();
+            let block = self.refcounts.block_of(start);
+            if self.refcounts.block_offset(block) == 0 {
+                // Nothing covers it; it stays a hole until a repair.
+                self.cursor.set((block + 1) << self.refcounts.geometry.refcount_block_bits());
+                continue;
+            }
+            slices += u64::from(self.refcounts.get(start).is_none());
+            self.refcounts.load(worker, start).await?;
+            // Another reservation may have gone on meanwhile.
+            if self.cursor.get() != start {
+                continue;
+            }
+            let slice_end = self.refcounts.slice_end(start).min(self.end.get());
+            let Some(first) = (start..slice_end).find(|cluster| self.is_free(*cluster)) else {
+                self.cursor.set(slice_end);
+                continue;
+            };
+            let zero = self.is_zero(first);
+            let last = (first..slice_end.min(first + count))
+                .take_while(|cluster| self.is_free(*cluster) && self.is_zero(*cluster) == zero)
+                .count() as u64;
+            self.cursor.set(first + last);
+            return Ok(Some(self.hand_out(first, last, zero)));
+        }
+        Ok(None)
+    }
+
+    /// Free, as far as the cached refcounts say.
+    fn is_free(&self, cluster: u64) -> bool {
+        cluster != 0 && self.refcounts.get(cluster) == Some(0) && !self.reserved.borrow().contains(cluster)
+    }
+
+    fn is_zero(&self, cluster: u64) -> bool {
+        cluster >= self.virgin.get() || self.zero.borrow().contains(cluster)
+    }
+
+    fn hand_out(&self, first: u64, count: u64, zero: bool) -> Run {
+        self.reserved.borrow_mut().insert(first, count);
+        self.zero.borrow_mut().remove(first, count);
+        if self.regular {
+            self.virgin.set(self.virgin.get().max(first + count));
+        }
+        Run { first, count, zero }
+    }
+
+    /// Takes clusters past everything in use, up to the end of a refcount block.
+    async fn extend<S: Storage>(&self, worker: &Worker<S>, count: u64) -> Result<Run> {
+        loop {
+            let first = self.end.get();
+            if first >= self.limit {
+                return Err(Error::OutOfSpace {
+                    operation: "allocate a cluster",
+                    file: worker.shared.image_name().to_owned(),
+                    offset: first << self.refcounts.geometry.cluster_bits(),
+                });
+            }
+            let block = self.refcounts.block_of(first);
+            if self.refcounts.block_offset(block) == 0 {
+                self.add_block(worker, block)?;
+                continue;
+            }
+            self.refcounts.load(worker, first).await?;
+            if self.end.get() != first {
+                continue;
+            }
+            if !self.is_free(first) {
+                self.end.set(first + 1);
+                continue;
+            }
+            let zero = first >= self.virgin.get();
+            let slice_end = self.refcounts.slice_end(first).min(self.limit);
+            let taken = (first..slice_end.min(first + count))
+                .take_while(|cluster| self.is_free(*cluster) && (*cluster >= self.virgin.get()) == zero)
+                .count() as u64;
+            self.end.set(first + taken);
+            return Ok(self.hand_out(first, taken, zero));
+        }
+    }
+
+    /// Takes exactly `count` adjacent clusters past everything in use, each with refcount 1 already.
+    pub(crate) async fn extend_contiguous<S: Storage>(&self, worker: &Worker<S>, count: u64) -> Result<u64> {
+        let mut run: Option<(u64, u64)> = None;
+        loop {
+            let part = self.extend(worker, count - run.map_or(0, |(_, n)| n)).await?;
+            run = match run {
+                Some((first, n)) if first + n == part.first => Some((first, n + part.count)),
+                other => {
+                    if let Some((first, n)) = other {
+                        self.give_back(Run { first, count: n, zero: false });
+                    }
+                    Some((part.first, part.count))
+                }
+            };
+            let (first, n) = run.expect("set above");
+            if n == count {
+                for cluster in first..first + count {
+                    self.reference(worker, cluster).await?;
+                }
+                return Ok(first);
+            }
+        }
+    }
+
+    /// Adds the refcount block that is missing at the end, at the first cluster it covers that is free: so it
+    /// counts itself (O8). Where the table has no room for its entry, the table moves.
+    fn add_block<S: Storage>(&self, worker: &Worker<S>, block: u64) -> Result<()> {
+        let geometry = &self.refcounts.geometry;
+        let entries = self.table_clusters.get() << geometry.cluster_bits() >> 3;
+        if block >= entries {
+            return self.grow_table(worker, block);
+        }
+        let cluster = self.end.get();
+        self.end.set(cluster + 1);
+        self.place_block(worker, block, cluster);
+        Ok(())
+    }
+
+    fn place_block<S: Storage>(&self, worker: &Worker<S>, block: u64, cluster: u64) {
+        self.refcounts.add_block(block, cluster << self.refcounts.geometry.cluster_bits());
+        self.claim(worker, cluster, Owner::RefcountBlock);
+    }
+
+    /// Takes a cluster of the end for metadata, with refcount 1.
+    fn claim<S: Storage>(&self, worker: &Worker<S>, cluster: u64, owner: Owner) {
+        if self.refcounts.block_offset(self.refcounts.block_of(cluster)) != 0 {
+            self.refcounts.set(cluster, 1);
+        }
+        if self.regular {
+            self.virgin.set(self.virgin.get().max(cluster + 1));
+        }
+        worker.shared.meta.lock().owners.insert(cluster, owner);
+        Shared::count(&worker.shared.stats.allocated_clusters, 1);
+    }
+
+    /// Finds a new, larger place for the refcount table at the end, with the blocks that cover it.
+    fn grow_table<S: Storage>(&self, worker: &Worker<S>, block: u64) -> Result<()> {
+        let geometry = self.refcounts.geometry;
+        let start = self.end.get();
+        let wanted = (block + 1).max(self.refcounts.table_entries() * 3 / 2);
+        // Blocks needed for [start, start + blocks + table), and a table that has room for them: grows to a fixpoint.
+        let (mut blocks, mut table) = (1, 1);
+        loop {
+            let last_block = self.refcounts.block_of(start + blocks + table - 1);
+            let need_table = geometry.clusters_for(wanted.max(last_block + 1).max(block + blocks) * 8);
+            let need_blocks = last_block + 1 - block;
+            if need_table <= table && need_blocks <= blocks {
+                break;
+            }
+            table = table.max(need_table);
+            blocks = blocks.max(need_blocks);
+        }
+        if table << geometry.cluster_bits() > limits::REFCOUNT_TABLE_BYTES || start + blocks + table > self.limit {
+            return Err(Error::Unsupported {
+                what: format!(
+                    "{} cannot grow: its refcount table would pass {} MiB; use larger clusters",
+                    worker.shared.image_name(),
+                    limits::REFCOUNT_TABLE_BYTES >> 20
+                ),
+            });
+        }
+        for index in 0..blocks {
+            self.refcounts.add_block(block + index, (start + index) << geometry.cluster_bits());
+        }
+        for index in 0..blocks {
+            self.claim(worker, start + index, Owner::RefcountBlock);
+        }
+        for index in 0..table {
+            self.claim(worker, start + blocks + index, Owner::RefcountTable);
+        }
+        self.end.set(start + blocks + table);
+        if let Some(abandoned) = self.next_place.get() {
+            // Chosen before, and no header write ever named it.
+            self.superseded.borrow_mut().push(abandoned);
+        }
+        let offset = (start + blocks) << geometry.cluster_bits();
+        self.next_place.set(Some(TablePlace { offset, clusters: table }));
+        self.table_clusters.set(table);
+        Ok(())
+    }
+}

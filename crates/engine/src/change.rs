@@ -1,0 +1,205 @@
+//! Publishing new L2 entries: the one place where the live mapping changes.
+//!
+//! A change becomes visible to readers at once and reaches the disk with the next commit. Everything that the
+//! commit must know (first references, removed references, dirty slices) is recorded under the same lock, so
+//! that a seal takes all of a change or nothing of it.
+
+use urus_format::{GuestCluster, L1Entry, L2Entry, L2Raw};
+
+use crate::error::{Error, Result};
+use crate::limits;
+use crate::map::Lookup;
+use crate::planted::{self, Bug};
+use crate::shared::{Meta, NewTable, Owner, Qcow2Layer, Removed, Run, Shared};
+use crate::storage::Storage;
+use crate::to_usize;
+use crate::worker::Worker;
+
+/// What a change made of one cluster's entry.
+pub(crate) enum Outcome {
+    /// As it was.
+    Keep,
+    /// The new entry.
+    Set(L2Entry),
+}
+
+impl<S: Storage> Worker<S> {
+    pub(crate) fn image(&self) -> &Qcow2Layer {
+        self.shared.layers[0].qcow2().expect("only qcow2 images have entries to change")
+    }
+
+    /// Changes the entries of `count` guest clusters, all in one slice, whose locks the caller holds (O14).
+    /// `decide` is asked for each with its old entry. Host clusters that get their first reference by it are in `used`.
+    pub(crate) async fn change(
+        &self,
+        first: GuestCluster,
+        count: u64,
+        used: Option<Run>,
+        decide: &dyn Fn(u64, L2Entry) -> Outcome,
+    ) -> Result<()> {
+        let mut table_cluster: Option<Run> = None;
+        let result = self.change_with(first, count, used, decide, &mut table_cluster).await;
+        if let Some(unused) = table_cluster {
+            self.put_back(unused);
+        }
+        result
+    }
+
+    async fn change_with(
+        &self,
+        first: GuestCluster,
+        count: u64,
+        used: Option<Run>,
+        decide: &dyn Fn(u64, L2Entry) -> Outcome,
+        table_cluster: &mut Option<Run>,
+    ) -> Result<()> {
+        let image = self.image();
+        let slice = image.map.slice_of(first);
+        let table = image.map.table_of(slice);
+        debug_assert_eq!(slice, image.map.slice_of(GuestCluster(first.0 + count - 1)));
+        loop {
+            self.shared.check_writable()?;
+            let entry = self.shared.l1_entry(0, table)?;
+            if entry.is_none_or(|entry| !entry.copied) && table_cluster.is_none() {
+                *table_cluster = Some(self.take_clusters(1).await?);
+                continue;
+            }
+            let mut missing_frame = false;
+            {
+                let mut meta = self.shared.meta.lock();
+                if self.shared.l1_entry(0, table)?.is_none_or(|entry| !entry.copied) {
+                    let Some(cluster) = table_cluster.take() else { continue };
+                    self.install_table(&mut meta, table, cluster);
+                }
+                if let Some(frame) = self.frame_for(&mut meta, slice, &mut missing_frame) {
+                    self.apply(&mut meta, frame, first, count, used, decide)?;
+                    self.ask_for_commit(&meta);
+                    return Ok(());
+                }
+            }
+            if missing_frame {
+                self.shared.request_flush().receive().await.unwrap_or(Err(Error::Closed))?;
+            } else {
+                self.load(0, slice).await?;
+            }
+        }
+    }
+
+    /// The frame of a slice, where it can be had without reading.
+    fn frame_for(&self, meta: &mut Meta, slice: crate::map::SliceId, missing_frame: &mut bool) -> Option<u32> {
+        let map = &self.image().map;
+        if let Some(frame) = map.frame_of(slice) {
+            return Some(frame);
+        }
+        let new = meta.new_tables.get(&map.table_of(slice))?;
+        if new.copy_from.is_some() {
+            return None;
+        }
+        // A table without a predecessor: the slice is all zeroes, and nothing of it is on disk yet.
+        let zeroes = vec![0; to_usize(map.slice_bytes() / 8)];
+        let frame = meta.frames[0].install(map, slice, &zeroes).ok();
+        *missing_frame = frame.is_none();
+        frame
+    }
+
+    /// Gives an L1 entry a table of its own: new, or in place of one that a snapshot shares.
+    fn install_table(&self, meta: &mut Meta, table: u64, cluster: Run) {
+        let image = self.image();
+        let old = self.shared.l1_entry(0, table).ok().flatten();
+        let host = image.geometry.host_offset(urus_format::ClusterIndex(cluster.first));
+        image.map.set_l1(table, L1Entry { table: host, copied: true }.encode());
+        meta.owners.insert(cluster.first, Owner::L2Table);
+        meta.new_tables.insert(table, NewTable { copy_from: old.map(|entry| entry.table.0) });
+        meta.dirty_l1.insert(table);
+        meta.used.push((cluster.first, 1));
+        Shared::count(&self.shared.stats.allocated_clusters, 1);
+        if let Some(old) = old {
+            let first = image.geometry.host_cluster(old.table).0;
+            let mark = self.shared.pins.mark();
+            meta.removed.push(Removed { first, count: 1, mark });
+        }
+    }
+
+    fn apply(
+        &self,
+        meta: &mut Meta,
+        frame: u32,
+        first: GuestCluster,
+        count: u64,
+        used: Option<Run>,
+        decide: &dyn Fn(u64, L2Entry) -> Outcome,
+    ) -> Result<()> {
+        let image = self.image();
+        let mut removed = Vec::new();
+        let mut dirty = false;
+        for index in 0..count {
+            let cluster = GuestCluster(first.0 + index);
+            let Lookup::Entry(raw) = image.map.lookup(cluster) else {
+                unreachable!("the slice is in a frame, and frames change hands under this lock")
+            };
+            let old = L2Entry::decode(raw, &image.geometry).map_err(|entry| Error::BadEntry {
+                file: self.shared.image_name().to_owned(),
+                table: "L2 entry of guest cluster",
+                index: cluster.0,
+                entry,
+            })?;
+            let Outcome::Set(new) = decide(index, old) else { continue };
+            let raw: L2Raw = new.encode(&image.geometry);
+            image.map.store(frame, cluster, raw);
+            dirty = true;
+            removed.extend(references_lost(old, new, image));
+        }
+        if dirty {
+            meta.frames[0].mark_dirty(image.map.slice_of(first), frame);
+        }
+        if let Some(run) = used {
+            meta.used.push((run.first, run.count));
+            Shared::count(&self.shared.stats.allocated_clusters, run.count);
+        }
+        if !removed.is_empty() {
+            // O7: taken after the entries were stored, so that whoever begins after the mark sees them.
+            let mark = self.shared.pins.mark();
+            for (first, count) in removed {
+                if planted::is(Bug::EarlyReuse) {
+                    self.shared.give_back(Run { first, count, zero: false });
+                }
+                match meta.removed.last_mut() {
+                    Some(last) if last.first + last.count == first && last.mark + 1 == mark => {
+                        last.count += count;
+                        last.mark = mark;
+                    }
+                    Some(last) if last.first + last.count == first && last.mark == mark => last.count += count,
+                    _ => meta.removed.push(Removed { first, count, mark }),
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn ask_for_commit(&self, meta: &Meta) {
+        let frames = &meta.frames[0];
+        let many_dirty = frames.dirty_count() >= frames.max() / 4 * 3;
+        if many_dirty || meta.removed.len() >= limits::PENDING_FREES {
+            self.shared.request_commit();
+        }
+    }
+}
+
+/// Host clusters that lose a reference when `new` takes the place of `old`: (first, count).
+fn references_lost(old: L2Entry, new: L2Entry, image: &Qcow2Layer) -> Option<(u64, u64)> {
+    let host_of = |entry| match entry {
+        L2Entry::Data { host, .. } | L2Entry::ZeroAllocated { host, .. } => Some(host),
+        _ => None,
+    };
+    match old {
+        L2Entry::Unallocated | L2Entry::Zero => None,
+        L2Entry::Data { host, .. } | L2Entry::ZeroAllocated { host, .. } => {
+            (host_of(new) != Some(host)).then(|| (image.geometry.host_cluster(host).0, 1))
+        }
+        L2Entry::Compressed(extent) => {
+            let first = extent.offset.0 >> image.geometry.cluster_bits();
+            let last = (extent.offset.0 + extent.bytes - 1) >> image.geometry.cluster_bits();
+            Some((first, last - first + 1))
+        }
+    }
+}

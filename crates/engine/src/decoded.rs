@@ -1,0 +1,72 @@
+//! Clusters already decoded, by where their compressed data lies.
+//!
+//! O19: what lies in a host cluster is forgotten before the cluster is handed out again. An entry is put in by a
+//! request that still pins the old mapping (O7), so none can come late.
+
+use std::collections::BTreeMap;
+
+use crate::limits;
+use crate::sync::{Arc, Mutex};
+
+#[derive(Default)]
+struct Inner {
+    /// (layer, host offset of the compressed data) → (time of last use, decoded cluster).
+    clusters: BTreeMap<(usize, u64), (u64, Arc<[u8]>)>,
+    /// The same by time of last use.
+    ages: BTreeMap<u64, (usize, u64)>,
+    clock: u64,
+    bytes: u64,
+}
+
+/// A least-recently-used cache of decoded clusters.
+#[derive(Default)]
+pub(crate) struct DecodedCache(Mutex<Inner>);
+
+impl DecodedCache {
+    pub(crate) fn get(&self, layer: usize, offset: u64) -> Option<Arc<[u8]>> {
+        let mut inner = self.0.lock();
+        inner.clock += 1;
+        let now = inner.clock;
+        let (age, data) = inner.clusters.get_mut(&(layer, offset))?;
+        let old = std::mem::replace(age, now);
+        let data = Arc::clone(data);
+        inner.ages.remove(&old);
+        inner.ages.insert(now, (layer, offset));
+        Some(data)
+    }
+
+    pub(crate) fn insert(&self, layer: usize, offset: u64, data: Arc<[u8]>) {
+        let mut inner = self.0.lock();
+        inner.clock += 1;
+        let now = inner.clock;
+        inner.bytes += data.len() as u64;
+        if let Some((age, old)) = inner.clusters.insert((layer, offset), (now, data)) {
+            inner.ages.remove(&age);
+            inner.bytes -= old.len() as u64;
+        }
+        inner.ages.insert(now, (layer, offset));
+        while inner.bytes > limits::DECODED_CACHE_BYTES && inner.clusters.len() > 1 {
+            let Some((_, key)) = inner.ages.pop_first() else { break };
+            if let Some((_, old)) = inner.clusters.remove(&key) {
+                inner.bytes -= old.len() as u64;
+            }
+        }
+    }
+
+    /// Forgets what starts in `[start, end)` of a layer's file.
+    pub(crate) fn invalidate(&self, layer: usize, start: u64, end: u64) {
+        let mut inner = self.0.lock();
+        let keys: Vec<_> = inner.clusters.range((layer, start)..(layer, end)).map(|(key, _)| *key).collect();
+        for key in keys {
+            if let Some((age, old)) = inner.clusters.remove(&key) {
+                inner.ages.remove(&age);
+                inner.bytes -= old.len() as u64;
+            }
+        }
+    }
+
+    /// Forgets everything.
+    pub(crate) fn clear(&self) {
+        *self.0.lock() = Inner::default();
+    }
+}

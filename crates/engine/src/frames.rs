@@ -1,0 +1,165 @@
+//! Which frames of a layer's map are taken, dirty or being written: the bookkeeping behind the `meta` lock.
+
+use std::collections::BTreeMap;
+
+use crate::map::{Map, SliceId};
+use crate::wake::WaitList;
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct State {
+    dirty: bool,
+    /// Part of a sealed commit whose writes are not all seen (O19: it stays findable until then).
+    committing: bool,
+}
+
+/// A slice being read from disk by some queue.
+#[derive(Debug, Default)]
+struct Load {
+    loaders: u32,
+    /// The youngest ticket at the time the slice was last installed: data read under an older ticket may be stale.
+    installed_at: u64,
+}
+
+/// Replacement and write-back state of one layer's frames.
+#[derive(Default)]
+pub(crate) struct Frames {
+    states: Vec<State>,
+    free: Vec<u32>,
+    hand: usize,
+    max: usize,
+    dirty: BTreeMap<SliceId, u32>,
+    loads: BTreeMap<SliceId, Load>,
+    next_ticket: u64,
+    /// Tasks that found every frame dirty.
+    pub(crate) waiting_for_frame: WaitList,
+}
+
+/// Every frame is dirty or being written: a commit has to end first.
+#[derive(Debug)]
+pub(crate) struct NoCleanFrame;
+
+/// What became of a finished read.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Install {
+    /// The slice is cached now.
+    Cached,
+    /// Somebody else cached it meanwhile, and it may have changed since: the data read is not used.
+    Superseded,
+}
+
+impl Frames {
+    pub(crate) fn new(max: usize) -> Self {
+        Self { max, ..Self::default() }
+    }
+
+    pub(crate) fn dirty_count(&self) -> usize {
+        self.dirty.len()
+    }
+
+    pub(crate) fn max(&self) -> usize {
+        self.max
+    }
+
+    fn take_frame(&mut self, map: &Map) -> Result<u32, NoCleanFrame> {
+        if let Some(frame) = self.free.pop() {
+            return Ok(frame);
+        }
+        if self.states.len() < self.max {
+            self.states.push(State::default());
+            return Ok(u32::try_from(self.states.len() - 1).expect("the frame budget fits 32 bits"));
+        }
+        // Second chance: two rounds see every mark cleared once.
+        for _ in 0..self.states.len() * 2 {
+            let frame = self.hand;
+            self.hand = (self.hand + 1) % self.states.len();
+            let state = self.states[frame];
+            if state.dirty || state.committing {
+                continue;
+            }
+            let number = u32::try_from(frame).expect("the frame budget fits 32 bits");
+            if map.take_used(number) {
+                continue;
+            }
+            map.release(number);
+            return Ok(number);
+        }
+        Err(NoCleanFrame)
+    }
+
+    /// Announces a read of a slice from disk. Ended by [`end_load`](Self::end_load).
+    pub(crate) fn begin_load(&mut self, slice: SliceId) -> u64 {
+        self.next_ticket += 1;
+        self.loads.entry(slice).or_default().loaders += 1;
+        self.next_ticket
+    }
+
+    /// Ends a read: installs what was read (`None`: it failed), unless the slice was installed since the read
+    /// began. Where it was not, nobody can have changed or written it, so what was read is current (O19).
+    pub(crate) fn end_load(
+        &mut self,
+        map: &Map,
+        slice: SliceId,
+        ticket: u64,
+        words: Option<&[u64]>,
+    ) -> Result<Install, NoCleanFrame> {
+        let load = self.loads.get_mut(&slice).expect("begin_load was called");
+        let current = load.installed_at < ticket;
+        load.loaders -= 1;
+        if load.loaders == 0 {
+            self.loads.remove(&slice);
+        }
+        let Some(words) = words else { return Ok(Install::Superseded) };
+        if !current || map.frame_of(slice).is_some() {
+            return Ok(Install::Superseded);
+        }
+        self.install(map, slice, words)?;
+        Ok(Install::Cached)
+    }
+
+    /// Puts a slice into the cache.
+    pub(crate) fn install(&mut self, map: &Map, slice: SliceId, words: &[u64]) -> Result<u32, NoCleanFrame> {
+        let frame = self.take_frame(map)?;
+        self.states[frame as usize] = State::default();
+        map.install(frame, slice, words);
+        if let Some(load) = self.loads.get_mut(&slice) {
+            load.installed_at = self.next_ticket;
+        }
+        Ok(frame)
+    }
+
+    /// The slice's frame has changed and must be written.
+    pub(crate) fn mark_dirty(&mut self, slice: SliceId, frame: u32) {
+        self.states[frame as usize].dirty = true;
+        self.dirty.insert(slice, frame);
+    }
+
+    /// Takes every dirty slice into a commit.
+    pub(crate) fn seal(&mut self) -> BTreeMap<SliceId, u32> {
+        let sealed = std::mem::take(&mut self.dirty);
+        for frame in sealed.values() {
+            self.states[*frame as usize] = State { dirty: false, committing: true };
+        }
+        sealed
+    }
+
+    /// The commit's writes were all seen, and it was durable or not.
+    pub(crate) fn unseal(&mut self, sealed: &BTreeMap<SliceId, u32>, durable: bool) {
+        for (slice, frame) in sealed {
+            self.states[*frame as usize].committing = false;
+            if !durable {
+                self.mark_dirty(*slice, *frame);
+            }
+        }
+    }
+
+    /// Forgets every clean slice (the file may have changed while the device was paused).
+    pub(crate) fn forget_clean(&mut self, map: &Map) {
+        for index in 0..self.states.len() {
+            let frame = u32::try_from(index).expect("the frame budget fits 32 bits");
+            if !self.states[index].dirty && !self.states[index].committing && !self.free.contains(&frame) {
+                map.release(frame);
+                self.free.push(frame);
+            }
+        }
+    }
+}

@@ -1,0 +1,36 @@
+//! The header while a device is open: one copy in memory, changed by one write inside one sector (O8).
+
+use urus_format::Header;
+
+use crate::error::{Error, Result};
+use crate::maintenance::Device;
+use crate::shared::Owner;
+use crate::storage::{IMAGE, Storage};
+use crate::to_usize;
+
+impl<S: Storage> Device<S> {
+    pub(crate) fn with_header<R>(&self, f: impl FnOnce(&Header) -> R) -> R {
+        f(&self.image().header.borrow())
+    }
+
+    /// The unit in which metadata is changed in place: written whole or not at all.
+    pub(crate) fn sector_bytes(&self) -> u64 {
+        u64::from(self.worker.reactor.properties(IMAGE).alignment).max(512)
+    }
+
+    /// Changes the header on disk, durably. What changes lies in its first sector; the memory follows when it is
+    /// durable.
+    pub(crate) async fn switch_header(&self, change: impl FnOnce(&mut Header)) -> Result<()> {
+        let image = self.image();
+        let mut header = image.header.borrow().clone();
+        change(&mut header);
+        let bytes = header
+            .encode()
+            .map_err(|source| Error::Format { file: self.shared().image_name().to_owned(), source })?;
+        let sector = to_usize(self.sector_bytes());
+        self.write_metadata(0, &bytes[..sector], Owner::Header).await?;
+        self.data_barrier().await?;
+        *image.header.borrow_mut() = header;
+        Ok(())
+    }
+}

@@ -1,0 +1,266 @@
+//! The device-owned executor: commit, allocation, settling and control, each a service of its own, on one
+//! storage that no queue shares. So the progress of shared work never depends on a queue being polled.
+
+use std::cell::{Cell, RefCell};
+use std::collections::VecDeque;
+use std::rc::Rc;
+use std::task::Waker;
+use std::time::Duration;
+
+use urus_format::Header;
+
+use crate::alloc::Allocator;
+use crate::error::{Error, Result};
+use crate::open;
+use crate::pins::IDLE;
+use crate::shared::{Control, ControlReply, LayerSpec, Mail, Options, Removed, Run, Shared};
+use crate::storage::Storage;
+use crate::sync::{Arc, Ordering};
+use crate::wake::{Sender, WaitList};
+use crate::worker::Worker;
+
+/// What maintenance knows of a qcow2 image beyond its mapping.
+pub(crate) struct ImageState {
+    pub(crate) header: RefCell<Header>,
+    pub(crate) allocator: Allocator,
+    /// Clusters in use whose first reference is not counted yet.
+    pub(crate) uncounted: RefCell<Vec<(u64, u64)>>,
+}
+
+/// The services' common state.
+pub(crate) struct Device<S: Storage> {
+    pub(crate) worker: Rc<Worker<S>>,
+    /// `None` for raw, and for qcow2 opened read-only.
+    image: RefCell<Option<Rc<ImageState>>>,
+    /// Removals that are durable, and not settled.
+    pub(crate) settling: RefCell<VecDeque<Removed>>,
+    pub(crate) settler: RefCell<Option<Waker>>,
+    pub(crate) settled: Cell<bool>,
+    pub(crate) settled_waiters: RefCell<WaitList>,
+    /// The file system cannot punch.
+    pub(crate) no_punch: Cell<bool>,
+}
+
+/// The maintenance executor of one device. It belongs to the thread that made it.
+pub struct Maintenance<S: Storage> {
+    device: Rc<Device<S>>,
+}
+
+impl<S: Storage> Maintenance<S> {
+    /// Opens a device over its chain: reads the metadata that stays in memory, and repairs a dirty image that is
+    /// opened for writing. Waits for I/O.
+    ///
+    /// # Errors
+    /// What the headers, tables or the storage make impossible. Nothing was changed then, but for a repair that
+    /// had begun.
+    pub fn open(storage: S, layers: Vec<LayerSpec>, options: Options) -> Result<Self> {
+        let (worker, image) = open::open(storage, layers, options)?;
+        let device = Rc::new(Device {
+            worker: Rc::clone(&worker),
+            image: RefCell::new(image.map(Rc::new)),
+            settling: RefCell::default(),
+            settler: RefCell::new(None),
+            settled: Cell::new(true),
+            settled_waiters: RefCell::default(),
+            no_punch: Cell::new(false),
+        });
+        worker.shared.pins.set_waiter(Arc::clone(worker.reactor.inbox()));
+        let service = Rc::clone(&device);
+        worker.reactor.spawn(async move { service.commit_forever().await });
+        let service = Rc::clone(&device);
+        worker.reactor.spawn(async move { service.allocate_forever().await });
+        let service = Rc::clone(&device);
+        worker.reactor.spawn(async move { service.settle_forever().await });
+        let service = Rc::clone(&device);
+        worker.reactor.spawn(async move { service.control_forever().await });
+        Ok(Self { device })
+    }
+
+    /// What the device's queues share.
+    #[must_use]
+    pub fn shared(&self) -> Arc<Shared> {
+        Arc::clone(self.device.shared())
+    }
+
+    /// Goes on with whatever can go on, without waiting; whether anything did.
+    pub fn poll(&mut self) -> bool {
+        if !self.device.settling.borrow().is_empty() || !self.device.shared().mail.lock().pins.is_empty() {
+            self.device.wake_settler();
+        }
+        self.device.worker.reactor.turn(|_, _| {})
+    }
+
+    /// Sleeps until something can go on, or the time is over.
+    pub fn wait(&mut self, timeout: Option<Duration>) {
+        self.device.worker.reactor.wait(timeout);
+    }
+
+    /// Works until the device is closed.
+    pub fn run(&mut self) {
+        loop {
+            self.poll();
+            if self.is_closed() {
+                return;
+            }
+            self.wait(None);
+        }
+    }
+
+    /// Whether [`Control::Close`] was done.
+    #[must_use]
+    pub fn is_closed(&self) -> bool {
+        self.device.shared().mail.lock().closed
+    }
+
+    /// Works with the storage.
+    pub fn with_storage<R>(&mut self, f: impl FnOnce(&mut S) -> R) -> R {
+        self.device.worker.reactor.with_storage(f)
+    }
+}
+
+enum Allocation {
+    Reserve(u64, Sender<Result<Run>>),
+    GivenBack(Vec<Run>),
+}
+
+impl<S: Storage> Device<S> {
+    pub(crate) fn shared(&self) -> &Arc<Shared> {
+        &self.worker.shared
+    }
+
+    /// The image's state. Only a writable qcow2 image has one.
+    pub(crate) fn image(&self) -> Rc<ImageState> {
+        Rc::clone(self.image.borrow().as_ref().expect("asked of writable qcow2 images only"))
+    }
+
+    /// Whether there is no metadata to commit.
+    pub(crate) fn is_raw(&self) -> bool {
+        self.image.borrow().is_none()
+    }
+
+    async fn commit_forever(&self) {
+        let take = |mail: &mut Mail| {
+            let wanted = mail.commit || !mail.flush.is_empty();
+            mail.commit = false;
+            wanted.then(|| std::mem::take(&mut mail.flush))
+        };
+        loop {
+            // Whoever asks from here on joins the next commit: this one is sealed before anything else runs.
+            let waiters = self.shared().mail(take, |mail| &mut mail.committer).await;
+            let result = if self.shared().read_only() { Ok(()) } else { self.commit().await };
+            if let Err(error) = &result {
+                tracing::warn!(image = self.shared().image_name(), %error, "a commit failed");
+            }
+            for waiter in waiters {
+                waiter.send(result.clone());
+            }
+        }
+    }
+
+    async fn allocate_forever(&self) {
+        let take = |mail: &mut Mail| {
+            if !mail.given_back.is_empty() {
+                return Some(Allocation::GivenBack(std::mem::take(&mut mail.given_back)));
+            }
+            mail.reserve.pop_front().map(|(count, sender)| Allocation::Reserve(count, sender))
+        };
+        loop {
+            match self.shared().mail(take, |mail| &mut mail.allocator).await {
+                Allocation::GivenBack(runs) => {
+                    for run in runs {
+                        self.image().allocator.give_back(run);
+                    }
+                }
+                Allocation::Reserve(count, sender) => {
+                    let result = self.image().allocator.reserve(&self.worker, count).await;
+                    if matches!(&result, Err(error) if error.is_out_of_space()) {
+                        // What was freed and not committed may be enough for the next one.
+                        self.shared().request_commit();
+                    }
+                    sender.send(result);
+                }
+            }
+        }
+    }
+
+    async fn control_forever(&self) {
+        loop {
+            let control =
+                self.shared().mail(|mail| mail.control.pop_front(), |mail| &mut mail.controller).await;
+            match control {
+                Control::Flush(reply) => reply(self.flush().await),
+                Control::Pause(reply) => reply(self.pause().await),
+                Control::Resume(header, reply) => reply(self.resume(header).await),
+                Control::Resize(size, reply) => {
+                    let paused = self.shared().gate_closed.load(Ordering::SeqCst);
+                    let result = self.resize(size).await;
+                    if !paused {
+                        self.open_gate();
+                    }
+                    reply(result);
+                }
+                Control::Close(reply) => self.close(reply).await,
+            }
+        }
+    }
+
+    pub(crate) async fn flush(&self) -> Result<()> {
+        if self.shared().read_only() {
+            return Ok(());
+        }
+        self.shared().request_flush().receive().await.unwrap_or(Err(Error::Closed))
+    }
+
+    /// Closes the gate and waits for every request in flight, on every queue. Their owners have to go on polling
+    /// their queues.
+    pub(crate) async fn quiesce(&self) {
+        self.shared().gate_closed.store(true, Ordering::SeqCst);
+        let _: Option<()> = self.shared().wait_for_pins(IDLE).receive().await;
+    }
+
+    fn open_gate(&self) {
+        self.shared().gate_closed.store(false, Ordering::SeqCst);
+        self.shared().pins.nudge_queues();
+    }
+
+    /// O12: pausing flushes metadata, all of it, so that another process may take the image.
+    async fn pause(&self) -> Result<()> {
+        self.quiesce().await;
+        self.commit_and_settle().await
+    }
+
+    /// Everything durable, nothing left to settle, no decrement left to write.
+    async fn commit_and_settle(&self) -> Result<()> {
+        if self.shared().read_only() {
+            return Ok(());
+        }
+        self.flush().await?;
+        if self.is_raw() {
+            return Ok(());
+        }
+        self.wait_settled().await;
+        if self.image().allocator.refcounts.is_dirty() {
+            self.flush().await?;
+        }
+        Ok(())
+    }
+
+    async fn resume(&self, header: Option<Box<Header>>) -> Result<()> {
+        if let Some(header) = header {
+            let image = open::reload(&self.worker, *header).await?;
+            *self.image.borrow_mut() = image.map(Rc::new);
+        }
+        self.open_gate();
+        Ok(())
+    }
+
+    async fn close(&self, reply: ControlReply) {
+        self.shared().closed.store(true, Ordering::SeqCst);
+        self.shared().gate_closed.store(true, Ordering::SeqCst);
+        self.shared().pins.nudge_queues();
+        self.quiesce().await;
+        let result = self.commit_and_settle().await;
+        self.shared().mail.lock().closed = true;
+        reply(result);
+    }
+}

@@ -1,0 +1,256 @@
+//! The mapping of one layer: L1 in memory, L2 cached by slice, looked up without a lock.
+//!
+//! Roles: a *directory* says for each L2 table where it lies and which of its slices sit in which frame; the
+//! *frames* are a pool of atomic words that never moves or shrinks while the layer is open. A look-up reads the frame's version,
+//! its owner and the entry, and then the version again: where it changed, it starts over. So readers write nothing
+//! and wait for nobody, and no memory has to be reclaimed. All changes happen under the device's `meta` lock.
+
+use urus_format::{GuestCluster, Geometry, L2Raw};
+
+use crate::limits;
+use crate::sync::{AtomicBool, AtomicU32, AtomicU64, Ordering, OnceLock, fence};
+use crate::to_usize;
+
+/// Tables per chunk of the directory.
+const CHUNK: usize = 512;
+/// Frames per chunk of the pool.
+const FRAME_CHUNK: usize = 64;
+
+/// A slice of the layer's L2 tables: `l1_index * slices_per_table + slice`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(crate) struct SliceId(pub(crate) u64);
+
+/// What a look-up found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Lookup {
+    /// No L2 table covers the cluster.
+    NoTable,
+    /// The entry, as on disk.
+    Entry(L2Raw),
+    /// The slice is not cached.
+    Miss(SliceId),
+}
+
+struct TableSlot {
+    /// The L1 entry as it would stand on disk, in host byte order.
+    l1: AtomicU64,
+    /// Frame number + 1 of each slice; 0 where it is not cached.
+    frames: OnceLock<Box<[AtomicU32]>>,
+}
+
+struct Frame {
+    /// Odd while the frame changes hands.
+    version: AtomicU64,
+    /// Slice id + 1; 0 when free.
+    owner: AtomicU64,
+    /// Looked up since the clock hand passed.
+    used: AtomicBool,
+    words: Box<[AtomicU64]>,
+}
+
+/// L1 and the cached parts of L2.
+pub(crate) struct Map {
+    geometry: Geometry,
+    slice_bits: u32,
+    directory: Box<[OnceLock<Box<[TableSlot]>>]>,
+    frames: Box<[OnceLock<Box<[Frame]>>]>,
+}
+
+impl Map {
+    /// A map of at most `max_tables` L1 entries and `max_frames` cached slices.
+    pub(crate) fn new(geometry: Geometry, max_tables: u64, max_frames: usize) -> Self {
+        let slice_bytes = limits::SLICE_BYTES.min(geometry.cluster_bytes());
+        let slice_bits = (slice_bytes / geometry.l2_entry_bytes()).trailing_zeros();
+        let lots = |n: usize, per: usize| n.div_ceil(per).max(1);
+        Self {
+            geometry,
+            slice_bits,
+            directory: (0..lots(to_usize(max_tables), CHUNK)).map(|_| OnceLock::new()).collect(),
+            frames: (0..lots(max_frames, FRAME_CHUNK)).map(|_| OnceLock::new()).collect(),
+        }
+    }
+
+    /// Entries of a slice.
+    pub(crate) fn slice_entries(&self) -> u64 {
+        1 << self.slice_bits
+    }
+
+    /// Bytes of a slice.
+    pub(crate) fn slice_bytes(&self) -> u64 {
+        self.slice_entries() * self.geometry.l2_entry_bytes()
+    }
+
+    pub(crate) fn slices_per_table(&self) -> u64 {
+        self.geometry.l2_entries() >> self.slice_bits
+    }
+
+    pub(crate) fn max_tables(&self) -> u64 {
+        (self.directory.len() * CHUNK) as u64
+    }
+
+    pub(crate) fn slice_of(&self, cluster: GuestCluster) -> SliceId {
+        SliceId(cluster.0 >> self.slice_bits)
+    }
+
+    pub(crate) fn table_of(&self, slice: SliceId) -> u64 {
+        slice.0 / self.slices_per_table()
+    }
+
+    /// Bytes from the start of the slice's table to the slice.
+    pub(crate) fn offset_in_table(&self, slice: SliceId) -> u64 {
+        (slice.0 % self.slices_per_table()) * self.slice_bytes()
+    }
+
+    fn slot(&self, l1_index: u64) -> Option<&TableSlot> {
+        let index = to_usize(l1_index);
+        self.directory.get(index / CHUNK)?.get().map(|chunk| &chunk[index % CHUNK])
+    }
+
+    fn slot_or_new(&self, l1_index: u64) -> &TableSlot {
+        let index = to_usize(l1_index);
+        let chunk = self.directory[index / CHUNK].get_or_init(|| {
+            (0..CHUNK).map(|_| TableSlot { l1: AtomicU64::new(0), frames: OnceLock::new() }).collect()
+        });
+        &chunk[index % CHUNK]
+    }
+
+    /// The L1 entry, raw.
+    pub(crate) fn l1(&self, l1_index: u64) -> u64 {
+        self.slot(l1_index).map_or(0, |slot| slot.l1.load(Ordering::Acquire))
+    }
+
+    /// Sets the L1 entry. Under the `meta` lock, or before the layer is shared.
+    pub(crate) fn set_l1(&self, l1_index: u64, raw: u64) {
+        self.slot_or_new(l1_index).l1.store(raw, Ordering::Release);
+    }
+
+    fn frame(&self, number: u32) -> &Frame {
+        let index = number as usize;
+        let chunk = self.frames[index / FRAME_CHUNK].get_or_init(|| {
+            let words = to_usize(self.slice_bytes() / 8);
+            (0..FRAME_CHUNK)
+                .map(|_| Frame {
+                    version: AtomicU64::new(0),
+                    owner: AtomicU64::new(0),
+                    used: AtomicBool::new(false),
+                    words: (0..words).map(|_| AtomicU64::new(0)).collect(),
+                })
+                .collect()
+        });
+        &chunk[index % FRAME_CHUNK]
+    }
+
+    /// Finds the entry of a guest cluster. Lock-free; a few nanoseconds on a hit.
+    pub(crate) fn lookup(&self, cluster: GuestCluster) -> Lookup {
+        let l1_index = self.geometry.l1_index(cluster);
+        let Some(slot) = self.slot(l1_index) else { return Lookup::NoTable };
+        if slot.l1.load(Ordering::Acquire) == 0 {
+            return Lookup::NoTable;
+        }
+        let slice = self.slice_of(cluster);
+        let Some(frames) = slot.frames.get() else { return Lookup::Miss(slice) };
+        let slice_in_table = to_usize(slice.0 % self.slices_per_table());
+        let index = to_usize(cluster.0 & (self.slice_entries() - 1));
+        loop {
+            let number = frames[slice_in_table].load(Ordering::Acquire);
+            if number == 0 {
+                return Lookup::Miss(slice);
+            }
+            let frame = self.frame(number - 1);
+            let version = frame.version.load(Ordering::Acquire);
+            if version & 1 != 0 || frame.owner.load(Ordering::Acquire) != slice.0 + 1 {
+                // The frame changes hands, or has done so since the directory was read.
+                std::hint::spin_loop();
+                continue;
+            }
+            let raw = if self.geometry.l2_entry_bytes() == 8 {
+                L2Raw { entry: frame.words[index].load(Ordering::Acquire), subclusters: 0 }
+            } else {
+                L2Raw {
+                    entry: frame.words[index * 2].load(Ordering::Acquire),
+                    subclusters: frame.words[index * 2 + 1].load(Ordering::Acquire),
+                }
+            };
+            fence(Ordering::Acquire);
+            if frame.version.load(Ordering::Relaxed) == version {
+                // Stored only when clear: a hit writes no shared line.
+                if !frame.used.load(Ordering::Relaxed) {
+                    frame.used.store(true, Ordering::Relaxed);
+                }
+                return Lookup::Entry(raw);
+            }
+        }
+    }
+
+    /// The frame that holds a slice. Under the `meta` lock.
+    pub(crate) fn frame_of(&self, slice: SliceId) -> Option<u32> {
+        let frames = self.slot(self.table_of(slice))?.frames.get()?;
+        let number = frames[to_usize(slice.0 % self.slices_per_table())].load(Ordering::Acquire);
+        number.checked_sub(1)
+    }
+
+    /// Puts a slice into a frame that [`release`](Self::release) has emptied. Under the `meta` lock.
+    pub(crate) fn install(&self, frame_number: u32, slice: SliceId, words: &[u64]) {
+        let frame = self.frame(frame_number);
+        debug_assert_eq!(words.len(), frame.words.len());
+        let version = frame.version.load(Ordering::Relaxed);
+        frame.version.store(version + 1, Ordering::Relaxed);
+        fence(Ordering::Release);
+        for (word, value) in frame.words.iter().zip(words) {
+            word.store(*value, Ordering::Relaxed);
+        }
+        frame.owner.store(slice.0 + 1, Ordering::Relaxed);
+        frame.used.store(true, Ordering::Relaxed);
+        frame.version.store(version + 2, Ordering::Release);
+        let slot = self.slot_or_new(self.table_of(slice));
+        let frames = slot.frames.get_or_init(|| (0..self.slices_per_table()).map(|_| AtomicU32::new(0)).collect());
+        frames[to_usize(slice.0 % self.slices_per_table())].store(frame_number + 1, Ordering::Release);
+    }
+
+    /// Takes a frame away from the slice that it holds. Under the `meta` lock.
+    pub(crate) fn release(&self, frame_number: u32) {
+        let frame = self.frame(frame_number);
+        let owner = frame.owner.load(Ordering::Relaxed);
+        let Some(slice) = owner.checked_sub(1).map(SliceId) else { return };
+        if let Some(frames) = self.slot(self.table_of(slice)).and_then(|slot| slot.frames.get()) {
+            frames[to_usize(slice.0 % self.slices_per_table())].store(0, Ordering::Release);
+        }
+        let version = frame.version.load(Ordering::Relaxed);
+        frame.version.store(version + 1, Ordering::Relaxed);
+        fence(Ordering::Release);
+        frame.owner.store(0, Ordering::Relaxed);
+        frame.version.store(version + 2, Ordering::Release);
+    }
+
+    /// Whether the frame was looked up since this was last asked.
+    pub(crate) fn take_used(&self, frame_number: u32) -> bool {
+        self.frame(frame_number).used.swap(false, Ordering::Relaxed)
+    }
+
+    /// Sets an entry in a cached slice. Under the `meta` lock.
+    pub(crate) fn store(&self, frame_number: u32, cluster: GuestCluster, raw: L2Raw) {
+        let frame = self.frame(frame_number);
+        let index = to_usize(cluster.0 & (self.slice_entries() - 1));
+        if self.geometry.l2_entry_bytes() == 8 {
+            frame.words[index].store(raw.entry, Ordering::SeqCst);
+        } else {
+            // Two words change together: readers of the old version start over.
+            let version = frame.version.load(Ordering::Relaxed);
+            frame.version.store(version + 1, Ordering::Relaxed);
+            fence(Ordering::Release);
+            frame.words[index * 2].store(raw.entry, Ordering::Relaxed);
+            frame.words[index * 2 + 1].store(raw.subclusters, Ordering::Relaxed);
+            frame.version.store(version + 2, Ordering::SeqCst);
+        }
+    }
+
+    /// The bytes of a cached slice as they belong on disk. Under the `meta` lock.
+    pub(crate) fn frame_bytes(&self, frame_number: u32) -> Vec<u8> {
+        let frame = self.frame(frame_number);
+        let mut bytes = Vec::with_capacity(frame.words.len() * 8);
+        for word in &frame.words {
+            bytes.extend_from_slice(&word.load(Ordering::Relaxed).to_be_bytes());
+        }
+        bytes
+    }
+}

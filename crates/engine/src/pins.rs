@@ -1,0 +1,135 @@
+//! O7: what is in flight through an old mapping keeps its host clusters from being reused.
+//!
+//! Each queue publishes the epoch of its oldest request in flight. A removal takes the current epoch as its mark
+//! and moves the epoch on; it is over once every queue's oldest request began after the mark.
+
+use std::cell::{Cell, RefCell};
+use std::collections::VecDeque;
+
+use crate::reactor::Inbox;
+use crate::sync::{Arc, AtomicBool, AtomicU64, Mutex, Ordering, fence};
+
+/// Published by a queue that has nothing in flight.
+const OFFLINE: u64 = u64::MAX;
+/// A mark that is passed only when nothing at all is in flight.
+pub(crate) const IDLE: u64 = OFFLINE - 1;
+
+struct Seat {
+    oldest: AtomicU64,
+    inbox: Arc<Inbox>,
+}
+
+/// The epoch, and every queue's oldest request.
+pub(crate) struct Pins {
+    epoch: AtomicU64,
+    seats: Mutex<Vec<Arc<Seat>>>,
+    /// Somebody waits for requests to end; queues nudge `waiter` when their oldest moves on.
+    waiting: AtomicBool,
+    waiter: Mutex<Option<Arc<Inbox>>>,
+}
+
+impl Pins {
+    pub(crate) fn new() -> Self {
+        Self {
+            epoch: AtomicU64::new(1),
+            seats: Mutex::new(Vec::new()),
+            waiting: AtomicBool::new(false),
+            waiter: Mutex::new(None),
+        }
+    }
+
+    /// A mark for what was removed just before: requests that began earlier may still use it.
+    pub(crate) fn mark(&self) -> u64 {
+        self.epoch.fetch_add(1, Ordering::SeqCst)
+    }
+
+    /// Whether every request in flight began after the mark.
+    pub(crate) fn passed(&self, mark: u64) -> bool {
+        // Pairs with the fence in `QueuePins::begin`: either the request's look-up sees the removal, or this
+        // sees the request.
+        fence(Ordering::SeqCst);
+        self.seats.lock().iter().all(|seat| seat.oldest.load(Ordering::SeqCst) > mark)
+    }
+
+    /// Whom to nudge when requests end, while `set_waiting(true)`.
+    pub(crate) fn set_waiter(&self, inbox: Arc<Inbox>) {
+        *self.waiter.lock() = Some(inbox);
+    }
+
+    pub(crate) fn set_waiting(&self, waiting: bool) {
+        self.waiting.store(waiting, Ordering::SeqCst);
+    }
+
+    /// Makes every queue look again (a gate has opened).
+    pub(crate) fn nudge_queues(&self) {
+        let inboxes: Vec<_> = self.seats.lock().iter().map(|seat| Arc::clone(&seat.inbox)).collect();
+        for inbox in inboxes {
+            inbox.nudge();
+        }
+    }
+}
+
+/// One queue's requests in flight.
+pub(crate) struct QueuePins {
+    pins: Arc<Pins>,
+    seat: Arc<Seat>,
+    /// Requests in flight by the epoch they began in, oldest first.
+    counts: RefCell<VecDeque<(u64, u32)>>,
+    published: Cell<u64>,
+}
+
+impl QueuePins {
+    pub(crate) fn new(pins: Arc<Pins>, inbox: Arc<Inbox>) -> Self {
+        let seat = Arc::new(Seat { oldest: AtomicU64::new(OFFLINE), inbox });
+        pins.seats.lock().push(Arc::clone(&seat));
+        Self { pins, seat, counts: RefCell::new(VecDeque::with_capacity(64)), published: Cell::new(OFFLINE) }
+    }
+
+    /// A request begins, before its first look-up. Returns what to end it with.
+    pub(crate) fn begin(&self) -> u64 {
+        let epoch = self.pins.epoch.load(Ordering::SeqCst);
+        let mut counts = self.counts.borrow_mut();
+        match counts.back_mut() {
+            Some((last, count)) if *last == epoch => *count += 1,
+            _ => counts.push_back((epoch, 1)),
+        }
+        if self.published.get() == OFFLINE {
+            self.publish(epoch);
+            fence(Ordering::SeqCst);
+        }
+        epoch
+    }
+
+    /// A request has ended: the kernel is done with everything it submitted.
+    pub(crate) fn end(&self, epoch: u64) {
+        let mut counts = self.counts.borrow_mut();
+        let entry = counts.iter_mut().find(|(began, _)| *began == epoch).expect("the request has begun");
+        entry.1 -= 1;
+        while counts.front().is_some_and(|(_, count)| *count == 0) {
+            counts.pop_front();
+        }
+        let oldest = counts.front().map_or(OFFLINE, |(began, _)| *began);
+        if oldest != self.published.get() {
+            self.publish(oldest);
+            fence(Ordering::SeqCst);
+            if self.pins.waiting.load(Ordering::SeqCst) {
+                let waiter = self.pins.waiter.lock().clone();
+                if let Some(inbox) = waiter {
+                    inbox.nudge();
+                }
+            }
+        }
+    }
+
+    fn publish(&self, oldest: u64) {
+        self.published.set(oldest);
+        self.seat.oldest.store(oldest, Ordering::SeqCst);
+    }
+}
+
+impl Drop for QueuePins {
+    fn drop(&mut self) {
+        self.publish(OFFLINE);
+        self.pins.seats.lock().retain(|seat| !Arc::ptr_eq(seat, &self.seat));
+    }
+}

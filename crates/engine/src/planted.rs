@@ -1,0 +1,91 @@
+//! Bugs planted on purpose, each removing one rule, so that the simulator shows that it would find them.
+//!
+//! Without the feature `planted-bugs` every question here is the constant `false`.
+
+/// A planted bug.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub enum Bug {
+    /// None.
+    None = 0,
+    /// O1: the refcounts of a commit are not written before barrier 1.
+    RefcountsAfterPointers = 1,
+    /// O2: barrier 1 is left out, so an L2 entry may be durable before its data.
+    NoBarrierBeforePointers = 2,
+    /// O3: the L1 entry is written together with the new L2 table (imago, Cloud Hypervisor #8721).
+    EarlyL1Entry = 3,
+    /// O4: a freed cluster is reusable at once (QEMU 10.0.2's early reuse).
+    EarlyReuse = 4,
+    /// O5: a freed range is punched before the removal is durable (Cloud Hypervisor #8624).
+    EarlyPunch = 5,
+    /// O6: decrements are written with the commit that removes the pointer.
+    EarlyDecrement = 6,
+    /// O7: reuse does not wait for requests in flight through the old mapping.
+    NoInFlightPins = 7,
+    /// O8: a new refcount block's table entry is written without the block's barrier.
+    EarlyRefcountBlock = 8,
+    /// O11: clusters of a failed write are given back twice (Cloud Hypervisor #8748).
+    DoubleGiveBack = 9,
+    /// O14: changes of one guest cluster do not exclude one another.
+    NoClusterLocks = 10,
+    /// A flush is acknowledged before barrier 2.
+    EarlyAcknowledge = 11,
+    /// O2: the rest of a reused cluster is not cleared on a partial write.
+    NoClearing = 12,
+    /// Frozen bytes are not used: the commit writes live L2 entries.
+    LiveEntries = 13,
+    /// O11: a failed barrier does not poison.
+    NoPoison = 14,
+    /// O10: COPIED is kept on a cluster that an internal snapshot shares, so it is written in place.
+    IgnoreSnapshots = 15,
+}
+
+impl Bug {
+    /// Every planted bug.
+    pub const ALL: [Self; 15] = [
+        Self::RefcountsAfterPointers,
+        Self::NoBarrierBeforePointers,
+        Self::EarlyL1Entry,
+        Self::EarlyReuse,
+        Self::EarlyPunch,
+        Self::EarlyDecrement,
+        Self::NoInFlightPins,
+        Self::EarlyRefcountBlock,
+        Self::DoubleGiveBack,
+        Self::NoClusterLocks,
+        Self::EarlyAcknowledge,
+        Self::NoClearing,
+        Self::LiveEntries,
+        Self::NoPoison,
+        Self::IgnoreSnapshots,
+    ];
+}
+
+#[cfg(feature = "planted-bugs")]
+mod switch {
+    use super::Bug;
+    use std::cell::Cell;
+
+    thread_local! {
+        static PLANTED: Cell<Bug> = const { Cell::new(Bug::None) };
+    }
+
+    /// Plants a bug on this thread (the simulator runs a whole device on one).
+    pub fn plant(bug: Bug) {
+        PLANTED.with(|planted| planted.set(bug));
+    }
+
+    pub(crate) fn is(bug: Bug) -> bool {
+        PLANTED.with(Cell::get) == bug
+    }
+}
+
+#[cfg(feature = "planted-bugs")]
+pub(crate) use switch::is;
+#[cfg(feature = "planted-bugs")]
+pub use switch::plant;
+
+#[cfg(not(feature = "planted-bugs"))]
+pub(crate) const fn is(_bug: Bug) -> bool {
+    false
+}

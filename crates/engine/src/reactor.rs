@@ -1,0 +1,317 @@
+//! One thread's executor: tasks, the operations they wait for, and the inbox that other threads wake it by.
+
+use std::cell::RefCell;
+use std::collections::VecDeque;
+use std::future::Future;
+use std::io;
+use std::pin::Pin;
+use std::task::{Context, Poll, Wake, Waker};
+use std::time::Duration;
+
+use slab::Slab;
+
+use crate::storage::{Completion, FileId, FileProperties, Notify, Op, OpKind, Slot, Storage};
+use crate::sync::{Arc, AtomicBool, Mutex, Ordering};
+
+type Task = Pin<Box<dyn Future<Output = ()>>>;
+
+/// What other threads (and this one) put their wakes into.
+pub(crate) struct Inbox {
+    ready: Mutex<VecDeque<usize>>,
+    /// The owner sleeps or is about to: whoever wakes it must also notify.
+    sleeping: AtomicBool,
+    /// Something was put in since the owner last looked.
+    filled: AtomicBool,
+    notify: Arc<dyn Notify>,
+}
+
+impl Inbox {
+    fn push(&self, task: usize) {
+        self.ready.lock().push_back(task);
+        self.nudge();
+    }
+
+    /// Makes the owner look again.
+    pub(crate) fn nudge(&self) {
+        self.filled.store(true, Ordering::SeqCst);
+        // Pairs with `Reactor::prepare_sleep`: flag set, then inbox checked.
+        if self.sleeping.swap(false, Ordering::SeqCst) {
+            self.notify.notify();
+        }
+    }
+}
+
+struct TaskWaker {
+    task: usize,
+    inbox: Arc<Inbox>,
+}
+
+impl Wake for TaskWaker {
+    fn wake(self: Arc<Self>) {
+        self.inbox.push(self.task);
+    }
+}
+
+enum SlotState<D> {
+    /// A task waits for it.
+    Waiting(Option<Waker>),
+    /// Completed, not yet taken.
+    Done(io::Result<usize>),
+    /// Whoever waited is gone; the driver still holds the memory.
+    Abandoned,
+    /// No task: the owner of the reactor handles the completion.
+    Direct(D),
+}
+
+/// An executor on one [`Storage`]. `D` describes operations that need no task.
+pub(crate) struct Reactor<S: Storage, D = ()> {
+    storage: RefCell<S>,
+    slots: RefCell<Slab<SlotState<D>>>,
+    /// Operations the driver had no room for, in order.
+    deferred: RefCell<VecDeque<(Slot, Op<S::Memory>)>>,
+    tasks: RefCell<Slab<(Option<Task>, Waker)>>,
+    inbox: Arc<Inbox>,
+}
+
+impl<S: Storage, D> Reactor<S, D> {
+    pub(crate) fn new(storage: S) -> Self {
+        let inbox = Arc::new(Inbox {
+            ready: Mutex::new(VecDeque::new()),
+            sleeping: AtomicBool::new(false),
+            filled: AtomicBool::new(false),
+            notify: storage.notifier(),
+        });
+        Self {
+            storage: RefCell::new(storage),
+            slots: RefCell::new(Slab::new()),
+            deferred: RefCell::new(VecDeque::new()),
+            tasks: RefCell::new(Slab::new()),
+            inbox,
+        }
+    }
+
+    pub(crate) fn inbox(&self) -> &Arc<Inbox> {
+        &self.inbox
+    }
+
+    pub(crate) fn with_storage<R>(&self, f: impl FnOnce(&mut S) -> R) -> R {
+        f(&mut self.storage.borrow_mut())
+    }
+
+    pub(crate) fn allocate(&self, bytes: u64) -> S::Memory {
+        self.storage.borrow().allocate(crate::to_usize(bytes))
+    }
+
+    pub(crate) fn properties(&self, file: FileId) -> FileProperties {
+        self.storage.borrow().properties(file)
+    }
+
+    /// Starts a task. It runs at the next turn.
+    pub(crate) fn spawn(&self, task: impl Future<Output = ()> + 'static) {
+        let mut tasks = self.tasks.borrow_mut();
+        let entry = tasks.vacant_entry();
+        let id = entry.key();
+        let waker = Waker::from(Arc::new(TaskWaker { task: id, inbox: Arc::clone(&self.inbox) }));
+        entry.insert((Some(Box::pin(task)), waker));
+        drop(tasks);
+        self.inbox.push(id);
+    }
+
+    pub(crate) fn task_count(&self) -> usize {
+        self.tasks.borrow().len()
+    }
+
+    /// Starts an operation whose completion `turn` hands to the owner.
+    pub(crate) fn submit_direct(&self, op: Op<S::Memory>, what: D) {
+        self.start(op, SlotState::Direct(what));
+    }
+
+    fn start(&self, op: Op<S::Memory>, state: SlotState<D>) -> Slot {
+        let slot = self.slots.borrow_mut().insert(state);
+        let mut deferred = self.deferred.borrow_mut();
+        if deferred.is_empty() {
+            if let Err(op) = self.storage.borrow_mut().submit(op, slot) {
+                deferred.push_back((slot, op));
+            }
+        } else {
+            deferred.push_back((slot, op));
+        }
+        slot
+    }
+
+    /// Runs an operation to its completion. Dropping the future leaves the operation to end by itself.
+    pub(crate) fn run(&self, file: FileId, kind: OpKind<S::Memory>) -> OpFuture<'_, S, D> {
+        let slot = self.start(Op { file, kind }, SlotState::Waiting(None));
+        OpFuture { reactor: self, slot: Some(slot) }
+    }
+
+    /// Hands completions to tasks and to `direct`, runs what became ready, starts what was submitted. Never
+    /// blocks. Returns whether anything happened.
+    pub(crate) fn turn(&self, mut direct: impl FnMut(D, io::Result<usize>)) -> bool {
+        self.inbox.sleeping.store(false, Ordering::SeqCst);
+        let mut progress = false;
+        loop {
+            let mut round = false;
+            loop {
+                let completion = self.storage.borrow_mut().complete();
+                let Some(Completion { slot, result }) = completion else { break };
+                round = true;
+                if let Some((what, result)) = self.settle(slot, result) {
+                    direct(what, result);
+                }
+            }
+            round |= self.resubmit();
+            round |= self.run_ready();
+            if !round {
+                break;
+            }
+            progress = true;
+        }
+        self.storage.borrow_mut().kick();
+        progress
+    }
+
+    fn settle(&self, slot: Slot, result: io::Result<usize>) -> Option<(D, io::Result<usize>)> {
+        let mut slots = self.slots.borrow_mut();
+        let state = slots.get_mut(slot).expect("completion of a slot that is not in flight");
+        match std::mem::replace(state, SlotState::Abandoned) {
+            SlotState::Waiting(waker) => {
+                *state = SlotState::Done(result);
+                drop(slots);
+                if let Some(waker) = waker {
+                    waker.wake();
+                }
+                None
+            }
+            SlotState::Abandoned => {
+                slots.remove(slot);
+                None
+            }
+            SlotState::Direct(what) => {
+                slots.remove(slot);
+                Some((what, result))
+            }
+            SlotState::Done(_) => panic!("operation in slot {slot} completed twice"),
+        }
+    }
+
+    fn resubmit(&self) -> bool {
+        let mut any = false;
+        loop {
+            let Some((slot, op)) = self.deferred.borrow_mut().pop_front() else { return any };
+            if let Err(op) = self.storage.borrow_mut().submit(op, slot) {
+                self.deferred.borrow_mut().push_front((slot, op));
+                return any;
+            }
+            any = true;
+        }
+    }
+
+    fn run_ready(&self) -> bool {
+        let mut any = false;
+        while self.inbox.filled.swap(false, Ordering::SeqCst) {
+            loop {
+                let Some(id) = self.inbox.ready.lock().pop_front() else { break };
+                any = true;
+                let taken = {
+                    let mut tasks = self.tasks.borrow_mut();
+                    tasks.get_mut(id).and_then(|(task, waker)| task.take().map(|task| (task, waker.clone())))
+                };
+                // A wake for a task that has ended meanwhile.
+                let Some((mut task, waker)) = taken else { continue };
+                match task.as_mut().poll(&mut Context::from_waker(&waker)) {
+                    Poll::Ready(()) => {
+                        self.tasks.borrow_mut().remove(id);
+                    }
+                    Poll::Pending => {
+                        if let Some(entry) = self.tasks.borrow_mut().get_mut(id) {
+                            entry.0 = Some(task);
+                        }
+                    }
+                }
+            }
+        }
+        any
+    }
+
+    pub(crate) fn kick(&self) {
+        self.storage.borrow_mut().kick();
+    }
+
+    /// Announces that the owner is about to sleep; `false` where it must look again first.
+    pub(crate) fn prepare_sleep(&self) -> bool {
+        self.inbox.sleeping.store(true, Ordering::SeqCst);
+        if self.inbox.filled.load(Ordering::SeqCst) {
+            self.inbox.sleeping.store(false, Ordering::SeqCst);
+            return false;
+        }
+        true
+    }
+
+    /// Sleeps until a completion or a wake.
+    pub(crate) fn wait(&self, timeout: Option<Duration>) {
+        if self.prepare_sleep() {
+            self.storage.borrow_mut().wait(timeout);
+            self.inbox.sleeping.store(false, Ordering::SeqCst);
+        }
+    }
+
+    /// Runs one future to its end, with everything else on this executor.
+    pub(crate) fn block_on<T: 'static>(&self, future: impl Future<Output = T> + 'static) -> T {
+        let result = std::rc::Rc::new(RefCell::new(None));
+        let slot = std::rc::Rc::clone(&result);
+        self.spawn(async move {
+            let value = future.await;
+            *slot.borrow_mut() = Some(value);
+        });
+        loop {
+            let progress = self.turn(|_, _| {});
+            if let Some(value) = result.borrow_mut().take() {
+                return value;
+            }
+            if !progress {
+                self.wait(None);
+            }
+        }
+    }
+}
+
+/// An operation in flight.
+pub(crate) struct OpFuture<'a, S: Storage, D> {
+    reactor: &'a Reactor<S, D>,
+    slot: Option<Slot>,
+}
+
+impl<S: Storage, D> Future for OpFuture<'_, S, D> {
+    type Output = io::Result<usize>;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let slot = self.slot.expect("polled after completion");
+        let mut slots = self.reactor.slots.borrow_mut();
+        match &mut slots[slot] {
+            SlotState::Waiting(waker) => {
+                *waker = Some(cx.waker().clone());
+                Poll::Pending
+            }
+            SlotState::Done(_) => {
+                let SlotState::Done(result) = slots.remove(slot) else { unreachable!("matched above") };
+                drop(slots);
+                self.slot = None;
+                Poll::Ready(result)
+            }
+            SlotState::Abandoned | SlotState::Direct(_) => unreachable!("a future's slot is its own"),
+        }
+    }
+}
+
+impl<S: Storage, D> Drop for OpFuture<'_, S, D> {
+    fn drop(&mut self) {
+        let Some(slot) = self.slot else { return };
+        let mut slots = self.reactor.slots.borrow_mut();
+        if matches!(slots[slot], SlotState::Done(_)) {
+            slots.remove(slot);
+        } else {
+            slots[slot] = SlotState::Abandoned;
+        }
+    }
+}

@@ -1,0 +1,137 @@
+//! Reads that need more than the ring: slices not cached, compressed clusters, many pieces.
+
+use std::rc::Rc;
+
+use urus_format::CompressedExtent;
+
+use crate::error::{Error, Result};
+use crate::resolve::Piece;
+use crate::storage::{FileId, Memory, OpKind, Storage};
+use crate::sync::{Arc, Mutex};
+use crate::to_usize;
+use crate::wake::join_all;
+use crate::worker::Worker;
+
+impl<S: Storage> Worker<S> {
+    /// Reads a range as the chain from `layer` downwards shows it. Neighbouring host ranges become one operation, separate
+    /// ones run side by side.
+    pub(crate) async fn read_guest(&self, layer: usize, offset: u64, memory: S::Memory) -> Result<()> {
+        let total = memory.len() as u64;
+        let mut running: Vec<std::pin::Pin<Box<dyn Future<Output = Result<()>> + '_>>> = Vec::new();
+        // (file, host offset, start in memory, bytes) that may still grow.
+        let mut open: Option<(FileId, u64, u64, u64)> = None;
+        let mut done = 0;
+        let mut failed = None;
+        while done < total {
+            let (piece, len) = self.shared.resolve(layer, offset + done, total - done);
+            match piece {
+                Piece::Data { file, offset: host } => {
+                    open = match open {
+                        Some((f, h, start, bytes)) if f == file && h + bytes == host && start + bytes == done => {
+                            Some((f, h, start, bytes + len))
+                        }
+                        other => {
+                            running.extend(other.map(|part| self.read_part(part, &memory)));
+                            Some((file, host, done, len))
+                        }
+                    };
+                }
+                Piece::Zero => memory.zero(to_usize(done), to_usize(len)),
+                Piece::Compressed { layer, extent, within } => {
+                    let target = memory.slice(to_usize(done), to_usize(len));
+                    running.push(Box::pin(self.read_compressed(layer, extent, within, target)));
+                }
+                Piece::Miss { layer, slice } => {
+                    // The request's pin keeps what was resolved before valid (O7), so nothing starts over.
+                    if let Err(error) = self.load(layer, slice).await {
+                        failed = Some(error);
+                        break;
+                    }
+                    continue;
+                }
+                Piece::Bad(error) => {
+                    failed = Some(error);
+                    break;
+                }
+            }
+            done += len;
+        }
+        running.extend(open.map(|part| self.read_part(part, &memory)));
+        let result = join_all(running).await;
+        failed.map_or(result, Err)
+    }
+
+    fn read_part(
+        &self,
+        (file, host, start, bytes): (FileId, u64, u64, u64),
+        memory: &S::Memory,
+    ) -> std::pin::Pin<Box<dyn Future<Output = Result<()>> + '_>> {
+        Box::pin(self.read(file, host, memory.slice(to_usize(start), to_usize(bytes))))
+    }
+
+    /// Reads part of a compressed cluster.
+    async fn read_compressed(
+        &self,
+        layer: usize,
+        extent: CompressedExtent,
+        within: u64,
+        target: S::Memory,
+    ) -> Result<()> {
+        let cluster = self.decoded_cluster(layer, extent).await?;
+        let start = to_usize(within);
+        target.write(0, &cluster[start..start + target.len()]);
+        Ok(())
+    }
+
+    /// A compressed cluster's content, from the cache or decoded on another thread.
+    async fn decoded_cluster(&self, layer_index: usize, extent: CompressedExtent) -> Result<Arc<[u8]>> {
+        if let Some(cluster) = self.shared.decoded.get(layer_index, extent.offset.0) {
+            return Ok(cluster);
+        }
+        let layer = &self.shared.layers[layer_index];
+        let qcow2 = layer.qcow2().expect("only qcow2 layers have compressed clusters");
+        // The last sector may pass the end of the file: it reads as zeroes there.
+        let source = self.read_bytes(layer.file, extent.offset.0, extent.bytes).await?;
+        let compression = qcow2.compression;
+        let cluster_bytes = to_usize(qcow2.geometry.cluster_bytes());
+        let outcome = Arc::new(Mutex::new(None));
+        let slot = Arc::clone(&outcome);
+        let job = Box::new(move || {
+            let mut cluster = vec![0; cluster_bytes];
+            let result = urus_format::compressed::decode(compression, &source, &mut cluster);
+            *slot.lock() = Some(result.map(|()| Arc::from(cluster)));
+        });
+        self.reactor
+            .run(layer.file, OpKind::Job(job))
+            .await
+            .map_err(|error| self.io_error("decode", layer.file, extent.offset.0, extent.bytes, &error))?;
+        let result = outcome.lock().take().expect("a job that completed has run");
+        let cluster: Arc<[u8]> = result.map_err(|source| Error::Decompress {
+            file: layer.name.clone(),
+            offset: extent.offset.0,
+            source,
+        })?;
+        self.shared.decoded.insert(layer_index, extent.offset.0, Arc::clone(&cluster));
+        Ok(cluster)
+    }
+
+    /// Whether a range is known to read as zeroes without reading data.
+    pub(crate) async fn reads_zero(&self, layer: usize, offset: u64, len: u64) -> Result<bool> {
+        let mut done = 0;
+        while done < len {
+            let (piece, bytes) = self.shared.resolve(layer, offset + done, len - done);
+            match piece {
+                Piece::Zero => done += bytes,
+                Piece::Data { .. } | Piece::Compressed { .. } => return Ok(false),
+                Piece::Miss { layer, slice } => self.load(layer, slice).await?,
+                Piece::Bad(error) => return Err(error),
+            }
+        }
+        Ok(true)
+    }
+}
+
+/// A request's read.
+pub(crate) async fn read_request<S: Storage>(worker: Rc<Worker<S>>, offset: u64, memory: S::Memory) -> Result<()> {
+    worker.read_guest(0, offset, memory).await
+}

@@ -1,0 +1,270 @@
+//! Refcounts of the image: the table in memory, the blocks cached by slice. Owned by the maintenance executor.
+//!
+//! O1: what stands here is, for each host cluster, the references after the next commit plus the removals that are not durable
+//! yet. So whatever is written from here, whenever, is never below the references on disk.
+
+use std::cell::{Cell, RefCell};
+use std::collections::{BTreeMap, BTreeSet};
+
+use urus_format::{Geometry, refcount};
+
+use crate::error::{Error, Result};
+use crate::limits;
+use crate::storage::{IMAGE, Storage};
+use crate::to_usize;
+use crate::worker::Worker;
+
+const BLOCK_OFFSET_MASK: u64 = !0x1ff;
+
+struct Slice {
+    bytes: Vec<u8>,
+    dirty: bool,
+    last_used: u64,
+}
+
+/// Bytes of refcounts, frozen for a commit.
+pub(crate) struct FrozenSlice {
+    pub(crate) id: u64,
+    pub(crate) offset: u64,
+    pub(crate) bytes: Vec<u8>,
+}
+
+/// The refcount table and the cached parts of its blocks.
+pub(crate) struct Refcounts {
+    pub(crate) geometry: Geometry,
+    /// Host offsets of the blocks; 0 where there is none.
+    table: RefCell<Vec<u64>>,
+    /// Entries of the table that the disk does not have.
+    dirty_entries: RefCell<BTreeSet<u64>>,
+    /// Blocks that are not on disk at all.
+    new_blocks: RefCell<BTreeSet<u64>>,
+    slices: RefCell<BTreeMap<u64, Slice>>,
+    loads: Cell<u32>,
+    /// A commit holds frozen slices: nothing is dropped from the cache until its writes were seen.
+    committing: Cell<bool>,
+    clock: Cell<u64>,
+}
+
+impl Refcounts {
+    pub(crate) fn new(geometry: Geometry, table: Vec<u64>) -> Self {
+        Self {
+            geometry,
+            table: RefCell::new(table),
+            dirty_entries: RefCell::default(),
+            new_blocks: RefCell::default(),
+            slices: RefCell::default(),
+            loads: Cell::new(0),
+            committing: Cell::new(false),
+            clock: Cell::new(0),
+        }
+    }
+
+    fn slice_bytes(&self) -> u64 {
+        limits::REFCOUNT_SLICE_BYTES.min(self.geometry.cluster_bytes())
+    }
+
+    /// log2 of the refcounts in a slice.
+    fn slice_bits(&self) -> u32 {
+        (self.slice_bytes() * 8).trailing_zeros() - self.geometry.refcount_order()
+    }
+
+    /// The slice that holds a cluster's refcount.
+    pub(crate) fn slice_of(&self, cluster: u64) -> u64 {
+        cluster >> self.slice_bits()
+    }
+
+    /// First cluster after those of the slice that holds `cluster`.
+    pub(crate) fn slice_end(&self, cluster: u64) -> u64 {
+        (self.slice_of(cluster) + 1) << self.slice_bits()
+    }
+
+    pub(crate) fn block_of(&self, cluster: u64) -> u64 {
+        cluster >> self.geometry.refcount_block_bits()
+    }
+
+    fn slices_per_block_bits(&self) -> u32 {
+        self.geometry.refcount_block_bits() - self.slice_bits()
+    }
+
+    /// Host offset of a block; 0 where there is none.
+    pub(crate) fn block_offset(&self, block: u64) -> u64 {
+        self.table.borrow().get(to_usize(block)).copied().unwrap_or(0) & BLOCK_OFFSET_MASK
+    }
+
+    /// First cluster past everything that an existing block covers.
+    pub(crate) fn covered_end(&self) -> u64 {
+        let table = self.table.borrow();
+        let last = table.iter().rposition(|entry| *entry != 0).map_or(0, |last| last as u64 + 1);
+        last << self.geometry.refcount_block_bits()
+    }
+
+    pub(crate) fn table_entries(&self) -> u64 {
+        self.table.borrow().len() as u64
+    }
+
+    /// The table as it belongs on disk, as long as `clusters` clusters.
+    pub(crate) fn table_bytes(&self, clusters: u64) -> Vec<u8> {
+        let mut bytes = Vec::with_capacity(to_usize(clusters << self.geometry.cluster_bits()));
+        for entry in self.table.borrow().iter() {
+            bytes.extend_from_slice(&entry.to_be_bytes());
+        }
+        bytes.resize(to_usize(clusters << self.geometry.cluster_bits()), 0);
+        bytes
+    }
+
+    /// Dirty entries of the table, in order.
+    pub(crate) fn dirty_entries(&self) -> Vec<u64> {
+        self.dirty_entries.borrow().iter().copied().collect()
+    }
+
+    /// The entries' write is durable.
+    pub(crate) fn entries_written(&self, entries: &[u64]) {
+        let mut dirty = self.dirty_entries.borrow_mut();
+        for entry in entries {
+            dirty.remove(entry);
+        }
+    }
+
+    pub(crate) fn new_blocks(&self) -> Vec<u64> {
+        self.new_blocks.borrow().iter().copied().collect()
+    }
+
+    /// The blocks' write is durable: only their entries are missing.
+    pub(crate) fn blocks_written(&self, blocks: &[u64]) {
+        let mut new = self.new_blocks.borrow_mut();
+        for block in blocks {
+            new.remove(block);
+        }
+    }
+
+    /// Adds an empty block at a host offset; its refcounts are all 0 until they are set.
+    pub(crate) fn add_block(&self, block: u64, offset: u64) {
+        let mut table = self.table.borrow_mut();
+        if table.len() <= to_usize(block) {
+            table.resize(to_usize(block) + 1, 0);
+        }
+        table[to_usize(block)] = offset;
+        drop(table);
+        self.new_blocks.borrow_mut().insert(block);
+        self.dirty_entries.borrow_mut().insert(block);
+        let bits = self.slices_per_block_bits();
+        let mut slices = self.slices.borrow_mut();
+        for id in block << bits..(block + 1) << bits {
+            let bytes = vec![0; to_usize(self.slice_bytes())];
+            slices.insert(id, Slice { bytes, dirty: true, last_used: self.tick() });
+        }
+    }
+
+    fn tick(&self) -> u64 {
+        self.clock.set(self.clock.get() + 1);
+        self.clock.get()
+    }
+
+    /// A cluster's refcount; `None` where it is not cached.
+    pub(crate) fn get(&self, cluster: u64) -> Option<u64> {
+        if self.block_offset(self.block_of(cluster)) == 0 {
+            return Some(0);
+        }
+        let now = self.tick();
+        let mut slices = self.slices.borrow_mut();
+        let slice = slices.get_mut(&self.slice_of(cluster))?;
+        slice.last_used = now;
+        let index = cluster & ((1 << self.slice_bits()) - 1);
+        Some(refcount::get(&slice.bytes, index, self.geometry.refcount_order()))
+    }
+
+    /// Sets a cached refcount.
+    pub(crate) fn set(&self, cluster: u64, value: u64) {
+        let mut slices = self.slices.borrow_mut();
+        let slice = slices.get_mut(&self.slice_of(cluster)).expect("the slice was loaded by the caller");
+        let index = cluster & ((1 << self.slice_bits()) - 1);
+        refcount::set(&mut slice.bytes, index, self.geometry.refcount_order(), value);
+        slice.dirty = true;
+    }
+
+    /// A cluster's refcount, read if need be.
+    pub(crate) async fn load<S: Storage>(&self, worker: &Worker<S>, cluster: u64) -> Result<u64> {
+        loop {
+            if let Some(value) = self.get(cluster) {
+                return Ok(value);
+            }
+            let id = self.slice_of(cluster);
+            let block = self.block_offset(self.block_of(cluster));
+            if self.geometry.in_cluster(block) != 0 {
+                return Err(Error::Corrupt {
+                    file: worker.shared.image_name().to_owned(),
+                    what: format!("refcount block offset {block:#x} is not cluster-aligned"),
+                    place: format!("refcount table entry {}", self.block_of(cluster)),
+                });
+            }
+            let in_block = id & ((1 << self.slices_per_block_bits()) - 1);
+            // While a read is under way nothing is dropped from the cache: so what it brings is not older than
+            // what a dropped slice was.
+            self.loads.set(self.loads.get() + 1);
+            let bytes =
+                worker.read_bytes(IMAGE, block + in_block * self.slice_bytes(), self.slice_bytes()).await;
+            self.loads.set(self.loads.get() - 1);
+            let bytes = bytes?;
+            let last_used = self.tick();
+            self.slices.borrow_mut().entry(id).or_insert(Slice { bytes, dirty: false, last_used });
+            self.evict(id);
+        }
+    }
+
+    fn evict(&self, keep: u64) {
+        let mut slices = self.slices.borrow_mut();
+        if slices.len() <= limits::REFCOUNT_CACHE_SLICES || self.loads.get() > 0 || self.committing.get() {
+            return;
+        }
+        let mut clean: Vec<(u64, u64)> = slices
+            .iter()
+            .filter(|(id, slice)| !slice.dirty && **id != keep)
+            .map(|(id, slice)| (slice.last_used, *id))
+            .collect();
+        clean.sort_unstable();
+        for (_, id) in clean.into_iter().take(limits::REFCOUNT_CACHE_SLICES / 4) {
+            slices.remove(&id);
+        }
+    }
+
+    pub(crate) fn is_dirty(&self) -> bool {
+        !self.dirty_entries.borrow().is_empty()
+            || !self.new_blocks.borrow().is_empty()
+            || self.slices.borrow().values().any(|slice| slice.dirty)
+    }
+
+    /// Freezes the dirty slices of new blocks, or of the others.
+    pub(crate) fn freeze(&self, of_new_blocks: bool) -> Vec<FrozenSlice> {
+        self.committing.set(true);
+        let bits = self.slices_per_block_bits();
+        let new_blocks = self.new_blocks.borrow();
+        let mut frozen = Vec::new();
+        for (id, slice) in self.slices.borrow_mut().iter_mut() {
+            let block = id >> bits;
+            if !slice.dirty || new_blocks.contains(&block) != of_new_blocks {
+                continue;
+            }
+            slice.dirty = false;
+            let in_block = id & ((1 << bits) - 1);
+            frozen.push(FrozenSlice {
+                id: *id,
+                offset: self.block_offset(block) + in_block * self.slice_bytes(),
+                bytes: slice.bytes.clone(),
+            });
+        }
+        frozen
+    }
+
+    /// The commit is over, one way or the other.
+    pub(crate) fn commit_ended(&self) {
+        self.committing.set(false);
+    }
+
+    /// A frozen slice did not become durable.
+    pub(crate) fn thaw(&self, frozen: &[FrozenSlice]) {
+        let mut slices = self.slices.borrow_mut();
+        for part in frozen {
+            slices.get_mut(&part.id).expect("frozen slices of a failed commit stay cached").dirty = true;
+        }
+    }
+}

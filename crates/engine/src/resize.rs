@@ -1,0 +1,101 @@
+//! Growing the virtual disk (O8 for the L1 table, O20 for what becomes visible).
+
+use urus_format::HostOffset;
+
+use crate::error::{Error, Result};
+use crate::limits;
+use crate::maintenance::Device;
+use crate::shared::{Owner, Removed};
+use crate::storage::{IMAGE, OpKind, Storage};
+use crate::sync::Ordering;
+
+impl<S: Storage> Device<S> {
+    /// Changes the size; the gate stays closed.
+    pub(crate) async fn resize(&self, size: u64) -> Result<()> {
+        self.shared().check_writable()?;
+        let old = self.shared().size();
+        if size < old {
+            return Err(Error::Unsupported {
+                what: format!("{} cannot shrink (from {old} to {size} bytes) while it is served", self.shared().image_name()),
+            });
+        }
+        if size == old {
+            return Ok(());
+        }
+        self.quiesce().await;
+        self.flush().await?;
+        if self.is_raw() {
+            self.worker.simple("resize", IMAGE, size, 0, || OpKind::SetLen { len: size }).await?;
+            self.data_barrier().await?;
+        } else {
+            self.resize_mapped(old, size).await?;
+        }
+        self.shared().layers[0].size.store(size, Ordering::Release);
+        Ok(())
+    }
+
+    async fn resize_mapped(&self, old: u64, size: u64) -> Result<()> {
+        let geometry = self.worker.image().geometry;
+        let entries = geometry.l1_entries_for(size);
+        if entries * 8 > limits::L1_TABLE_BYTES || size > i64::MAX as u64 {
+            let most = (limits::L1_TABLE_BYTES / 8).saturating_mul(geometry.l2_coverage_bytes()).min(i64::MAX as u64);
+            return Err(Error::Unsupported {
+                what: format!(
+                    "{} cannot grow to {size} bytes: with clusters of {} bytes it ends at {most}",
+                    self.shared().image_name(),
+                    geometry.cluster_bytes()
+                ),
+            });
+        }
+        if entries > self.with_header(|header| u64::from(header.l1_entries)) {
+            self.grow_l1(entries).await?;
+        }
+        // O20: what becomes visible is zero, durably, before the size changes.
+        let backing_end = self.shared().layers.iter().skip(1).map(crate::shared::Layer::size).next().unwrap_or(0);
+        let cluster_end = old.next_multiple_of(geometry.cluster_bytes());
+        let clear_to = backing_end.min(size).max(cluster_end);
+        if clear_to > old {
+            self.worker.clear_beyond_size(old, clear_to - old).await?;
+            self.flush().await?;
+        }
+        self.switch_header(|header| header.size = size).await
+    }
+
+    /// Gives the L1 table a larger place: the new table durable, one header write, then the old one is free.
+    async fn grow_l1(&self, entries: u64) -> Result<()> {
+        let image = self.image();
+        let geometry = self.worker.image().geometry;
+        let clusters = geometry.clusters_for(entries * 8);
+        let first = image.allocator.extend_contiguous(&self.worker, clusters).await?;
+        let (old_table, old_entries) = self.with_header(|header| (header.l1_table, u64::from(header.l1_entries)));
+        let mut bytes: Vec<u8> =
+            (0..old_entries).flat_map(|index| self.worker.image().map.l1(index).to_be_bytes()).collect();
+        bytes.resize(crate::to_usize(clusters << geometry.cluster_bits()), 0);
+        {
+            let mut meta = self.shared().meta.lock();
+            for cluster in first..first + clusters {
+                meta.owners.insert(cluster, Owner::L1Table);
+            }
+        }
+        let offset = first << geometry.cluster_bits();
+        self.write_metadata(offset, &bytes, Owner::L1Table).await?;
+        // The flush makes the refcounts of the new table, and the table itself, durable.
+        self.flush().await?;
+        self.switch_header(|header| {
+            header.l1_table = HostOffset(offset);
+            header.l1_entries = u32::try_from(entries).expect("checked against the largest table");
+        })
+        .await?;
+        let old_first = geometry.host_cluster(old_table).0;
+        let old_clusters = geometry.clusters_for(old_entries * 8);
+        let mark = {
+            let mut meta = self.shared().meta.lock();
+            for cluster in old_first..old_first + old_clusters {
+                meta.owners.remove(&cluster);
+            }
+            self.shared().pins.mark()
+        };
+        self.settle_later(vec![Removed { first: old_first, count: old_clusters, mark }]);
+        Ok(())
+    }
+}

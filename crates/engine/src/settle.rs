@@ -1,0 +1,179 @@
+//! What becomes of removed references once their removal is durable: wait for requests in flight (O7), punch (O5),
+//! lower the refcount (O6), hand out again (O4).
+
+use std::collections::BTreeMap;
+use std::future::poll_fn;
+use std::task::Poll;
+
+use crate::error::Result;
+use crate::maintenance::Device;
+use crate::planted::{self, Bug};
+use crate::shared::Removed;
+use crate::storage::{IMAGE, OpKind, Storage};
+use crate::wake::join_all;
+
+impl<S: Storage> Device<S> {
+    /// Takes removals that have become durable (O4).
+    pub(crate) fn settle_later(&self, removed: Vec<Removed>) {
+        if removed.is_empty() || planted::is(Bug::EarlyDecrement) {
+            return;
+        }
+        self.settling.borrow_mut().extend(removed);
+        self.wake_settler();
+    }
+
+    pub(crate) fn wake_settler(&self) {
+        if let Some(waker) = self.settler.borrow_mut().take() {
+            waker.wake();
+        }
+    }
+
+    /// The service that settles removals and answers who waits for requests in flight.
+    pub(crate) async fn settle_forever(&self) {
+        loop {
+            let ready = self.next_settled().await;
+            let result = self.settle(&ready).await;
+            if let Err(error) = result {
+                // The clusters stay referenced: a leak, which `urus check -r leaks` finds.
+                tracing::warn!(image = self.shared().image_name(), %error, "freed clusters could not be reclaimed");
+            }
+            self.settled.set(true);
+            for waker in self.settled_waiters.borrow_mut().take() {
+                waker.wake();
+            }
+        }
+    }
+
+    async fn next_settled(&self) -> Vec<Removed> {
+        let pins = &self.shared().pins;
+        poll_fn(|cx| {
+            *self.settler.borrow_mut() = Some(cx.waker().clone());
+            // Before the queues are looked at, so that none ends unheard (Dekker with `QueuePins::end`).
+            pins.set_waiting(true);
+            let answered = {
+                let mut mail = self.shared().mail.lock();
+                mail.settler.register(cx.waker());
+                let (passed, waiting) = std::mem::take(&mut mail.pins).into_iter().partition(|(mark, _)| pins.passed(*mark));
+                mail.pins = waiting;
+                let passed: Vec<_> = passed;
+                passed
+            };
+            for (_, sender) in answered {
+                sender.send(());
+            }
+            let mut settling = self.settling.borrow_mut();
+            let mut ready = Vec::new();
+            while let Some(removed) = settling.front().copied() {
+                if !pins.passed(removed.mark) && !planted::is(Bug::NoInFlightPins) {
+                    break;
+                }
+                settling.pop_front();
+                ready.push(removed);
+            }
+            if ready.is_empty() {
+                let idle = settling.is_empty() && self.shared().mail.lock().pins.is_empty();
+                pins.set_waiting(!idle);
+                return Poll::Pending;
+            }
+            self.settled.set(false);
+            Poll::Ready(ready)
+        })
+        .await
+    }
+
+    /// Waits until nothing is left to settle.
+    pub(crate) async fn wait_settled(&self) {
+        poll_fn(|cx| {
+            if self.settled.get() && self.settling.borrow().is_empty() {
+                return Poll::Ready(());
+            }
+            self.settled_waiters.borrow_mut().register(cx.waker());
+            Poll::Pending
+        })
+        .await;
+    }
+
+    async fn settle(&self, ready: &[Removed]) -> Result<()> {
+        let image = self.image();
+        let refcounts = &image.allocator.refcounts;
+        let mut lost: BTreeMap<u64, u64> = BTreeMap::new();
+        for removed in ready {
+            for cluster in removed.first..removed.first + removed.count {
+                *lost.entry(cluster).or_default() += 1;
+            }
+        }
+        let mut free: Vec<(u64, u64)> = Vec::new();
+        for (cluster, references) in &lost {
+            let refcount = refcounts.load(&self.worker, *cluster).await?;
+            if refcount < *references {
+                tracing::warn!(
+                    image = self.shared().image_name(),
+                    cluster,
+                    refcount,
+                    references,
+                    "a cluster lost more references than it had: run `urus check`"
+                );
+            }
+            if refcount > *references {
+                refcounts.set(*cluster, refcount - references);
+                continue;
+            }
+            match free.last_mut() {
+                Some((first, count)) if *first + *count == *cluster => *count += 1,
+                _ => free.push((*cluster, 1)),
+            }
+        }
+        let punched = if planted::is(Bug::EarlyPunch) { vec![false; free.len()] } else { self.punch(&free).await };
+        let bits = refcounts.geometry.cluster_bits();
+        for ((first, count), punched) in free.iter().zip(punched) {
+            // O19: what was decoded from here is forgotten before anybody else writes here.
+            self.shared().decoded.invalidate(0, first << bits, (first + count) << bits);
+            for cluster in *first..first + count {
+                refcounts.load(&self.worker, cluster).await?;
+                refcounts.set(cluster, 0);
+            }
+            // O5: the punch is over before the allocator sees the clusters.
+            image.allocator.released(*first, *count, punched);
+        }
+        Ok(())
+    }
+
+    /// Gives ranges back to the file system; says of each whether that worked.
+    async fn punch(&self, ranges: &[(u64, u64)]) -> Vec<bool> {
+        let properties = self.worker.reactor.properties(IMAGE);
+        if !self.shared().options.discard || !properties.can_punch || self.no_punch.get() {
+            return vec![false; ranges.len()];
+        }
+        let bits = self.image().allocator.refcounts.geometry.cluster_bits();
+        let outcomes = std::cell::RefCell::new(vec![false; ranges.len()]);
+        let mut running: Vec<std::pin::Pin<Box<dyn Future<Output = Result<()>> + '_>>> = Vec::new();
+        for (index, (first, count)) in ranges.iter().enumerate() {
+            let (offset, len) = (first << bits, count << bits);
+            let outcomes = &outcomes;
+            running.push(Box::pin(async move {
+                match self.worker.simple("punch", IMAGE, offset, len, || OpKind::Punch { offset, len }).await {
+                    Ok(()) => outcomes.borrow_mut()[index] = true,
+                    Err(error) => {
+                        // Not punched is no harm: the cluster is free all the same, and not taken for zero.
+                        tracing::debug!(image = self.shared().image_name(), %error, "punch failed");
+                        self.no_punch.set(error.errno() == 95);
+                    }
+                }
+                Ok(())
+            }));
+        }
+        let _: Result<()> = join_all(running).await;
+        outcomes.into_inner()
+    }
+
+    /// The planted bug O5: punches before the removal is durable.
+    pub(crate) async fn punch_early(&self, removed: &[Removed]) {
+        let ranges: Vec<_> = removed.iter().map(|removed| (removed.first, removed.count)).collect();
+        self.punch(&ranges).await;
+    }
+
+    /// The planted bug O6: lowers refcounts with the commit that removes the pointer.
+    pub(crate) async fn decrement_early(&self, removed: &[Removed]) -> Result<()> {
+        self.settle(removed).await
+    }
+}

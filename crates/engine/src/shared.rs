@@ -1,0 +1,410 @@
+//! What all queues of a device and its maintenance executor share.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
+use std::future::poll_fn;
+use std::hash::{BuildHasherDefault, Hasher};
+use std::task::Poll;
+
+use urus_format::{Compression, Geometry, Header, L1Entry};
+
+use crate::cluster_locks::ClusterLocks;
+use crate::decoded::DecodedCache;
+use crate::error::{Error, Result};
+use crate::frames::Frames;
+use crate::limits;
+use crate::map::Map;
+use crate::pins::Pins;
+use crate::storage::FileId;
+use crate::sync::{Arc, AtomicBool, AtomicU64, Mutex, Ordering};
+use crate::wake::{Receiver, Sender, WaitList, oneshot};
+
+/// A file of the chain, opened by the caller, and what it is.
+#[derive(Debug)]
+pub struct LayerSpec {
+    /// The open file.
+    pub file: FileId,
+    /// Its name, for messages.
+    pub name: String,
+    /// Its format: stated by the caller, never guessed.
+    pub format: LayerFormat,
+}
+
+/// The format of a layer.
+#[derive(Debug)]
+pub enum LayerFormat {
+    /// The file is the disk.
+    Raw,
+    /// QCOW2 with this header.
+    Qcow2(Box<Header>),
+}
+
+/// How a device works.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct Options {
+    /// Writes fail, and nothing is repaired.
+    pub read_only: bool,
+    /// Budget of the mapping cache in bytes, over all layers.
+    pub l2_cache_bytes: u64,
+    /// Discarded and otherwise freed clusters are given back to the file system.
+    pub discard: bool,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self { read_only: false, l2_cache_bytes: limits::DEFAULT_L2_CACHE_BYTES, discard: true }
+    }
+}
+
+/// One file of the chain, as the engine sees it.
+pub(crate) struct Layer {
+    pub(crate) file: FileId,
+    pub(crate) name: String,
+    /// Bytes of its virtual disk; past it, it reads as zeroes.
+    pub(crate) size: AtomicU64,
+    pub(crate) kind: LayerKind,
+}
+
+pub(crate) enum LayerKind {
+    Raw,
+    Qcow2(Qcow2Layer),
+}
+
+pub(crate) struct Qcow2Layer {
+    pub(crate) geometry: Geometry,
+    pub(crate) compression: Compression,
+    pub(crate) map: Map,
+}
+
+impl Layer {
+    pub(crate) fn size(&self) -> u64 {
+        self.size.load(Ordering::Acquire)
+    }
+
+    pub(crate) fn qcow2(&self) -> Option<&Qcow2Layer> {
+        match &self.kind {
+            LayerKind::Raw => None,
+            LayerKind::Qcow2(layer) => Some(layer),
+        }
+    }
+}
+
+/// What a host cluster of metadata holds (the overlap check: one look-up before every metadata write).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Owner {
+    Header,
+    L1Table,
+    L2Table,
+    RefcountTable,
+    RefcountBlock,
+    Snapshots,
+}
+
+#[derive(Default)]
+pub(crate) struct ClusterHasher(u64);
+
+impl Hasher for ClusterHasher {
+    fn finish(&self) -> u64 {
+        self.0
+    }
+    fn write(&mut self, bytes: &[u8]) {
+        for byte in bytes {
+            self.write_u64(u64::from(*byte));
+        }
+    }
+    fn write_u64(&mut self, value: u64) {
+        // Fibonacci hashing, folded: cluster numbers are dense, and this never has to resist anybody (a
+        // hostile image chooses few and distinct clusters, each backed by a table of its own).
+        let product = (self.0 ^ value).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        self.0 = product ^ (product >> 32);
+    }
+}
+
+/// Owners of metadata clusters, by cluster. Never iterated: its order is nobody's business.
+pub(crate) type Owners = HashMap<u64, Owner, BuildHasherDefault<ClusterHasher>>;
+
+/// An L2 table that is not on disk where its L1 entry (in memory) says.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct NewTable {
+    /// What it starts from: a table shared with a snapshot, or nothing.
+    pub(crate) copy_from: Option<u64>,
+}
+
+/// References taken out of the live mapping: host clusters `[first, first + count)`, each loses one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Removed {
+    pub(crate) first: u64,
+    pub(crate) count: u64,
+    /// O7: requests that began before this epoch mark may still use them.
+    pub(crate) mark: u64,
+}
+
+/// The live metadata that differs from the disk, and the bookkeeping of caches.
+pub(crate) struct Meta {
+    /// By layer.
+    pub(crate) frames: Vec<Frames>,
+    /// By L1 index.
+    pub(crate) new_tables: BTreeMap<u64, NewTable>,
+    /// L1 entries that changed since the last seal.
+    pub(crate) dirty_l1: BTreeSet<u64>,
+    /// Host clusters that got their first reference since the last seal (first, count).
+    pub(crate) used: Vec<(u64, u64)>,
+    /// References removed since the last seal.
+    pub(crate) removed: Vec<Removed>,
+    /// Metadata of the image itself.
+    pub(crate) owners: Owners,
+}
+
+/// Host clusters reserved in memory for one queue.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Run {
+    pub(crate) first: u64,
+    pub(crate) count: u64,
+    /// They read as zeroes, durably so at the latest with the next barrier.
+    pub(crate) zero: bool,
+}
+
+/// Answers a [`Control`].
+pub type ControlReply = Box<dyn FnOnce(Result<()>) + Send>;
+
+/// What the owner of a device asks of its maintenance executor. Each is answered exactly once.
+#[non_exhaustive]
+pub enum Control {
+    /// Commit, as a flush of a queue does.
+    Flush(ControlReply),
+    /// Hold new requests, wait for those in flight on every queue, commit and settle everything. Further
+    /// requests wait in their queues until [`Control::Resume`].
+    Pause(ControlReply),
+    /// Read the metadata again (another process may have written the image) and let requests go on. The layers
+    /// are the header as it is now.
+    Resume(Option<Box<Header>>, ControlReply),
+    /// Change the size of the virtual disk, in bytes.
+    Resize(u64, ControlReply),
+    /// Drain, commit, settle and stop. Requests that come later fail.
+    Close(ControlReply),
+}
+
+/// What queues ask of the maintenance executor.
+#[derive(Default)]
+pub(crate) struct Mail {
+    pub(crate) reserve: VecDeque<(u64, Sender<Result<Run>>)>,
+    pub(crate) flush: Vec<Sender<Result<()>>>,
+    /// A commit is wanted although nobody flushes (frames or free clusters run out).
+    pub(crate) commit: bool,
+    pub(crate) given_back: Vec<Run>,
+    /// Waits for every request that began before a mark.
+    pub(crate) pins: Vec<(u64, Sender<()>)>,
+    pub(crate) control: VecDeque<Control>,
+    pub(crate) closed: bool,
+    pub(crate) allocator: WaitList,
+    pub(crate) committer: WaitList,
+    pub(crate) controller: WaitList,
+    pub(crate) settler: WaitList,
+}
+
+/// Shared by all queues and the maintenance executor of one device.
+pub struct Shared {
+    pub(crate) layers: Vec<Layer>,
+    pub(crate) options: Options,
+    pub(crate) pins: Arc<Pins>,
+    pub(crate) locks: Arc<ClusterLocks>,
+    pub(crate) meta: Mutex<Meta>,
+    pub(crate) mail: Mutex<Mail>,
+    pub(crate) decoded: DecodedCache,
+    pub(crate) poisoned: AtomicBool,
+    /// New requests wait (pause, resize).
+    pub(crate) gate_closed: AtomicBool,
+    pub(crate) closed: AtomicBool,
+    /// O18: every write takes its cluster's lock, since one smaller than the file's alignment was seen.
+    pub(crate) serialize_writes: AtomicBool,
+    /// Bytes of L2 slices and others read because they were not cached.
+    pub(crate) stats: Stats,
+}
+
+/// Counters of one device; they only grow.
+#[derive(Default)]
+pub(crate) struct Stats {
+    pub(crate) slice_loads: AtomicU64,
+    pub(crate) commits: AtomicU64,
+    pub(crate) barriers: AtomicU64,
+    pub(crate) allocated_clusters: AtomicU64,
+    pub(crate) copied_bytes: AtomicU64,
+}
+
+/// Counters of one device at a moment; they only grow.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Counters {
+    /// L2 slices read because they were not cached.
+    pub slice_loads: u64,
+    /// Commits of metadata.
+    pub commits: u64,
+    /// fdatasyncs.
+    pub barriers: u64,
+    /// Clusters handed out.
+    pub allocated_clusters: u64,
+    /// Bytes copied from older places to complete partly written clusters.
+    pub copied_bytes: u64,
+}
+
+impl Shared {
+    /// Bytes of the virtual disk.
+    #[must_use]
+    pub fn size(&self) -> u64 {
+        self.layers[0].size()
+    }
+
+    /// Whether writes are refused.
+    #[must_use]
+    pub fn read_only(&self) -> bool {
+        self.options.read_only
+    }
+
+    /// Whether an earlier sync failed, so that writes are refused.
+    #[must_use]
+    pub fn is_poisoned(&self) -> bool {
+        self.poisoned.load(Ordering::SeqCst)
+    }
+
+    /// Sizes of the image; `None` for raw.
+    #[must_use]
+    pub fn geometry(&self) -> Option<Geometry> {
+        self.layers[0].qcow2().map(|layer| layer.geometry)
+    }
+
+    /// Files in the chain: 1 without a backing file.
+    #[must_use]
+    pub fn chain_depth(&self) -> usize {
+        self.layers.len()
+    }
+
+    /// The counters now.
+    #[must_use]
+    pub fn counters(&self) -> Counters {
+        let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        Counters {
+            slice_loads: read(&self.stats.slice_loads),
+            commits: read(&self.stats.commits),
+            barriers: read(&self.stats.barriers),
+            allocated_clusters: read(&self.stats.allocated_clusters),
+            copied_bytes: read(&self.stats.copied_bytes),
+        }
+    }
+
+    /// Asks something of the maintenance executor.
+    pub fn control(&self, control: Control) {
+        self.post(|mail| {
+            mail.control.push_back(control);
+            mail.controller.take()
+        });
+    }
+
+    pub(crate) fn image_name(&self) -> &str {
+        &self.layers[0].name
+    }
+
+    fn post(&self, put: impl FnOnce(&mut Mail) -> VecDeque<std::task::Waker>) {
+        let wakers = put(&mut self.mail.lock());
+        for waker in wakers {
+            waker.wake();
+        }
+    }
+
+    /// Asks for `count` clusters, or some at least.
+    pub(crate) fn reserve(&self, count: u64) -> Receiver<Result<Run>> {
+        let (sender, receiver) = oneshot();
+        self.post(|mail| {
+            mail.reserve.push_back((count, sender));
+            mail.allocator.take()
+        });
+        receiver
+    }
+
+    /// Gives clusters back that were reserved and never referenced.
+    pub(crate) fn give_back(&self, run: Run) {
+        self.post(|mail| {
+            mail.given_back.push(run);
+            mail.allocator.take()
+        });
+    }
+
+    /// Everything whose completion was seen before is durable when it answers.
+    pub(crate) fn request_flush(&self) -> Receiver<Result<()>> {
+        let (sender, receiver) = oneshot();
+        self.post(|mail| {
+            mail.flush.push(sender);
+            mail.committer.take()
+        });
+        receiver
+    }
+
+    /// Answers once every request in flight began after `mark`.
+    pub(crate) fn wait_for_pins(&self, mark: u64) -> Receiver<()> {
+        let (sender, receiver) = oneshot();
+        self.post(|mail| {
+            mail.pins.push((mark, sender));
+            mail.settler.take()
+        });
+        receiver
+    }
+
+    /// Starts a commit without waiting for it.
+    pub(crate) fn request_commit(&self) {
+        self.post(|mail| {
+            mail.commit = true;
+            mail.committer.take()
+        });
+    }
+
+    /// Waits for mail: `take` looks for it, `list` is where its wakers wait.
+    pub(crate) async fn mail<T>(
+        &self,
+        mut take: impl FnMut(&mut Mail) -> Option<T>,
+        list: impl Fn(&mut Mail) -> &mut WaitList,
+    ) -> T {
+        poll_fn(|cx| {
+            let mut mail = self.mail.lock();
+            if let Some(found) = take(&mut mail) {
+                return Poll::Ready(found);
+            }
+            list(&mut mail).register(cx.waker());
+            Poll::Pending
+        })
+        .await
+    }
+
+    /// A write may go on.
+    pub(crate) fn check_writable(&self) -> Result<()> {
+        if self.options.read_only {
+            return Err(Error::ReadOnly);
+        }
+        if self.is_poisoned() {
+            return Err(Error::Poisoned { file: self.image_name().to_owned() });
+        }
+        Ok(())
+    }
+
+    pub(crate) fn check_range(&self, offset: u64, len: u64) -> Result<()> {
+        let size = self.size();
+        if offset.checked_add(len).is_none_or(|end| end > size) {
+            return Err(Error::OutOfRange { offset, len, size });
+        }
+        Ok(())
+    }
+
+    /// The L1 entry of a layer's table.
+    pub(crate) fn l1_entry(&self, layer: usize, l1_index: u64) -> Result<Option<L1Entry>> {
+        let layer = &self.layers[layer];
+        let qcow2 = layer.qcow2().expect("only qcow2 layers have tables");
+        L1Entry::decode(qcow2.map.l1(l1_index), &qcow2.geometry).map_err(|entry| Error::BadEntry {
+            file: layer.name.clone(),
+            table: "L1 table, entry",
+            index: l1_index,
+            entry,
+        })
+    }
+
+    pub(crate) fn count(counter: &AtomicU64, by: u64) {
+        counter.fetch_add(by, Ordering::Relaxed);
+    }
+}

@@ -1,0 +1,109 @@
+//! Small things that tasks on different executors wait for.
+
+use std::collections::VecDeque;
+use std::future::{Future, poll_fn};
+use std::pin::Pin;
+use std::task::{Poll, Waker};
+
+use crate::sync::{Arc, Mutex};
+
+struct Shot<T> {
+    value: Option<T>,
+    waker: Option<Waker>,
+    sender_gone: bool,
+}
+
+/// The giving half of a value passed once.
+pub(crate) struct Sender<T>(Arc<Mutex<Shot<T>>>);
+
+/// The waiting half.
+pub(crate) struct Receiver<T>(Arc<Mutex<Shot<T>>>);
+
+/// A value passed once between tasks.
+pub(crate) fn oneshot<T>() -> (Sender<T>, Receiver<T>) {
+    let shot = Arc::new(Mutex::new(Shot { value: None, waker: None, sender_gone: false }));
+    (Sender(Arc::clone(&shot)), Receiver(shot))
+}
+
+impl<T> Sender<T> {
+    pub(crate) fn send(self, value: T) {
+        self.0.lock().value = Some(value);
+        // Drop wakes the receiver.
+    }
+}
+
+impl<T> Drop for Sender<T> {
+    fn drop(&mut self) {
+        let waker = {
+            let mut shot = self.0.lock();
+            shot.sender_gone = true;
+            shot.waker.take()
+        };
+        if let Some(waker) = waker {
+            waker.wake();
+        }
+    }
+}
+
+impl<T> Receiver<T> {
+    /// The value; `None` where the sender was dropped without one.
+    pub(crate) async fn receive(self) -> Option<T> {
+        poll_fn(|cx| {
+            let mut shot = self.0.lock();
+            if let Some(value) = shot.value.take() {
+                return Poll::Ready(Some(value));
+            }
+            if shot.sender_gone {
+                return Poll::Ready(None);
+            }
+            shot.waker = Some(cx.waker().clone());
+            Poll::Pending
+        })
+        .await
+    }
+}
+
+/// A list of wakers: wait for something to change, then look again.
+#[derive(Default)]
+pub(crate) struct WaitList(VecDeque<Waker>);
+
+impl WaitList {
+    pub(crate) fn register(&mut self, waker: &Waker) {
+        if !self.0.iter().any(|known| known.will_wake(waker)) {
+            self.0.push_back(waker.clone());
+        }
+    }
+
+    /// Takes the wakers out, to be woken after the lock around the list is let go.
+    pub(crate) fn take(&mut self) -> VecDeque<Waker> {
+        std::mem::take(&mut self.0)
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+}
+
+/// Runs futures side by side on one task; the first error, after all have ended.
+pub(crate) async fn join_all<E>(futures: Vec<Pin<Box<dyn Future<Output = Result<(), E>> + '_>>>) -> Result<(), E> {
+    let mut running: Vec<Option<_>> = futures.into_iter().map(Some).collect();
+    let mut first_error = None;
+    poll_fn(move |cx| {
+        let mut pending = false;
+        for entry in &mut running {
+            if let Some(future) = entry {
+                match future.as_mut().poll(cx) {
+                    Poll::Ready(result) => {
+                        *entry = None;
+                        if let Err(error) = result {
+                            first_error.get_or_insert(error);
+                        }
+                    }
+                    Poll::Pending => pending = true,
+                }
+            }
+        }
+        if pending { Poll::Pending } else { Poll::Ready(first_error.take().map_or(Ok(()), Err)) }
+    })
+    .await
+}

@@ -1,0 +1,407 @@
+//! What every task needs, on whichever executor it runs: storage operations carried to their end, slices
+//! brought into the cache, clusters to write into.
+
+use std::cell::RefCell;
+use std::collections::BTreeMap;
+use std::future::poll_fn;
+use std::io;
+use std::rc::Rc;
+use std::task::Poll;
+
+use crate::error::{Error, Result};
+use crate::frames::{Install, NoCleanFrame};
+use crate::limits;
+use crate::map::SliceId;
+use crate::reactor::Reactor;
+use crate::shared::{Owner, Run, Shared};
+use crate::storage::{FileId, IMAGE, Memory, OpKind, Storage};
+use crate::sync::Arc;
+use crate::to_usize;
+use crate::wake::WaitList;
+
+/// An operation of a request that needs no task.
+pub(crate) struct Direct<M> {
+    /// Index of the request in its queue.
+    pub(crate) request: usize,
+    pub(crate) file: FileId,
+    pub(crate) offset: u64,
+    pub(crate) memory: M,
+    pub(crate) write: bool,
+    pub(crate) retries: u32,
+}
+
+/// One thread's way to do the engine's work.
+pub(crate) struct Worker<S: Storage> {
+    pub(crate) shared: Arc<Shared>,
+    pub(crate) reactor: Reactor<S, Direct<S::Memory>>,
+    /// Clusters reserved for this worker, and not used yet.
+    runs: RefCell<Vec<Run>>,
+    reserving: RefCell<Option<WaitList>>,
+    /// Slices that a task of this worker reads just now: the others wait for it.
+    loading: RefCell<BTreeMap<(usize, SliceId), WaitList>>,
+}
+
+/// Whether an interrupted operation deserves another try.
+pub(crate) fn interrupted(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock)
+}
+
+impl<S: Storage> Worker<S> {
+    pub(crate) fn new(shared: Arc<Shared>, storage: S) -> Rc<Self> {
+        Rc::new(Self {
+            shared,
+            reactor: Reactor::new(storage),
+            runs: RefCell::new(Vec::new()),
+            reserving: RefCell::new(None),
+            loading: RefCell::new(BTreeMap::new()),
+        })
+    }
+
+    pub(crate) fn io_error(
+        &self,
+        operation: &'static str,
+        file: FileId,
+        offset: u64,
+        bytes: u64,
+        error: &io::Error,
+    ) -> Error {
+        const ENOSPC: i32 = 28;
+        const EDQUOT: i32 = 122;
+        const EIO: i32 = 5;
+        let name =
+            self.shared.layers.iter().find(|layer| layer.file == file).map_or("file", |layer| &layer.name).to_owned();
+        match error.raw_os_error() {
+            Some(ENOSPC | EDQUOT) => Error::OutOfSpace { operation, file: name, offset },
+            errno => Error::Io { operation, file: name, offset, bytes, errno: errno.unwrap_or(EIO) },
+        }
+    }
+
+    /// Reads all of `memory`; what lies past the end of the file reads as zeroes.
+    pub(crate) async fn read(&self, file: FileId, offset: u64, memory: S::Memory) -> Result<()> {
+        let align = u64::from(self.reactor.properties(file).alignment);
+        let memory_align = to_usize(u64::from(self.reactor.properties(file).memory_alignment));
+        let len = memory.len() as u64;
+        if offset % align != 0 || len % align != 0 || !memory.is_aligned(memory_align) {
+            // O_DIRECT: through memory of our own, widened to whole blocks.
+            let start = offset - offset % align;
+            let end = (offset + len).next_multiple_of(align);
+            let bounce = self.reactor.allocate(end - start);
+            self.read_plain(file, start, bounce.clone()).await?;
+            copy(&bounce, to_usize(offset - start), &memory);
+            return Ok(());
+        }
+        self.read_plain(file, offset, memory).await
+    }
+
+    async fn read_plain(&self, file: FileId, offset: u64, memory: S::Memory) -> Result<()> {
+        let mut done = 0;
+        let mut retries = 0;
+        while done < memory.len() {
+            let at = offset + done as u64;
+            let rest = memory.slice(done, memory.len() - done);
+            match self.reactor.run(file, OpKind::Read { offset: at, memory: rest }).await {
+                Ok(0) => {
+                    memory.zero(done, memory.len() - done);
+                    return Ok(());
+                }
+                Ok(bytes) => done += bytes,
+                Err(error) if interrupted(&error) && retries < limits::RETRIES => retries += 1,
+                Err(error) => {
+                    return Err(self.io_error("read", file, at, (memory.len() - done) as u64, &error));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes all of `memory`. Offset and length obey the file's alignment.
+    pub(crate) async fn write(&self, file: FileId, offset: u64, memory: S::Memory) -> Result<()> {
+        let memory_align = to_usize(u64::from(self.reactor.properties(file).memory_alignment));
+        let memory = if memory.is_aligned(memory_align) {
+            memory
+        } else {
+            let bounce = self.reactor.allocate(memory.len() as u64);
+            copy(&memory, 0, &bounce);
+            bounce
+        };
+        let mut done = 0;
+        let mut retries = 0;
+        while done < memory.len() {
+            let at = offset + done as u64;
+            let rest = memory.slice(done, memory.len() - done);
+            match self.reactor.run(file, OpKind::Write { offset: at, memory: rest, sync: false }).await {
+                // A device that takes nothing and says no error is full.
+                Ok(0) => {
+                    let full = io::Error::from_raw_os_error(28);
+                    return Err(self.io_error("write", file, at, (memory.len() - done) as u64, &full));
+                }
+                Ok(bytes) => done += bytes,
+                Err(error) if interrupted(&error) && retries < limits::RETRIES => retries += 1,
+                Err(error) => {
+                    return Err(self.io_error("write", file, at, (memory.len() - done) as u64, &error));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes bytes of metadata.
+    pub(crate) async fn write_bytes(&self, file: FileId, offset: u64, bytes: &[u8]) -> Result<()> {
+        let memory = self.reactor.allocate(bytes.len() as u64);
+        memory.write(0, bytes);
+        self.write(file, offset, memory).await
+    }
+
+    /// Reads bytes of metadata.
+    pub(crate) async fn read_bytes(&self, file: FileId, offset: u64, len: u64) -> Result<Vec<u8>> {
+        let memory = self.reactor.allocate(len);
+        self.read(file, offset, memory.clone()).await?;
+        let mut bytes = vec![0; to_usize(len)];
+        memory.read(0, &mut bytes);
+        Ok(bytes)
+    }
+
+    /// Runs an operation without data, retrying where it was interrupted.
+    pub(crate) async fn simple(
+        &self,
+        operation: &'static str,
+        file: FileId,
+        offset: u64,
+        bytes: u64,
+        kind: impl Fn() -> OpKind<S::Memory>,
+    ) -> Result<()> {
+        let mut retries = 0;
+        loop {
+            match self.reactor.run(file, kind()).await {
+                Ok(_) => return Ok(()),
+                Err(error) if interrupted(&error) && retries < limits::RETRIES => retries += 1,
+                Err(error) => return Err(self.io_error(operation, file, offset, bytes, &error)),
+            }
+        }
+    }
+
+    /// Brings a slice into the cache. It may be gone again when this returns: the caller looks it up again.
+    pub(crate) async fn load(&self, layer: usize, slice: SliceId) -> Result<()> {
+        let key = (layer, slice);
+        let mut waited = false;
+        let mine = poll_fn(|cx| {
+            let mut loading = self.loading.borrow_mut();
+            match loading.get_mut(&key) {
+                Some(waiters) => {
+                    waiters.register(cx.waker());
+                    waited = true;
+                    Poll::Pending
+                }
+                None if waited => Poll::Ready(false),
+                None => {
+                    loading.insert(key, WaitList::default());
+                    Poll::Ready(true)
+                }
+            }
+        })
+        .await;
+        if !mine {
+            return Ok(());
+        }
+        let result = self.load_alone(layer, slice).await;
+        let waiters = self.loading.borrow_mut().remove(&key);
+        for waker in waiters.map(|mut list| list.take()).unwrap_or_default() {
+            waker.wake();
+        }
+        result
+    }
+
+    async fn load_alone(&self, layer_index: usize, slice: SliceId) -> Result<()> {
+        let layer = &self.shared.layers[layer_index];
+        let qcow2 = layer.qcow2().expect("only qcow2 layers have slices");
+        let map = &qcow2.map;
+        let table = map.table_of(slice);
+        loop {
+            // Where the slice lies, and the announcement of the read, belong together: a table that moves
+            // between them would make the read one of another table.
+            let (ticket, source) = {
+                let mut meta = self.shared.meta.lock();
+                if map.frame_of(slice).is_some() {
+                    return Ok(());
+                }
+                let source = match self.shared.l1_entry(layer_index, table)? {
+                    None => return Ok(()),
+                    Some(entry) => match meta.new_tables.get(&table).filter(|_| layer_index == 0) {
+                        Some(new) => new.copy_from,
+                        None => Some(entry.table.0),
+                    },
+                };
+                (meta.frames[layer_index].begin_load(slice), source)
+            };
+            let words = match source {
+                None => Ok(vec![0; to_usize(map.slice_bytes() / 8)]),
+                Some(offset) => {
+                    Shared::count(&self.shared.stats.slice_loads, 1);
+                    let bytes =
+                        self.read_bytes(layer.file, offset + map.offset_in_table(slice), map.slice_bytes()).await;
+                    bytes.map(|bytes| {
+                        bytes
+                            .chunks_exact(8)
+                            .map(|word| u64::from_be_bytes(word.try_into().expect("chunks of eight")))
+                            .collect()
+                    })
+                }
+            };
+            let outcome = {
+                let mut meta = self.shared.meta.lock();
+                let words = words.and_then(|words: Vec<u64>| {
+                    if layer_index == 0 && !self.shared.options.read_only {
+                        self.check_slice(&meta.owners, slice, &words)?;
+                    }
+                    Ok(words)
+                });
+                let outcome =
+                    meta.frames[layer_index].end_load(map, slice, ticket, words.as_ref().ok().map(Vec::as_slice));
+                words?;
+                outcome
+            };
+            match outcome {
+                Ok(Install::Cached | Install::Superseded) => return Ok(()),
+                Err(NoCleanFrame) => self.wait_for_frame(layer_index).await?,
+            }
+        }
+    }
+
+    /// Waits until a commit has cleaned some frames.
+    async fn wait_for_frame(&self, layer: usize) -> Result<()> {
+        if self.shared.is_poisoned() {
+            return Err(Error::Poisoned { file: self.shared.image_name().to_owned() });
+        }
+        let _ = layer;
+        self.shared.request_flush().receive().await.unwrap_or(Err(Error::Closed))
+    }
+
+    /// Data entries must not lead into metadata, or a guest's write would land there.
+    fn check_slice(&self, owners: &crate::shared::Owners, slice: SliceId, words: &[u64]) -> Result<()> {
+        let layer = &self.shared.layers[0];
+        let qcow2 = layer.qcow2().expect("a slice belongs to a qcow2 layer");
+        let step = to_usize(qcow2.geometry.l2_entry_bytes() / 8);
+        for (index, word) in words.iter().step_by(step).enumerate() {
+            let raw = urus_format::L2Raw { entry: *word, subclusters: 0 };
+            let host = match urus_format::L2Entry::decode(raw, &qcow2.geometry) {
+                Ok(urus_format::L2Entry::Data { host, .. } | urus_format::L2Entry::ZeroAllocated { host, .. }) => host,
+                // Compressed clusters are never written in place; invalid entries fail when they are used.
+                _ => continue,
+            };
+            if let Some(owner) = owners.get(&qcow2.geometry.host_cluster(host).0) {
+                return Err(Error::Corrupt {
+                    file: layer.name.clone(),
+                    what: format!("a guest cluster is mapped to {host}, which holds {}", owner.describe()),
+                    place: format!(
+                        "L2 table {}, entry {}",
+                        qcow2.map.table_of(slice),
+                        qcow2.map.offset_in_table(slice) / qcow2.geometry.l2_entry_bytes() + index as u64
+                    ),
+                });
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes up to `count` adjacent clusters to write into.
+    pub(crate) async fn take_clusters(&self, count: u64) -> Result<Run> {
+        loop {
+            if let Some(run) = self.take_reserved(count) {
+                return Ok(run);
+            }
+            let mut waited = false;
+            let mine = poll_fn(|cx| {
+                let mut reserving = self.reserving.borrow_mut();
+                match reserving.as_mut() {
+                    Some(waiters) => {
+                        waiters.register(cx.waker());
+                        waited = true;
+                        Poll::Pending
+                    }
+                    None if waited => Poll::Ready(false),
+                    None => {
+                        *reserving = Some(WaitList::default());
+                        Poll::Ready(true)
+                    }
+                }
+            })
+            .await;
+            if !mine {
+                continue;
+            }
+            let cluster_bytes = self.shared.geometry().map_or(1, |geometry| geometry.cluster_bytes());
+            let want = (limits::RUN_BYTES / cluster_bytes).clamp(1, limits::RUN_CLUSTERS).max(count);
+            let result = self.shared.reserve(want).receive().await.unwrap_or(Err(Error::Closed));
+            if let Ok(run) = result {
+                self.runs.borrow_mut().push(run);
+            }
+            let waiters = self.reserving.borrow_mut().take();
+            for waker in waiters.map(|mut list| list.take()).unwrap_or_default() {
+                waker.wake();
+            }
+            result?;
+        }
+    }
+
+    fn take_reserved(&self, count: u64) -> Option<Run> {
+        let mut runs = self.runs.borrow_mut();
+        let run = runs.last_mut()?;
+        let taken = Run { count: count.min(run.count), ..*run };
+        run.first += taken.count;
+        run.count -= taken.count;
+        if run.count == 0 {
+            runs.pop();
+        }
+        Some(taken)
+    }
+
+    /// Puts back clusters that were taken and not written to.
+    pub(crate) fn put_back(&self, run: Run) {
+        if run.count > 0 {
+            self.runs.borrow_mut().push(run);
+        }
+    }
+
+    /// Gives everything reserved back to the allocator.
+    pub(crate) fn release_runs(&self) {
+        for run in self.runs.borrow_mut().drain(..) {
+            self.shared.give_back(run);
+        }
+    }
+
+    /// fdatasync of the image.
+    pub(crate) async fn barrier(&self) -> Result<()> {
+        Shared::count(&self.shared.stats.barriers, 1);
+        // A failed sync is not tried again: what it covered is unknown (ordering.md, assumptions).
+        match self.reactor.run(IMAGE, OpKind::SyncData).await {
+            Ok(_) => Ok(()),
+            Err(error) => Err(self.io_error("fdatasync", IMAGE, 0, 0, &error)),
+        }
+    }
+}
+
+/// Copies from `source` at `start` into all of `target`, where the shorter ends it.
+pub(crate) fn copy<M: Memory>(source: &M, start: usize, target: &M) {
+    let mut buffer = [0; 16 << 10];
+    let total = target.len().min(source.len() - start);
+    let mut done = 0;
+    while done < total {
+        let step = buffer.len().min(total - done);
+        source.read(start + done, &mut buffer[..step]);
+        target.write(done, &buffer[..step]);
+        done += step;
+    }
+}
+
+impl Owner {
+    pub(crate) fn describe(self) -> &'static str {
+        match self {
+            Self::Header => "the header",
+            Self::L1Table => "an L1 table",
+            Self::L2Table => "an L2 table",
+            Self::RefcountTable => "the refcount table",
+            Self::RefcountBlock => "a refcount block",
+            Self::Snapshots => "the snapshot table",
+        }
+    }
+}

@@ -1,0 +1,311 @@
+//! Writes that change the mapping: allocation and copy-on-write.
+
+use std::future::Future;
+use std::pin::Pin;
+
+use urus_format::{ClusterIndex, GuestCluster, GuestOffset, HostOffset, L2Entry};
+
+use crate::change::Outcome;
+use crate::error::Result;
+use crate::limits;
+use crate::planted::{self, Bug};
+use crate::resolve::LayerEntry;
+use crate::shared::{LayerKind, Run, Shared};
+use crate::storage::{FileId, IMAGE, Memory, OpKind, Storage};
+use crate::to_usize;
+use crate::wake::join_all;
+use crate::worker::{Worker, copy};
+
+type Running<'a> = Vec<Pin<Box<dyn Future<Output = Result<()>> + 'a>>>;
+
+/// log2 of the range that one write lock covers on a raw image.
+const RAW_LOCK_BITS: u32 = 16;
+
+/// Bytes around the data of a partly written cluster.
+enum Filler<M> {
+    /// Nothing to write: the clusters read as zeroes already, and so must the bytes.
+    None,
+    /// Zeroes.
+    Zero(u64),
+    /// What the older place holds.
+    Bytes(M),
+}
+
+/// Whether an entry's cluster may be written in place (refcount exactly one).
+pub(crate) fn writable_in_place(copied: bool) -> bool {
+    copied || planted::is(Bug::IgnoreSnapshots)
+}
+
+impl<S: Storage> Worker<S> {
+    /// Writes a range, whatever its clusters are.
+    pub(crate) async fn write_guest(&self, offset: u64, memory: S::Memory) -> Result<()> {
+        self.shared.check_writable()?;
+        match &self.shared.layers[0].kind {
+            LayerKind::Raw => self.write_locked_in_place(RAW_LOCK_BITS, offset, offset, memory).await,
+            LayerKind::Qcow2(_) => self.write_mapped(offset, memory).await,
+        }
+    }
+
+    async fn write_mapped(&self, offset: u64, memory: S::Memory) -> Result<()> {
+        let geometry = self.image().geometry;
+        let total = memory.len() as u64;
+        let mut running: Running<'_> = Vec::new();
+        let mut done = 0;
+        let mut failed = None;
+        while done < total {
+            let at = offset + done;
+            let in_cluster = (geometry.cluster_bytes() - geometry.in_cluster(at)).min(total - done);
+            match self.shared.layer_entry(0, at) {
+                LayerEntry::Bad(error) => {
+                    failed = Some(error);
+                    break;
+                }
+                LayerEntry::Miss(slice) => {
+                    if let Err(error) = self.load(0, slice).await {
+                        failed = Some(error);
+                        break;
+                    }
+                }
+                LayerEntry::Entry(L2Entry::Data { host, copied }) if writable_in_place(copied) => {
+                    let part = memory.slice(to_usize(done), to_usize(in_cluster));
+                    let host = host.0 + geometry.in_cluster(at);
+                    running.push(Box::pin(self.write_locked_in_place(geometry.cluster_bits(), at, host, part)));
+                    done += in_cluster;
+                }
+                LayerEntry::Entry(_) => {
+                    let len = self.changing_bytes(at, total - done);
+                    let part = memory.slice(to_usize(done), to_usize(len));
+                    running.push(Box::pin(self.write_changing(at, part)));
+                    done += len;
+                }
+            }
+        }
+        let result = join_all(running).await;
+        failed.map_or(result, Err)
+    }
+
+    /// Bytes from `at` on whose clusters all look as if they had to change.
+    fn changing_bytes(&self, at: u64, len: u64) -> u64 {
+        let geometry = self.image().geometry;
+        let mut bytes = (geometry.cluster_bytes() - geometry.in_cluster(at)).min(len);
+        let limit = len.min(limits::WRITE_STEP_CLUSTERS << geometry.cluster_bits());
+        while bytes < limit {
+            match self.shared.layer_entry(0, at + bytes) {
+                LayerEntry::Entry(L2Entry::Data { copied, .. }) if writable_in_place(copied) => break,
+                LayerEntry::Entry(_) => bytes += geometry.cluster_bytes().min(limit - bytes),
+                LayerEntry::Miss(_) | LayerEntry::Bad(_) => break,
+            }
+        }
+        bytes
+    }
+
+    /// Writes into clusters that are the image's own. Under O18 (a write was smaller than the file's alignment)
+    /// every such write takes its range's lock, because a neighbour may be read, changed and written around it.
+    async fn write_locked_in_place(&self, lock_bits: u32, at: u64, host: u64, memory: S::Memory) -> Result<()> {
+        let _guard = if self.shared.serialize_writes.load(crate::sync::Ordering::SeqCst) {
+            let first = at >> lock_bits;
+            let last = (at + memory.len() as u64 - 1) >> lock_bits;
+            Some(self.shared.locks.lock(GuestCluster(first), last - first + 1).await)
+        } else {
+            None
+        };
+        self.write_widened(IMAGE, host, memory).await
+    }
+
+    /// Writes at any offset: what is not aligned is read, changed and written as whole blocks (O18).
+    async fn write_widened(&self, file: FileId, host: u64, memory: S::Memory) -> Result<()> {
+        let align = u64::from(self.reactor.properties(file).alignment);
+        let len = memory.len() as u64;
+        if host % align == 0 && len % align == 0 {
+            return self.write(file, host, memory).await;
+        }
+        let start = host - host % align;
+        let end = (host + len).next_multiple_of(align);
+        let blocks = self.reactor.allocate(end - start);
+        self.read(file, start, blocks.clone()).await?;
+        copy(&memory, 0, &blocks.slice(to_usize(host - start), memory.len()));
+        self.write(file, start, blocks).await
+    }
+
+    /// Writes a range whose clusters change, a group of like ones at a time.
+    async fn write_changing(&self, offset: u64, memory: S::Memory) -> Result<()> {
+        let geometry = self.image().geometry;
+        let total = memory.len() as u64;
+        let first = geometry.guest_cluster(GuestOffset(offset));
+        let last = geometry.guest_cluster(GuestOffset(offset + total - 1));
+        // O14: from reading the old state to publishing the new.
+        let _guard = self.shared.locks.lock(first, last.0 - first.0 + 1).await;
+        let mut done = 0;
+        while done < total {
+            let at = offset + done;
+            let in_cluster = (geometry.cluster_bytes() - geometry.in_cluster(at)).min(total - done);
+            let part = |bytes: u64| memory.slice(to_usize(done), to_usize(bytes));
+            match self.loaded_entry(at).await? {
+                L2Entry::Data { host, copied } if writable_in_place(copied) => {
+                    self.write_widened(IMAGE, host.0 + geometry.in_cluster(at), part(in_cluster)).await?;
+                    done += in_cluster;
+                }
+                L2Entry::ZeroAllocated { host, copied: true } => {
+                    self.write_preallocated(at, host, part(in_cluster)).await?;
+                    done += in_cluster;
+                }
+                _ => done += self.write_fresh(at, part(total - done)).await?,
+            }
+        }
+        Ok(())
+    }
+
+    /// The image's own entry of the cluster at `offset`, loaded if need be.
+    pub(crate) async fn loaded_entry(&self, offset: u64) -> Result<L2Entry> {
+        loop {
+            match self.shared.layer_entry(0, offset) {
+                LayerEntry::Entry(entry) => return Ok(entry),
+                LayerEntry::Miss(slice) => self.load(0, slice).await?,
+                LayerEntry::Bad(error) => return Err(error),
+            }
+        }
+    }
+
+    /// Writes into a preallocated zero cluster: whole, because what it holds is anybody's guess.
+    async fn write_preallocated(&self, at: u64, host: HostOffset, memory: S::Memory) -> Result<()> {
+        let geometry = self.image().geometry;
+        let within = geometry.in_cluster(at);
+        let after = geometry.cluster_bytes() - within - memory.len() as u64;
+        self.write_clusters(host.0 + within, Filler::Zero(within), memory, Filler::Zero(after)).await?;
+        let cluster = geometry.guest_cluster(GuestOffset(at));
+        self.change(cluster, 1, None, &|_, _| Outcome::Set(L2Entry::Data { host, copied: true })).await
+    }
+
+    /// Gives clusters from `at` on new host clusters, as many as are adjacent there; returns the bytes written.
+    async fn write_fresh(&self, at: u64, memory: S::Memory) -> Result<u64> {
+        let geometry = self.image().geometry;
+        let want = self.fresh_clusters(at, memory.len() as u64).await?;
+        let run = self.take_clusters(want).await?;
+        let start = geometry.in_cluster(at);
+        let bytes = ((run.count << geometry.cluster_bits()) - start).min(memory.len() as u64);
+        let memory = memory.slice(0, to_usize(bytes));
+        if let Err(error) = self.write_run(at, run, memory).await {
+            // O11: never referenced by anything, so free at once.
+            self.shared.give_back(Run { zero: false, ..run });
+            if planted::is(Bug::DoubleGiveBack) {
+                self.shared.give_back(Run { zero: false, ..run });
+            }
+            return Err(error);
+        }
+        let first = geometry.guest_cluster(GuestOffset(at));
+        self.publish_run(first, run).await?;
+        Ok(bytes)
+    }
+
+    /// How many clusters from `at` on need a new host cluster, without a gap.
+    async fn fresh_clusters(&self, at: u64, len: u64) -> Result<u64> {
+        let geometry = self.image().geometry;
+        let first = geometry.guest_cluster(GuestOffset(at)).0;
+        let last = geometry.guest_cluster(GuestOffset(at + len - 1)).0;
+        let mut count = 1;
+        while first + count <= last {
+            match self.loaded_entry(geometry.guest_offset(GuestCluster(first + count)).0).await? {
+                L2Entry::Data { copied, .. } if writable_in_place(copied) => break,
+                L2Entry::ZeroAllocated { copied: true, .. } => break,
+                _ => count += 1,
+            }
+        }
+        Ok(count)
+    }
+
+    /// Writes data, and what has to stand around it, into new clusters.
+    async fn write_run(&self, at: u64, run: Run, memory: S::Memory) -> Result<()> {
+        let geometry = self.image().geometry;
+        let within = geometry.in_cluster(at);
+        let end = at + memory.len() as u64;
+        let after = (run.count << geometry.cluster_bits()) - within - memory.len() as u64;
+        let head = self.filler(at - within, within, run.zero).await?;
+        let tail = self.filler(end, after, run.zero).await?;
+        self.write_clusters((run.first << geometry.cluster_bits()) + within, head, memory, tail).await
+    }
+
+    /// What has to be written at `[offset, offset + len)` so that the new cluster shows what the old place did.
+    async fn filler(&self, offset: u64, len: u64, already_zero: bool) -> Result<Filler<S::Memory>> {
+        if len == 0 {
+            return Ok(Filler::None);
+        }
+        if self.reads_zero(0, offset, len).await? {
+            return Ok(if already_zero { Filler::None } else { Filler::Zero(len) });
+        }
+        let bytes = self.reactor.allocate(len);
+        self.read_guest(0, offset, bytes.clone()).await?;
+        Shared::count(&self.shared.stats.copied_bytes, len);
+        Ok(Filler::Bytes(bytes))
+    }
+
+    /// Publishes new clusters, slice by slice. Those that could not be published are given back.
+    async fn publish_run(&self, first: GuestCluster, run: Run) -> Result<()> {
+        let image = self.image();
+        let mut done = 0;
+        while done < run.count {
+            let cluster = GuestCluster(first.0 + done);
+            let in_slice = image.map.slice_entries() - (cluster.0 & (image.map.slice_entries() - 1));
+            let part = Run { first: run.first + done, count: in_slice.min(run.count - done), ..run };
+            let decide = |index: u64, _old: L2Entry| {
+                let host = image.geometry.host_offset(ClusterIndex(part.first + index));
+                Outcome::Set(L2Entry::Data { host, copied: true })
+            };
+            if let Err(error) = self.change(cluster, part.count, Some(part), &decide).await {
+                // O11: the rest was never referenced.
+                self.shared.give_back(Run { first: part.first, count: run.count - done, zero: false });
+                return Err(error);
+            }
+            done += part.count;
+        }
+        Ok(())
+    }
+
+    /// One write of head, data (at `data_host`) and tail where they fit together; long zeroes apart, by ZeroRange.
+    async fn write_clusters(
+        &self,
+        data_host: u64,
+        head: Filler<S::Memory>,
+        memory: S::Memory,
+        tail: Filler<S::Memory>,
+    ) -> Result<()> {
+        let properties = self.reactor.properties(IMAGE);
+        let align = u64::from(properties.alignment);
+        let data_end = data_host + memory.len() as u64;
+        let apart = |bytes: u64| {
+            bytes >= limits::ZERO_RANGE_FROM_BYTES
+                && properties.can_zero_range
+                && data_host % align == 0
+                && data_end % align == 0
+        };
+        let (head, tail) = if planted::is(Bug::NoClearing) { (Filler::None, Filler::None) } else { (head, tail) };
+        let mut first = data_host;
+        let mut parts = Vec::with_capacity(3);
+        let mut running: Running<'_> = Vec::new();
+        match head {
+            Filler::None | Filler::Zero(0) => {}
+            Filler::Zero(bytes) if apart(bytes) => running.push(Box::pin(self.zero_range(data_host - bytes, bytes))),
+            Filler::Zero(bytes) => {
+                first = data_host - bytes;
+                parts.push(self.reactor.allocate(bytes));
+            }
+            Filler::Bytes(bytes) => {
+                first = data_host - bytes.len() as u64;
+                parts.push(bytes);
+            }
+        }
+        parts.push(memory);
+        match tail {
+            Filler::None | Filler::Zero(0) => {}
+            Filler::Zero(bytes) if apart(bytes) => running.push(Box::pin(self.zero_range(data_end, bytes))),
+            Filler::Zero(bytes) => parts.push(self.reactor.allocate(bytes)),
+            Filler::Bytes(bytes) => parts.push(bytes),
+        }
+        let all = if parts.len() == 1 { parts.remove(0) } else { S::Memory::chain(parts) };
+        running.push(Box::pin(self.write_widened(IMAGE, first, all)));
+        join_all(running).await
+    }
+
+    async fn zero_range(&self, offset: u64, len: u64) -> Result<()> {
+        self.simple("zero range", IMAGE, offset, len, || OpKind::ZeroRange { offset, len }).await
+    }
+}

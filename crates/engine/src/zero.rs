@@ -1,0 +1,215 @@
+//! Discard and write-zeroes.
+
+use urus_format::{GuestCluster, GuestOffset, L2Entry};
+
+use crate::change::Outcome;
+use crate::error::{Error, Result};
+use crate::limits;
+use crate::resolve::LayerEntry;
+use crate::shared::LayerKind;
+use crate::storage::{IMAGE, OpKind, Storage};
+use crate::worker::Worker;
+
+/// What the guest asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Clearing {
+    /// The content does not matter any more.
+    Discard,
+    /// Must read as zeroes; clusters may be given back.
+    Unmap,
+    /// Must read as zeroes; what is allocated stays so.
+    Keep,
+}
+
+impl<S: Storage> Worker<S> {
+    pub(crate) async fn clear_guest(&self, offset: u64, len: u64, how: Clearing) -> Result<()> {
+        self.shared.check_writable()?;
+        let discard = self.shared.options.discard;
+        if len == 0 || (how == Clearing::Discard && !discard) {
+            return Ok(());
+        }
+        let how = if how == Clearing::Unmap && !discard { Clearing::Keep } else { how };
+        match &self.shared.layers[0].kind {
+            LayerKind::Raw => self.clear_raw(offset, len, how).await,
+            LayerKind::Qcow2(_) => self.clear_mapped(offset, len, how).await,
+        }
+    }
+
+    async fn clear_raw(&self, offset: u64, len: u64, how: Clearing) -> Result<()> {
+        let properties = self.reactor.properties(IMAGE);
+        if how != Clearing::Keep && properties.can_punch {
+            match self.simple("punch", IMAGE, offset, len, || OpKind::Punch { offset, len }).await {
+                Err(error) if unsupported(&error) => {}
+                result => return result,
+            }
+        }
+        if how == Clearing::Discard {
+            return Ok(());
+        }
+        if properties.can_zero_range {
+            match self.simple("zero range", IMAGE, offset, len, || OpKind::ZeroRange { offset, len }).await {
+                Err(error) if unsupported(&error) => {}
+                result => return result,
+            }
+        }
+        self.write_zeroes(offset, len).await
+    }
+
+    /// Writes zeroes as data.
+    async fn write_zeroes(&self, offset: u64, len: u64) -> Result<()> {
+        let mut done = 0;
+        while done < len {
+            let step = (len - done).min(limits::ZERO_BUFFER_BYTES);
+            let zeroes = self.reactor.allocate(step);
+            self.write_guest(offset + done, zeroes).await?;
+            done += step;
+        }
+        Ok(())
+    }
+
+    async fn clear_mapped(&self, offset: u64, len: u64, how: Clearing) -> Result<()> {
+        let geometry = self.image().geometry;
+        let cluster_bytes = geometry.cluster_bytes();
+        let end = offset + len;
+        let first = offset.div_ceil(cluster_bytes);
+        // The last cluster of the device may be partial: all of it is all there is.
+        let last = if end == self.shared.size() { end.div_ceil(cluster_bytes) } else { end / cluster_bytes };
+        if first >= last {
+            return if how == Clearing::Discard { Ok(()) } else { self.clear_part(offset, len).await };
+        }
+        if how != Clearing::Discard {
+            let head_end = first * cluster_bytes;
+            self.clear_part(offset, head_end - offset).await?;
+            let tail_start = last * cluster_bytes;
+            self.clear_part(tail_start.min(end), end.saturating_sub(tail_start)).await?;
+        }
+        let backed = self.shared.layers.len() > 1;
+        if !geometry.has_zero_flag() && (backed || how == Clearing::Keep) {
+            // Version 2 cannot say "zero" over a backing file: a discard may as well not happen, zeroes are data.
+            return match how {
+                Clearing::Discard => Ok(()),
+                Clearing::Unmap | Clearing::Keep => self.clear_as_data(first, last, end).await,
+            };
+        }
+        self.clear_clusters(first, last, how, backed).await
+    }
+
+    /// Zeroes in part of a cluster: nothing to do where it reads so, else data.
+    async fn clear_part(&self, offset: u64, len: u64) -> Result<()> {
+        if len == 0 || self.reads_zero(0, offset, len).await? {
+            return Ok(());
+        }
+        self.write_zeroes(offset, len).await
+    }
+
+    async fn clear_as_data(&self, first: u64, last: u64, end: u64) -> Result<()> {
+        let cluster_bytes = self.image().geometry.cluster_bytes();
+        for cluster in first..last {
+            let start = cluster * cluster_bytes;
+            self.clear_part(start, cluster_bytes.min(end - start)).await?;
+        }
+        Ok(())
+    }
+
+    /// Whole clusters `[first, last)`.
+    async fn clear_clusters(&self, first: u64, last: u64, how: Clearing, backed: bool) -> Result<()> {
+        let image = self.image();
+        let geometry = &image.geometry;
+        let mut next = first;
+        while next < last {
+            let l1_index = geometry.l1_index(GuestCluster(next));
+            // Where nothing is allocated, and nothing shines through or need not be hidden, there is nothing to do.
+            if image.map.l1(l1_index) == 0 && (!backed || how == Clearing::Discard) {
+                next = (l1_index + 1) << geometry.l2_bits();
+                continue;
+            }
+            let in_slice = image.map.slice_entries() - (next & (image.map.slice_entries() - 1));
+            let count = in_slice.min(last - next).min(limits::ZERO_STEP_CLUSTERS);
+            self.clear_step(GuestCluster(next), count, how, backed).await?;
+            next += count;
+        }
+        Ok(())
+    }
+
+    /// Clusters of one slice: only those that change are locked and changed.
+    async fn clear_step(&self, first: GuestCluster, count: u64, how: Clearing, backed: bool) -> Result<()> {
+        let geometry = &self.image().geometry;
+        let decide = |old: L2Entry| cleared(old, how, backed, geometry.has_zero_flag());
+        let mut index = 0;
+        while index < count {
+            let start = index;
+            // The longest range of clusters that change.
+            while index < count {
+                let at = geometry.guest_offset(GuestCluster(first.0 + index));
+                match self.shared.layer_entry(0, at.0) {
+                    LayerEntry::Entry(entry) if matches!(decide(entry), Outcome::Set(_)) => index += 1,
+                    LayerEntry::Entry(_) => break,
+                    LayerEntry::Miss(slice) => self.load(0, slice).await?,
+                    LayerEntry::Bad(error) => return Err(error),
+                }
+            }
+            if index > start {
+                let from = GuestCluster(first.0 + start);
+                let _guard = self.shared.locks.lock(from, index - start).await;
+                self.change(from, index - start, None, &|_, old| decide(old)).await?;
+            } else {
+                index += 1;
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes `[offset, offset + len)` read as zeroes although it lies past the current size (O20).
+    pub(crate) async fn clear_beyond_size(&self, offset: u64, len: u64) -> Result<()> {
+        let geometry = self.image().geometry;
+        let within = geometry.in_cluster(offset);
+        if within != 0 {
+            let part = len.min(geometry.cluster_bytes() - within);
+            let entry = self.loaded_entry(GuestOffset(offset).0).await?;
+            if !matches!(entry, L2Entry::Unallocated | L2Entry::Zero | L2Entry::ZeroAllocated { .. }) {
+                self.write_guest(offset, self.reactor.allocate(part)).await?;
+            } else if matches!(entry, L2Entry::Unallocated) && self.shared.layers.len() > 1 {
+                // The old last cluster shows the backing file up to the old end: it becomes data.
+                self.write_guest(offset, self.reactor.allocate(part)).await?;
+            }
+        }
+        let first = offset.div_ceil(geometry.cluster_bytes());
+        let last = (offset + len).div_ceil(geometry.cluster_bytes());
+        if first < last {
+            let backed = self.shared.layers.len() > 1;
+            if geometry.has_zero_flag() || !backed {
+                self.clear_clusters(first, last, Clearing::Unmap, backed).await?;
+            } else {
+                return Err(Error::Unsupported {
+                    what: "a version 2 image cannot grow beneath a longer backing file: convert it to version 3 \
+                           (qemu-img amend -o compat=1.1)"
+                        .to_owned(),
+                });
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The entry that clearing makes of an old one.
+fn cleared(old: L2Entry, how: Clearing, backed: bool, zero_flag: bool) -> Outcome {
+    let gone = if backed && zero_flag { L2Entry::Zero } else { L2Entry::Unallocated };
+    match (how, old) {
+        (_, L2Entry::Zero) | (Clearing::Discard, L2Entry::Unallocated) | (Clearing::Keep, L2Entry::ZeroAllocated { .. }) => {
+            Outcome::Keep
+        }
+        (_, L2Entry::Unallocated) if !backed => Outcome::Keep,
+        (_, L2Entry::Unallocated) => Outcome::Set(L2Entry::Zero),
+        (Clearing::Keep, L2Entry::Data { host, copied: true }) => {
+            Outcome::Set(L2Entry::ZeroAllocated { host, copied: true })
+        }
+        (Clearing::Keep, _) => Outcome::Set(L2Entry::Zero),
+        (Clearing::Discard | Clearing::Unmap, _) => Outcome::Set(gone),
+    }
+}
+
+fn unsupported(error: &Error) -> bool {
+    const EOPNOTSUPP: i32 = 95;
+    const EINVAL: i32 = 22;
+    matches!(error, Error::Io { errno: EOPNOTSUPP | EINVAL, .. })
+}
