@@ -64,7 +64,10 @@ impl L1Entry {
         if geometry.in_cluster(table) != 0 {
             return Err(EntryError::Unaligned(raw));
         }
-        Ok(Some(Self { table: HostOffset(table), copied: raw & COPIED != 0 }))
+        Ok(Some(Self {
+            table: HostOffset(table),
+            copied: raw & COPIED != 0,
+        }))
     }
 
     /// The entry as it stands on disk, in host byte order.
@@ -132,7 +135,10 @@ impl L2Entry {
             let offset = raw & ((1 << x) - 1);
             let additional_sectors = (raw & (COMPRESSED - 1)) >> x;
             let bytes = (additional_sectors + 1) * 512 - offset % 512;
-            return Ok(Self::Compressed(CompressedExtent { offset: HostOffset(offset), bytes }));
+            return Ok(Self::Compressed(CompressedExtent {
+                offset: HostOffset(offset),
+                bytes,
+            }));
         }
         if raw & L2_RESERVED != 0 {
             return Err(EntryError::ReservedBits(raw));
@@ -171,6 +177,9 @@ impl L2Entry {
                 COMPRESSED | (additional_sectors << x) | extent.offset.0
             }
         };
-        L2Raw { entry, subclusters: 0 }
+        L2Raw {
+            entry,
+            subclusters: 0,
+        }
     }
 }

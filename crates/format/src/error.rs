@@ -46,7 +46,9 @@ pub enum Error {
         feature: String,
     },
     /// The header with its extensions and the backing file name does not fit into cluster 0.
-    #[error("the header needs {need_bytes} bytes, but cluster 0 has {cluster_bytes}; shorten the backing file name")]
+    #[error(
+        "the header needs {need_bytes} bytes, but cluster 0 has {cluster_bytes}; shorten the backing file name"
+    )]
     NoSpace {
         /// Bytes needed.
         need_bytes: u64,
@@ -69,7 +71,15 @@ pub enum Error {
 
 impl Error {
     /// An [`Error::Invalid`].
-    pub(crate) fn invalid(field: &'static str, value: impl Into<u64>, expected: impl Into<String>) -> Self {
-        Self::Invalid { field, value: value.into(), expected: expected.into() }
+    pub(crate) fn invalid(
+        field: &'static str,
+        value: impl Into<u64>,
+        expected: impl Into<String>,
+    ) -> Self {
+        Self::Invalid {
+            field,
+            value: value.into(),
+            expected: expected.into(),
+        }
     }
 }

@@ -43,13 +43,24 @@ impl fmt::Display for NameFault {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Empty => f.write_str("the name is empty"),
-            Self::TooLong { bytes } => write!(f, "the name has {bytes} bytes; at most {MAX_NAME_BYTES} are allowed"),
+            Self::TooLong { bytes } => write!(
+                f,
+                "the name has {bytes} bytes; at most {MAX_NAME_BYTES} are allowed"
+            ),
             Self::Nul { at } => write!(f, "the name has a NUL byte at position {at}"),
             Self::NotText => f.write_str("the name is not UTF-8"),
-            Self::Json => f.write_str("the name starts with 'json:', so it is a description and no file name"),
-            Self::Descriptor => f.write_str("the name starts with 'fd:', so it is a descriptor and no file name"),
+            Self::Json => {
+                f.write_str("the name starts with 'json:', so it is a description and no file name")
+            }
+            Self::Descriptor => {
+                f.write_str("the name starts with 'fd:', so it is a descriptor and no file name")
+            }
             Self::Scheme { scheme } => {
-                write!(f, "the name starts with '{}:', so it is a protocol and no file name", scheme.escape_debug())
+                write!(
+                    f,
+                    "the name starts with '{}:', so it is a protocol and no file name",
+                    scheme.escape_debug()
+                )
             }
         }
     }
@@ -74,7 +85,9 @@ pub fn judge(name: &[u8]) -> Result<(), NameFault> {
     } else if scheme.eq_ignore_ascii_case(b"fd") {
         Err(NameFault::Descriptor)
     } else {
-        Err(NameFault::Scheme { scheme: String::from_utf8_lossy(scheme).into_owned() })
+        Err(NameFault::Scheme {
+            scheme: String::from_utf8_lossy(scheme).into_owned(),
+        })
     }
 }
 
@@ -84,7 +97,9 @@ pub(crate) fn judge_stored(name: &[u8]) -> Result<(), NameFault> {
         return Err(NameFault::Empty);
     }
     if name.len() > MAX_NAME_BYTES {
-        return Err(NameFault::TooLong { bytes: name.len() as u64 });
+        return Err(NameFault::TooLong {
+            bytes: name.len() as u64,
+        });
     }
     match name.iter().position(|&byte| byte == 0) {
         Some(at) => Err(NameFault::Nul { at }),
@@ -98,7 +113,15 @@ mod tests {
 
     #[test]
     fn paths_pass() {
-        for name in ["base.qcow2", "/var/lib/a:b.img", "./a:b", "../x/y", "dir/nbd://x", "a b", "\u{fc}.img"] {
+        for name in [
+            "base.qcow2",
+            "/var/lib/a:b.img",
+            "./a:b",
+            "../x/y",
+            "dir/nbd://x",
+            "a b",
+            "\u{fc}.img",
+        ] {
             assert_eq!(judge(name.as_bytes()), Ok(()), "{name}");
         }
         assert_eq!(judge(&[b'x'; MAX_NAME_BYTES]), Ok(()));
@@ -107,7 +130,9 @@ mod tests {
 
     #[test]
     fn everything_else_is_named() {
-        let scheme = |scheme: &str| NameFault::Scheme { scheme: scheme.into() };
+        let scheme = |scheme: &str| NameFault::Scheme {
+            scheme: scheme.into(),
+        };
         for (name, fault) in [
             (&b""[..], NameFault::Empty),
             (b"a\0b", NameFault::Nul { at: 1 }),
@@ -117,7 +142,10 @@ mod tests {
             (b"nbd://host/x", scheme("nbd")),
             (b"file:x", scheme("file")),
             (b":x", scheme("")),
-            (&[b'x'; MAX_NAME_BYTES + 1], NameFault::TooLong { bytes: 1024 }),
+            (
+                &[b'x'; MAX_NAME_BYTES + 1],
+                NameFault::TooLong { bytes: 1024 },
+            ),
         ] {
             assert_eq!(judge(name), Err(fault), "{name:?}");
         }

@@ -2,8 +2,8 @@
 
 use super::limits::{check_backing_format, check_cluster_bits, check_header_bytes, check_version};
 use super::{
-    BackingName, BitmapsExtension, Compression, FEATURE_NAME_BYTES, FeatureKind, FeatureName, HEADER_BYTES_V2,
-    HEADER_BYTES_V3_MIN, Header, MAGIC, autoclear, extension, incompatible,
+    BackingName, BitmapsExtension, Compression, FEATURE_NAME_BYTES, FeatureKind, FeatureName,
+    HEADER_BYTES_V2, HEADER_BYTES_V3_MIN, Header, MAGIC, autoclear, extension, incompatible,
 };
 use crate::bytes::{be32, be64};
 use crate::names::{MAX_NAME_BYTES, NameFault};
@@ -47,13 +47,27 @@ impl Header {
 
         let mut header = Self::parse_fields(&cluster0[..cluster_bytes], version, header_bytes)?;
         let (extensions_end, name) = find_backing_name(&cluster0[..cluster_bytes], header_bytes)?;
-        let mut extensions = Extensions { header: &mut header, backing_format: None, seen: 0 };
+        let mut extensions = Extensions {
+            header: &mut header,
+            backing_format: None,
+            seen: 0,
+        };
         extensions.parse(&cluster0[header_bytes as usize..extensions_end])?;
         let format = extensions.backing_format;
         header.adopt_backing(name, format);
         header.check_limits()?;
-        header.check_start("the refcount table", header.refcount_table, header.refcount_table_clusters, file_bytes)?;
-        header.check_start("the L1 table", header.l1_table, header.l1_entries, file_bytes)?;
+        header.check_start(
+            "the refcount table",
+            header.refcount_table,
+            header.refcount_table_clusters,
+            file_bytes,
+        )?;
+        header.check_start(
+            "the L1 table",
+            header.l1_table,
+            header.l1_entries,
+            file_bytes,
+        )?;
         Ok(header)
     }
 
@@ -70,11 +84,16 @@ impl Header {
                     let expected = "0, because incompatible bit 3 is not set";
                     return Err(Error::invalid("compression_type", *other, expected));
                 }
-                return Err(Error::Unsupported { feature: format!("compression type {other}") });
+                return Err(Error::Unsupported {
+                    feature: format!("compression type {other}"),
+                });
             }
         };
         let unknown = tail.get(COMPRESSION_TYPE_AT + 1..).unwrap_or_default();
-        let unknown_end = unknown.iter().rposition(|&byte| byte != 0).map_or(0, |last| last + 1);
+        let unknown_end = unknown
+            .iter()
+            .rposition(|&byte| byte != 0)
+            .map_or(0, |last| last + 1);
         Ok(Self {
             version,
             header_bytes,
@@ -107,7 +126,8 @@ impl Header {
         match (name, format) {
             (Some(name), format) => self.backing = Some(BackingName { name, format }),
             (None, Some(format)) => {
-                self.unknown_extensions.push((extension::BACKING_FORMAT, format.into_bytes()));
+                self.unknown_extensions
+                    .push((extension::BACKING_FORMAT, format.into_bytes()));
             }
             (None, None) => {}
         }
@@ -121,7 +141,11 @@ impl Header {
         file_bytes: u64,
     ) -> Result<(), Error> {
         if entries != 0 && table.0 >= file_bytes {
-            return Err(Error::Truncated { structure, need_bytes: table.0 + 1, have_bytes: file_bytes });
+            return Err(Error::Truncated {
+                structure,
+                need_bytes: table.0 + 1,
+                have_bytes: file_bytes,
+            });
         }
         Ok(())
     }
@@ -130,13 +154,20 @@ impl Header {
 fn need(structure: &'static str, bytes: &[u8], need: usize) -> Result<(), Error> {
     if bytes.len() < need {
         let (need_bytes, have_bytes) = (need as u64, bytes.len() as u64);
-        return Err(Error::Truncated { structure, need_bytes, have_bytes });
+        return Err(Error::Truncated {
+            structure,
+            need_bytes,
+            have_bytes,
+        });
     }
     Ok(())
 }
 
 /// Where the extensions end, and the backing file's name.
-fn find_backing_name(cluster0: &[u8], header_bytes: u32) -> Result<(usize, Option<Vec<u8>>), Error> {
+fn find_backing_name(
+    cluster0: &[u8],
+    header_bytes: u32,
+) -> Result<(usize, Option<Vec<u8>>), Error> {
     let offset = be64(cluster0, 8);
     if offset == 0 {
         return Ok((cluster0.len(), None));
@@ -144,17 +175,28 @@ fn find_backing_name(cluster0: &[u8], header_bytes: u32) -> Result<(usize, Optio
     let start = match usize::try_from(offset) {
         Ok(start) if start >= header_bytes as usize && start <= cluster0.len() => start,
         _ => {
-            let expected = format!("0, or {header_bytes} to {}: in cluster 0, behind the header", cluster0.len());
+            let expected = format!(
+                "0, or {header_bytes} to {}: in cluster 0, behind the header",
+                cluster0.len()
+            );
             return Err(Error::invalid("backing_file_offset", offset, expected));
         }
     };
     let bytes = be32(cluster0, 16) as usize;
     if bytes > MAX_NAME_BYTES {
-        let fault = NameFault::TooLong { bytes: bytes as u64 };
-        return Err(Error::Name { field: "backing file name", fault });
+        let fault = NameFault::TooLong {
+            bytes: bytes as u64,
+        };
+        return Err(Error::Name {
+            field: "backing file name",
+            fault,
+        });
     }
     let Some(name) = cluster0.get(start..start + bytes) else {
-        let expected = format!("at most {}: the name must end in cluster 0", cluster0.len() - start);
+        let expected = format!(
+            "at most {}: the name must end in cluster 0",
+            cluster0.len() - start
+        );
         return Err(Error::invalid("backing_file_size", bytes as u64, expected));
     };
     Ok((start, (!name.is_empty()).then(|| name.to_vec())))
@@ -175,7 +217,11 @@ impl Extensions<'_> {
             let at = self.header.header_bytes as usize + (area.len() - rest.len());
             let Some((head, data)) = rest.split_at_checked(8) else {
                 let expected = "8 bytes of room for a type and a length before the extensions' end";
-                return Err(Error::invalid("header extension offset", at as u64, expected));
+                return Err(Error::invalid(
+                    "header extension offset",
+                    at as u64,
+                    expected,
+                ));
             };
             let (kind, bytes) = (be32(head, 0), be32(head, 4));
             let Some(value) = data.get(..bytes as usize) else {
@@ -200,7 +246,10 @@ impl Extensions<'_> {
             }
             extension::FEATURE_NAMES => {
                 self.once(kind, 1)?;
-                self.header.feature_names = value.chunks_exact(FEATURE_NAME_BYTES).map(parse_feature_name).collect();
+                self.header.feature_names = value
+                    .chunks_exact(FEATURE_NAME_BYTES)
+                    .map(parse_feature_name)
+                    .collect();
             }
             extension::BITMAPS => {
                 self.once(kind, 2)?;
@@ -225,7 +274,9 @@ impl Extensions<'_> {
     fn take_bitmaps(&mut self, value: &[u8]) -> Result<(), Error> {
         if self.header.autoclear & autoclear::BITMAPS == 0 {
             // Stale: somebody wrote who does not know bitmaps. Nothing in it can be relied on.
-            self.header.unknown_extensions.push((extension::BITMAPS, value.to_vec()));
+            self.header
+                .unknown_extensions
+                .push((extension::BITMAPS, value.to_vec()));
             return Ok(());
         }
         if value.len() != 24 {
@@ -233,7 +284,11 @@ impl Extensions<'_> {
         }
         let reserved = be32(value, 4);
         if reserved != 0 {
-            return Err(Error::invalid("reserved field of the bitmaps extension", reserved, "0"));
+            return Err(Error::invalid(
+                "reserved field of the bitmaps extension",
+                reserved,
+                "0",
+            ));
         }
         self.header.bitmaps = Some(BitmapsExtension {
             count: be32(value, 0),
@@ -245,7 +300,11 @@ impl Extensions<'_> {
 
     fn once(&mut self, kind: u32, bit: u32) -> Result<(), Error> {
         if self.seen & (1 << bit) != 0 {
-            return Err(Error::invalid("header extension type", kind, "each known type only once"));
+            return Err(Error::invalid(
+                "header extension type",
+                kind,
+                "each known type only once",
+            ));
         }
         self.seen |= 1 << bit;
         Ok(())
@@ -267,7 +326,10 @@ fn parse_backing_format(value: &[u8]) -> Result<Option<String>, Error> {
     check_backing_format(value)?;
     match std::str::from_utf8(value) {
         Ok(text) => Ok(Some(text.to_owned())),
-        Err(_) => Err(Error::Name { field: "backing format", fault: NameFault::NotText }),
+        Err(_) => Err(Error::Name {
+            field: "backing format",
+            fault: NameFault::NotText,
+        }),
     }
 }
 
@@ -279,6 +341,14 @@ fn parse_feature_name(entry: &[u8]) -> FeatureName {
         2 => FeatureKind::Autoclear,
         other => FeatureKind::Other(other),
     };
-    let name = entry[2..].split(|&byte| byte == 0).next().unwrap_or_default().to_vec();
-    FeatureName { kind, bit: entry[1], name }
+    let name = entry[2..]
+        .split(|&byte| byte == 0)
+        .next()
+        .unwrap_or_default()
+        .to_vec();
+    FeatureName {
+        kind,
+        bit: entry[1],
+        name,
+    }
 }

@@ -1,6 +1,8 @@
 //! From a [`Header`] to the bytes of cluster 0.
 
-use super::{Compression, FEATURE_NAME_BYTES, FeatureKind, HEADER_BYTES_V3_MIN, Header, MAGIC, extension};
+use super::{
+    Compression, FEATURE_NAME_BYTES, FeatureKind, HEADER_BYTES_V3_MIN, Header, MAGIC, extension,
+};
 use crate::Error;
 
 impl Header {
@@ -26,7 +28,10 @@ impl Header {
         let cluster_bytes = 1usize << self.cluster_bits;
         if out.len() > cluster_bytes {
             let (need_bytes, cluster_bytes) = (out.len() as u64, cluster_bytes as u64);
-            return Err(Error::NoSpace { need_bytes, cluster_bytes });
+            return Err(Error::NoSpace {
+                need_bytes,
+                cluster_bytes,
+            });
         }
         out.resize(cluster_bytes, 0);
         Ok(out)
@@ -67,7 +72,10 @@ impl Header {
 
     /// In the order in which QEMU writes them, then those kept.
     fn encode_extensions(&self, out: &mut Vec<u8>) -> Result<(), Error> {
-        let backing_format = self.backing.as_ref().and_then(|backing| backing.format.as_ref());
+        let backing_format = self
+            .backing
+            .as_ref()
+            .and_then(|backing| backing.format.as_ref());
         if let Some(format) = backing_format {
             push_extension(out, extension::BACKING_FORMAT, format.as_bytes())?;
         }
@@ -137,5 +145,6 @@ fn push_extension(out: &mut Vec<u8>, kind: u32, value: &[u8]) -> Result<(), Erro
 
 fn length32(value: &[u8]) -> Result<u32, Error> {
     let length = value.len() as u64;
-    u32::try_from(length).map_err(|_| Error::invalid("header extension length", length, "less than 4 GiB"))
+    u32::try_from(length)
+        .map_err(|_| Error::invalid("header extension length", length, "less than 4 GiB"))
 }

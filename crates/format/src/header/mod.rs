@@ -7,15 +7,15 @@
 
 mod decode;
 mod encode;
-mod limits;
+pub(crate) mod limits;
 
 use std::fmt;
 
 use crate::{Error, Geometry, HostOffset};
 
 pub use limits::{
-    MAX_BACKING_FORMAT_BYTES, MAX_BITMAPS, MAX_BITMAP_DIRECTORY_BYTES, MAX_L1_BYTES, MAX_REFCOUNT_TABLE_BYTES,
-    MAX_SNAPSHOTS,
+    MAX_BACKING_FORMAT_BYTES, MAX_BITMAP_DIRECTORY_BYTES, MAX_BITMAPS, MAX_L1_BYTES,
+    MAX_REFCOUNT_TABLE_BYTES, MAX_SNAPSHOTS,
 };
 
 /// First four bytes of every image.
@@ -190,8 +190,17 @@ impl Header {
     /// header never has one.
     #[must_use]
     pub fn geometry(&self) -> Geometry {
-        let l2_entry_bytes = if self.incompatible & incompatible::EXTENDED_L2 != 0 { 16 } else { 8 };
-        Geometry::new(self.cluster_bits, self.refcount_order, l2_entry_bytes, self.version)
+        let l2_entry_bytes = if self.incompatible & incompatible::EXTENDED_L2 != 0 {
+            16
+        } else {
+            8
+        };
+        Geometry::new(
+            self.cluster_bits,
+            self.refcount_order,
+            l2_entry_bytes,
+            self.version,
+        )
     }
 
     /// Whether urus can open this image: for reading, or with `write` for writing too.
@@ -224,13 +233,19 @@ impl Header {
             return unsupported("an external data file (named by a header extension)".into());
         }
         if self.refcount_table_clusters == 0 {
-            return Err(Error::invalid("refcount_table_clusters", 0u32, "at least 1 (only a repair opens such an image)"));
+            return Err(Error::invalid(
+                "refcount_table_clusters",
+                0u32,
+                "at least 1 (only a repair opens such an image)",
+            ));
         }
         if write && self.bitmaps.is_some() {
             return unsupported("writing to an image with persistent bitmaps".into());
         }
         if write && self.incompatible & incompatible::CORRUPT != 0 {
-            return unsupported("writing to an image that is marked corrupt (check and repair it first)".into());
+            return unsupported(
+                "writing to an image that is marked corrupt (check and repair it first)".into(),
+            );
         }
         Ok(())
     }
@@ -238,8 +253,15 @@ impl Header {
     /// The name that the image gives to a feature bit, made printable.
     #[must_use]
     pub fn feature_name(&self, kind: FeatureKind, bit: u8) -> Option<String> {
-        let entry = self.feature_names.iter().find(|entry| entry.kind == kind && entry.bit == bit)?;
-        Some(String::from_utf8_lossy(&entry.name).escape_debug().to_string())
+        let entry = self
+            .feature_names
+            .iter()
+            .find(|entry| entry.kind == kind && entry.bit == bit)?;
+        Some(
+            String::from_utf8_lossy(&entry.name)
+                .escape_debug()
+                .to_string(),
+        )
     }
 
     fn describe_incompatible(&self, bits: u64) -> String {
@@ -281,6 +303,10 @@ pub fn default_feature_names() -> Vec<FeatureName> {
         (Autoclear, 0, "bitmaps"),
         (Autoclear, 1, "raw external data"),
     ]
-    .map(|(kind, bit, name)| FeatureName { kind, bit, name: name.into() })
+    .map(|(kind, bit, name)| FeatureName {
+        kind,
+        bit,
+        name: name.into(),
+    })
     .into()
 }
