@@ -48,9 +48,9 @@ pub fn set(block: &mut [u8], index: u64, order: u32, value: u64) {
 }
 
 /// Byte and shift of a counter of less than 8 bits.
-fn sub_byte(index: u64, order: u32) -> (usize, u32) {
+fn sub_byte(index: u64, order: u32) -> (usize, usize) {
     let per_byte_bits = 3 - order;
-    let in_byte = (position(index) & ((1 << per_byte_bits) - 1)) as u32;
+    let in_byte = position(index) & ((1 << per_byte_bits) - 1);
     (position(index) >> per_byte_bits, in_byte << order)
 }
 
