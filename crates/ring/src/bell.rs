@@ -2,8 +2,9 @@
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::time::Duration;
 
-use rustix::event::EventfdFlags;
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, poll};
 use urus_engine::storage::Notify;
 use urus_engine::sync::{AtomicBool, Ordering};
 
@@ -30,8 +31,14 @@ impl Bell {
 
     pub(crate) fn ring(&self) {
         if !self.rung.swap(true, Ordering::AcqRel) {
-            signal(self.event.as_fd());
+            self.signal();
         }
+    }
+
+    /// Makes the eventfd readable without ringing.
+    pub(crate) fn signal(&self) {
+        // EAGAIN would mean that the counter is full: readable already.
+        let _ = rustix::io::retry_on_intr(|| rustix::io::write(&self.event, &1_u64.to_ne_bytes()));
     }
 
     /// Whether it was rung and not silenced since.
@@ -41,8 +48,33 @@ impl Bell {
 
     /// Consumes the rings so far; returns whether there were any.
     pub(crate) fn silence(&self) -> bool {
-        drain(self.event.as_fd());
+        self.drain();
         self.rung.swap(false, Ordering::AcqRel)
+    }
+
+    /// Forgets signals, but no rings. Whoever signals first does what the signal is about; so what a forgotten signal
+    /// was about is visible after this.
+    pub(crate) fn forget_signals(&self) {
+        self.drain();
+        // Whoever rang set the flag before the write that was just drained.
+        if self.is_rung() {
+            self.signal();
+        }
+    }
+
+    /// Sleeps until the eventfd is readable, a signal handler ran, or the time is over.
+    pub(crate) fn sleep(&self, timeout: Option<Duration>) {
+        // A time too long for the kernel is forever.
+        let timeout = timeout.and_then(|timeout| Timespec::try_from(timeout).ok());
+        let _ = poll(
+            &mut [PollFd::new(&self.event, PollFlags::IN)],
+            timeout.as_ref(),
+        );
+    }
+
+    fn drain(&self) {
+        let mut count = [0_u8; 8];
+        let _ = rustix::io::retry_on_intr(|| rustix::io::read(&self.event, &mut count));
     }
 
     pub(crate) fn event_fd(&self) -> BorrowedFd<'_> {
@@ -54,16 +86,4 @@ impl Notify for Bell {
     fn notify(&self) {
         self.ring();
     }
-}
-
-/// Makes an eventfd readable.
-pub(crate) fn signal(event: BorrowedFd<'_>) {
-    // EAGAIN would mean that the counter is full: readable already.
-    let _ = rustix::io::retry_on_intr(|| rustix::io::write(event, &1_u64.to_ne_bytes()));
-}
-
-/// Makes an eventfd (non-blocking) unreadable.
-pub(crate) fn drain(event: BorrowedFd<'_>) {
-    let mut count = [0_u8; 8];
-    let _ = rustix::io::retry_on_intr(|| rustix::io::read(event, &mut count));
 }

@@ -7,7 +7,6 @@ use std::io;
 use std::os::fd::{BorrowedFd, RawFd};
 use std::time::Duration;
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::FallocateFlags;
 use urus_engine::storage::{Completion, FileId, Op, OpKind, Slot};
 use urus_engine::sync::Arc;
@@ -79,7 +78,7 @@ impl Blocking {
             self.ready.push_back(Completion { slot, result });
         }
         if self.watched && !self.ready.is_empty() {
-            self.bell.ring();
+            self.bell.signal();
         }
     }
 
@@ -94,15 +93,9 @@ impl Blocking {
         self.kick();
         let rung = self.bell.is_rung();
         if !rung && self.ready.is_empty() && self.mailbox.is_empty() {
-            // A time too long for the kernel is forever.
-            let timeout = timeout.and_then(|timeout| Timespec::try_from(timeout).ok());
-            // Interrupted by a signal counts as woken: the caller looks around and waits again.
-            let _ = poll(
-                &mut [PollFd::new(&self.bell.event_fd(), PollFlags::IN)],
-                timeout.as_ref(),
-            );
+            self.bell.sleep(timeout);
         }
-        if rung || self.bell.is_rung() {
+        if self.watched || rung || self.bell.is_rung() {
             self.bell.silence();
         }
     }
@@ -110,7 +103,7 @@ impl Blocking {
     pub(crate) fn event_fd(&mut self) -> BorrowedFd<'_> {
         if !self.watched {
             self.watched = true;
-            self.bell.ring();
+            self.bell.signal();
         }
         self.bell.event_fd()
     }

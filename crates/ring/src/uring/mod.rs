@@ -7,9 +7,12 @@
 //!
 //! # Waking
 //! A multishot poll on the [`Bell`]'s eventfd is always pending in the ring, so that one `io_uring_enter` waits for
-//! I/O, jobs and notifications alike. An eventfd for the caller's event loop is another one, registered with the ring:
-//! the kernel signals it for each completion, that of the poll included. (The bell's own could not be: each
-//! completion would ring it, and each ring complete the poll.)
+//! I/O, jobs and notifications alike.
+//!
+//! Once a caller asks for the eventfd, to watch it in its own event loop, that poll is removed and the eventfd is
+//! registered with the ring, so that the kernel signals it for completions. (Not both at once: each completion would
+//! complete the poll. Nor another eventfd beside the bell's: Linux 6.18 was seen to lose signals of an eventfd
+//! that come about inside the writing of another, and it delays them by an RCU grace period anyway.)
 
 mod ring;
 pub(crate) mod setup;
@@ -17,15 +20,14 @@ mod slots;
 
 use std::collections::VecDeque;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::time::Duration;
 
 use io_uring::{IoUring, cqueue};
-use rustix::event::EventfdFlags;
 use urus_engine::storage::{Completion, Op, OpKind, Slot};
 use urus_engine::sync::Arc;
 
-use crate::bell::{self, Bell};
+use crate::bell::Bell;
 use crate::blocking;
 use crate::files::FileSet;
 use crate::memory::RingMemory;
@@ -34,8 +36,10 @@ use crate::offload::{self, Mailbox};
 use ring::Ring;
 use slots::Slots;
 
-/// `user_data` of the poll on the bell; everything else is a slot.
+/// `user_data` of the poll on the bell.
 const BELL: u64 = u64::MAX;
+/// `user_data` of its removal. Everything else is a slot.
+const REMOVAL: u64 = u64::MAX - 1;
 
 pub(crate) struct Uring {
     /// Before `slots`: the ring is closed before the memory goes. (`drop` has emptied it by then.)
@@ -48,8 +52,8 @@ pub(crate) struct Uring {
     ready: VecDeque<Completion>,
     /// Whether the poll on the bell is pending (or about to be submitted).
     listening: bool,
-    /// The eventfd for the caller's event loop, once asked for.
-    event: Option<OwnedFd>,
+    /// Whether the caller watches the bell's eventfd, which is then registered with the ring and not polled by it.
+    watched: bool,
     /// Operations taken whose completion was not handed out yet.
     in_flight: usize,
     depth: usize,
@@ -61,11 +65,11 @@ impl Uring {
         depth: u32,
         build: fn(u32) -> io::Result<IoUring>,
     ) -> io::Result<Self> {
-        // One entry more, for the poll on the bell.
-        let ring = Ring::new(build((depth + 1).next_power_of_two())?, &files)?;
+        // Two entries more, for the poll on the bell and its removal.
+        let ring = Ring::new(build((depth + 2).next_power_of_two())?, &files)?;
         let depth = usize::try_from(depth)
             .expect("fits")
-            .min(ring.capacity() - 1);
+            .min(ring.capacity() - 2);
         let bell = Arc::new(Bell::new()?);
         let mut uring = Self {
             ring,
@@ -75,7 +79,7 @@ impl Uring {
             bell,
             ready: VecDeque::with_capacity(depth),
             listening: false,
-            event: None,
+            watched: false,
             in_flight: 0,
             depth,
         };
@@ -120,8 +124,9 @@ impl Uring {
 
     #[inline]
     pub(crate) fn kick(&mut self) {
-        if self.event.is_some() {
-            self.announce();
+        if self.watched && !self.ready.is_empty() {
+            // The kernel knows nothing of these.
+            self.bell.signal();
         }
         self.ring.flush();
     }
@@ -132,83 +137,89 @@ impl Uring {
             self.mailbox.collect(&mut self.ready);
         }
         let completion = match self.ready.pop_front() {
-            Some(completion) => Some(completion),
-            None => self.reap(),
+            Some(completion) => completion,
+            None => self.reap()?,
         };
-        if completion.is_some() {
-            self.in_flight -= 1;
-        } else if self.event.is_some() {
-            // The caller may go to sleep on its eventfd now, which hears the bell only through the poll.
-            self.relisten();
-        }
-        completion
+        self.in_flight -= 1;
+        Some(completion)
     }
 
     pub(crate) fn wait(&mut self, timeout: Option<Duration>) {
-        if self.bell.is_rung()
-            || !self.ready.is_empty()
-            || !self.mailbox.is_empty()
-            || self.ring.has_completions()
-        {
-            self.ring.flush();
-        } else {
-            self.listen();
-            self.ring.enter_and_wait(timeout);
+        let idle = !self.bell.is_rung()
+            && self.ready.is_empty()
+            && self.mailbox.is_empty()
+            && !self.ring.has_completions();
+        match (idle, self.watched) {
+            (false, _) => self.ring.flush(),
+            (true, false) => {
+                self.listen();
+                self.ring.enter_and_wait(timeout);
+            }
+            (true, true) => {
+                self.ring.flush();
+                if !self.ring.has_completions() && !self.ring.has_deferred() {
+                    self.bell.sleep(timeout);
+                }
+            }
         }
-        if self.bell.is_rung() {
+        if self.watched || self.bell.is_rung() {
             self.bell.silence();
         }
     }
 
     pub(crate) fn event_fd(&mut self) -> io::Result<BorrowedFd<'_>> {
-        if self.event.is_none() {
-            let event = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
-            self.ring.register_event_fd(event.as_raw_fd())?;
-            // Completions and rings from before the registration have signalled nobody.
-            bell::signal(event.as_fd());
-            self.event = Some(event);
-            self.relisten();
+        if !self.watched {
+            self.stop_listening()?;
+            self.ring
+                .register_event_fd(self.bell.event_fd().as_raw_fd())?;
+            self.watched = true;
+            // Completions from before the registration have signalled nobody.
+            self.bell.signal();
         }
-        Ok(self.event.as_ref().expect("made above").as_fd())
+        Ok(self.bell.event_fd())
     }
 
     pub(crate) fn consume_event(&mut self) {
-        if let Some(event) = &self.event {
-            bell::drain(event.as_fd());
-        }
-        if self.bell.is_rung() {
-            self.bell.silence();
-        }
+        self.bell.silence();
     }
 
     /// The next completion from the ring. When it returns `None`, none is there and none waits for the kernel to be
     /// entered: a later one signals the eventfd.
     #[inline]
     fn reap(&mut self) -> Option<Completion> {
-        let mut entered = false;
         loop {
             while let Some(entry) = self.ring.pop() {
-                if entry.user_data() == BELL {
-                    self.heard(&entry);
-                } else {
-                    return Some(self.slots.finish(&entry, &self.files));
+                if let Some(completion) = self.finish(&entry) {
+                    return Some(completion);
                 }
             }
-            if entered || !self.ring.has_deferred() {
+            if !self.ring.has_deferred() || !self.ring.run_deferred() {
                 return None;
             }
-            self.ring.run_deferred();
-            entered = true;
+            if self.watched {
+                // What was deferred signalled when it was put off, and signals again now that it is completed; the
+                // caller is just taking it, and would be woken once more for nothing.
+                self.bell.forget_signals();
+            }
         }
     }
 
-    /// Takes note of a completion of the poll on the bell. The rings themselves stay to be consumed by a wait.
-    fn heard(&mut self, entry: &cqueue::Entry) {
-        if entry.result() < 0 {
-            let error = io::Error::from_raw_os_error(-entry.result());
-            tracing::error!(%error, "the poll on a queue's eventfd failed; it is started again");
+    /// Lets go of what the kernel has ended; returns nothing for what was the driver's own.
+    #[inline]
+    fn finish(&mut self, entry: &cqueue::Entry) -> Option<Completion> {
+        if entry.user_data() < REMOVAL {
+            return Some(self.slots.finish(entry, &self.files));
         }
-        self.listening = cqueue::more(entry.flags());
+        if entry.user_data() == BELL {
+            // The rings themselves stay to be consumed by a wait.
+            self.listening = cqueue::more(entry.flags());
+            let result = entry.result();
+            if result < 0 && result != -libc::ECANCELED {
+                let error = io::Error::from_raw_os_error(-result);
+                tracing::error!(%error, "the poll on a queue's eventfd failed; it is started again");
+            }
+        }
+        None
     }
 
     /// Makes sure that the next entering of the kernel starts the poll on the bell, if it is not pending.
@@ -219,22 +230,24 @@ impl Uring {
         }
     }
 
-    /// Likewise, and enters the kernel for it.
-    fn relisten(&mut self) {
-        if !self.listening {
-            self.listen();
-            self.ring.flush();
+    /// Ends the poll on the bell.
+    fn stop_listening(&mut self) -> io::Result<()> {
+        self.ring.flush();
+        if self.listening {
+            self.ring.push_poll_removal(BELL, REMOVAL);
         }
-    }
-
-    /// Signals the caller's eventfd for completions that the kernel knows nothing of.
-    #[cold]
-    fn announce(&mut self) {
-        if let Some(event) = &self.event
-            && !self.ready.is_empty()
-        {
-            bell::signal(event.as_fd());
+        while self.listening {
+            self.ring.enter_for_one()?;
+            while let Some(entry) = self.ring.pop() {
+                if entry.user_data() == REMOVAL && entry.result() == -libc::EALREADY {
+                    // It was just completing, to go on after.
+                    self.ring.push_poll_removal(BELL, REMOVAL);
+                }
+                let completion = self.finish(&entry);
+                self.ready.extend(completion);
+            }
         }
+        Ok(())
     }
 }
 
@@ -244,9 +257,7 @@ impl Drop for Uring {
         let mut failures = 0;
         while self.slots.busy() > 0 {
             if let Some(entry) = self.ring.pop() {
-                if entry.user_data() != BELL {
-                    drop(self.slots.finish(&entry, &self.files));
-                }
+                drop(self.finish(&entry));
                 continue;
             }
             if let Err(error) = self.ring.enter_for_one() {

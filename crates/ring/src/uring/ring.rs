@@ -100,7 +100,7 @@ impl Ring {
             .user_data(user_data);
         // SAFETY: a poll has no memory that `push` would want valid.
         let pushed = unsafe { self.uring.submission().push(&entry) };
-        pushed.expect("the submission queue has one entry more than operations");
+        pushed.expect("the submission queue has entries more than operations");
     }
 
     /// The next completion in the queue.
@@ -120,8 +120,8 @@ impl Ring {
         submission.taskrun() || submission.cq_overflow()
     }
 
-    /// Enters the kernel for them, and for nothing else.
-    pub(super) fn run_deferred(&mut self) {
+    /// Enters the kernel for them, and for nothing else. Returns whether that went well.
+    pub(super) fn run_deferred(&mut self) -> bool {
         // SAFETY: `enter` wants flags and an argument that fit together: GETEVENTS takes none, and waits for none
         // with a minimum of 0. Nothing is submitted.
         let result = unsafe {
@@ -131,7 +131,17 @@ impl Ring {
         };
         if let Err(error) = result {
             tracing::debug!(%error, "io_uring_enter for deferred completions");
+            return false;
         }
+        true
+    }
+
+    /// Puts the removal of a poll into the submission queue.
+    pub(super) fn push_poll_removal(&mut self, poll: u64, user_data: u64) {
+        let entry = opcode::PollRemove::new(poll).build().user_data(user_data);
+        // SAFETY: a removal has no memory that `push` would want valid.
+        let pushed = unsafe { self.uring.submission().push(&entry) };
+        pushed.expect("the submission queue has entries more than operations");
     }
 
     /// Submits everything, in one system call as a rule. What the kernel has no room for stays in the queue for the

@@ -69,7 +69,7 @@ fn build_step(step: u32, entries: u32) -> io::Result<IoUring> {
 /// # Errors
 /// `Unsupported`.
 pub(super) fn probe(ring: &IoUring) -> io::Result<bool> {
-    const NEEDED: [u8; 7] = [
+    const NEEDED: [u8; 8] = [
         opcode::Read::CODE,
         opcode::Write::CODE,
         opcode::Readv::CODE,
@@ -77,6 +77,7 @@ pub(super) fn probe(ring: &IoUring) -> io::Result<bool> {
         opcode::Fsync::CODE,
         opcode::Fallocate::CODE,
         opcode::PollAdd::CODE,
+        opcode::PollRemove::CODE,
     ];
     let mut probe = Probe::new();
     ring.submitter().register_probe(&mut probe)?;
