@@ -64,7 +64,10 @@ impl L1Entry {
         if geometry.in_cluster(table) != 0 {
             return Err(EntryError::Unaligned(raw));
         }
-        Ok(Some(Self { table: HostOffset(table), copied: raw & COPIED != 0 }))
+        Ok(Some(Self {
+            table: HostOffset(table),
+            copied: raw & COPIED != 0,
+        }))
     }
 
     /// The entry as it stands on disk, in host byte order.
@@ -92,6 +95,23 @@ pub struct CompressedExtent {
     /// Bytes that may hold the stream: up to the end of its last 512-byte sector. Decoding stops after one
     /// cluster of output; the last sector may pass the end of the file.
     pub bytes: u64,
+}
+
+impl CompressedExtent {
+    /// Whether an L2 entry can hold this extent: large clusters leave fewer bits for the offset (49, half a
+    /// PiB, with 2 MiB). Every decoded extent is.
+    #[must_use]
+    pub fn is_encodable(&self, geometry: &Geometry) -> bool {
+        let fits = self.offset.0 >> compressed_offset_bits(geometry) == 0;
+        // Twice a cluster is what the sector count can say.
+        let most_bytes = 2 * geometry.cluster_bytes() - self.offset.0 % 512;
+        fits && (1..=most_bytes).contains(&self.bytes)
+    }
+}
+
+/// Bits of the offset in a compressed cluster's descriptor; the sector count has the rest, up to bit 61.
+fn compressed_offset_bits(geometry: &Geometry) -> u32 {
+    62 - (geometry.cluster_bits() - 8)
 }
 
 /// What an L2 entry says of its cluster.
@@ -128,11 +148,14 @@ impl L2Entry {
         let raw = raw.entry;
         if raw & COMPRESSED != 0 {
             // COPIED must not be set on a compressed cluster, but readers accept it.
-            let x = 62 - (geometry.cluster_bits() - 8);
+            let x = compressed_offset_bits(geometry);
             let offset = raw & ((1 << x) - 1);
             let additional_sectors = (raw & (COMPRESSED - 1)) >> x;
             let bytes = (additional_sectors + 1) * 512 - offset % 512;
-            return Ok(Self::Compressed(CompressedExtent { offset: HostOffset(offset), bytes }));
+            return Ok(Self::Compressed(CompressedExtent {
+                offset: HostOffset(offset),
+                bytes,
+            }));
         }
         if raw & L2_RESERVED != 0 {
             return Err(EntryError::ReservedBits(raw));
@@ -155,7 +178,8 @@ impl L2Entry {
         }
     }
 
-    /// The standard (8-byte) entry as it stands on disk, in host byte order.
+    /// The standard (8-byte) entry as it stands on disk, in host byte order. A compressed extent must be
+    /// [encodable](CompressedExtent::is_encodable).
     #[must_use]
     pub fn encode(self, geometry: &Geometry) -> L2Raw {
         let copied_bit = |copied: bool| if copied { COPIED } else { 0 };
@@ -165,12 +189,16 @@ impl L2Entry {
             Self::ZeroAllocated { host, copied } => host.0 | copied_bit(copied) | ZERO,
             Self::Data { host, copied } => host.0 | copied_bit(copied),
             Self::Compressed(extent) => {
-                let x = 62 - (geometry.cluster_bits() - 8);
+                debug_assert!(extent.is_encodable(geometry), "{extent:?}");
+                let x = compressed_offset_bits(geometry);
                 let last = extent.offset.0 + extent.bytes - 1;
                 let additional_sectors = last / 512 - extent.offset.0 / 512;
                 COMPRESSED | (additional_sectors << x) | extent.offset.0
             }
         };
-        L2Raw { entry, subclusters: 0 }
+        L2Raw {
+            entry,
+            subclusters: 0,
+        }
     }
 }

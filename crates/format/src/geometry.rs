@@ -58,7 +58,11 @@ impl Geometry {
     /// Largest refcount that an entry can hold.
     #[must_use]
     pub fn refcount_max(&self) -> u64 {
-        if self.refcount_order == 6 { u64::MAX } else { (1 << (1u32 << self.refcount_order)) - 1 }
+        if self.refcount_order == 6 {
+            u64::MAX
+        } else {
+            (1 << (1u32 << self.refcount_order)) - 1
+        }
     }
 
     /// Bytes of an L2 entry: 8, or 16 with extended L2.

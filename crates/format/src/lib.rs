@@ -5,10 +5,24 @@
 //! what, where and what was expected, and never allocates more than the input justifies.
 #![forbid(unsafe_code)]
 
+pub mod bitmap;
+mod bytes;
+pub mod compressed;
+pub mod create;
 mod entry;
+mod error;
 mod geometry;
+pub mod header;
+pub mod names;
 mod offset;
+pub mod refcount;
+pub mod snapshot;
 
 pub use entry::{CompressedExtent, EntryError, L1Entry, L2Entry, L2Raw};
+pub use error::Error;
 pub use geometry::{Geometry, MAX_CLUSTER_BITS, MIN_CLUSTER_BITS};
+pub use header::{
+    BackingName, BitmapsExtension, Compression, FeatureKind, FeatureName, Header, autoclear,
+    compatible, incompatible,
+};
 pub use offset::{ClusterIndex, GuestCluster, GuestOffset, HostOffset};

@@ -1,1 +1,30 @@
-//! ring
+//! Storage drivers for urus: the only crate that talks to the kernel about data, and the only one with `unsafe`.
+//!
+//! * [`memory`]: buffers that own their bytes until the kernel is done with them.
+//! * [`files`]: the open files of a device, and what they can do; [`locks`]: image locks, as QEMU takes them.
+//! * [`Driver`]: io_uring (Linux 5.13 or later) or blocking system calls behind one
+//!   [`Storage`](urus_engine::storage::Storage) implementation.
+//!
+//! # Kernels
+//! The ring needs features up to Linux 5.13 (extended wait arguments, native workers, multishot poll), checked at
+//! open. It uses more where there is more: COOP_TASKRUN and SUBMIT_ALL (5.19), SINGLE_ISSUER and DEFER_TASKRUN (6.1),
+//! NO_SQARRAY (6.6), FTRUNCATE (6.9). Only recent kernels are tested.
+//!
+//! # Threads
+//! A [`Driver`] belongs to the thread that opened it. [`Buffer`] and [`FileSet`] cross threads, and so does a driver's
+//! notifier. Offloaded jobs run on a pool that all drivers of the process share.
+
+mod bell;
+mod blocking;
+mod driver;
+pub mod files;
+pub mod locks;
+pub mod memory;
+mod offload;
+mod probe;
+mod uring;
+
+pub use driver::{DEPTH_MAX, Driver, DriverKind};
+pub use files::{FileSet, OpenFile};
+pub use locks::{LockError, LockMode};
+pub use memory::{BUFFER_ALIGNMENT, Buffer, RingMemory};

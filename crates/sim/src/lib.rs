@@ -1,1 +1,20 @@
-//! sim
+//! Simulated storage, crash enumerator and naive checker for urus. Test code: never published.
+//!
+//! - [`storage::SimStorage`] implements the engine's `Storage` over a [`world::SimWorld`]: files in memory, a scheduler
+//!   that draws lots, planned errors ([`fault`]), and a [`log`] of what became durable when.
+//! - [`crash::CrashCursor`] walks that log and makes the files as a power cut could leave them.
+//! - [`checker`] judges an image's structure; [`stamp`] and [`model`] judge what the guest reads.
+#![forbid(unsafe_code)]
+
+pub mod checker;
+pub mod contents;
+pub mod crash;
+pub mod fault;
+pub mod log;
+pub mod memory;
+pub mod model;
+mod op;
+pub mod rng;
+pub mod stamp;
+pub mod storage;
+pub mod world;

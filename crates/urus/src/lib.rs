@@ -1,1 +1,27 @@
-//! urus
+//! urus: QCOW2 images as fast, safe block devices.
+#![forbid(unsafe_code)]
+
+mod blocking;
+mod create;
+mod device;
+mod error;
+mod info;
+mod limits;
+mod options;
+mod pending;
+mod queue;
+mod request;
+
+pub use blocking::BlockingIo;
+pub use create::{CreateOptions, create};
+pub use device::{Device, Layer, PauseOptions, QueueSeat};
+pub use error::{Error, Result};
+pub use info::{
+    BackingInfo, BitmapInfo, Encryption, ImageInfo, InfoOptions, Qcow2Info, SnapshotInfo, info,
+};
+pub use limits::MAX_QUEUE_DEPTH;
+pub use options::{BackingPolicy, CacheMode, DiscardPolicy, Format, IoDriver, OpenOptions};
+pub use pending::{Buffer, EngineError, Extent};
+pub use queue::Queue;
+pub use request::{Completion, Rejected, Request};
+pub use urus_format::Compression;

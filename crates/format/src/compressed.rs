@@ -1,0 +1,220 @@
+//! Compressed clusters (specification: "Compressed Clusters Descriptor", "compression_type").
+//!
+//! A stream lies in whole sectors, so a reader has it with whatever follows in the last one: decoding stops
+//! after one cluster of output and ignores the rest. Less output is corruption.
+//!
+//! [`Decoder`] and [`Encoder`] keep their contexts between clusters; [`decode`] and [`encode`] use one of each
+//! thread's own.
+
+use std::cell::RefCell;
+
+use zlib_rs::{Deflate, DeflateConfig, DeflateFlush, Inflate, InflateFlush, Status};
+use zstd::zstd_safe::{CCtx, CParameter, DCtx, DParameter, InBuffer, OutBuffer, ResetDirective};
+
+use crate::{Compression, Error};
+
+/// Readers inflate with a window of 4 KiB, so nothing may refer further back.
+const DEFLATE_WINDOW_BITS: u8 = 12;
+/// A reader's window may be larger than the writer's.
+const INFLATE_WINDOW_BITS: u8 = 15;
+const DEFLATE_LEVEL: i32 = 6;
+const ZSTD_LEVEL: i32 = 3;
+/// Frames may ask for a window of at most 8 MiB (what RFC 8878 wants every decoder to support): with two bytes
+/// an image could ask for gigabytes. Frames that tell their content's size, as QEMU's do, need no window at all.
+const ZSTD_WINDOW_LOG_MAX: u32 = 23;
+
+/// Decodes clusters, reusing its contexts. Memory: some 50 KiB for deflate, at most some 9 MiB for zstd.
+#[derive(Default)]
+pub struct Decoder {
+    inflate: Option<Box<Inflate>>,
+    zstd: Option<DCtx<'static>>,
+}
+
+impl std::fmt::Debug for Decoder {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Decoder").finish_non_exhaustive()
+    }
+}
+
+impl Decoder {
+    /// A decoder; contexts are made when first needed.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Decodes one cluster: fills `dst` exactly. `src` is the stream, with or without what follows it in its last sector.
+    ///
+    /// # Errors
+    /// [`Error::Compressed`] where the stream is damaged or decodes to less than `dst`, or a zstd frame to more
+    /// (deflate streams are cut, as QEMU does). `dst` is then partly written.
+    pub fn decode(
+        &mut self,
+        compression: Compression,
+        src: &[u8],
+        dst: &mut [u8],
+    ) -> Result<(), Error> {
+        match compression {
+            Compression::Deflate => self.inflate(src, dst),
+            Compression::Zstd => self.decode_zstd(src, dst),
+        }
+    }
+
+    fn inflate(&mut self, src: &[u8], dst: &mut [u8]) -> Result<(), Error> {
+        let inflate = self
+            .inflate
+            .get_or_insert_with(|| Box::new(Inflate::new(false, INFLATE_WINDOW_BITS)));
+        // Also after an error: the state before counts for nothing.
+        inflate.reset(false);
+        let result = inflate.decompress(src, dst, InflateFlush::Finish);
+        let have_bytes = inflate.total_out();
+        let fault = |reason| Err(fault(Compression::Deflate, reason, have_bytes, dst));
+        match result {
+            Err(_) => fault("damaged stream"),
+            Ok(_) if have_bytes == dst.len() as u64 => Ok(()),
+            Ok(Status::StreamEnd) => fault("the stream ends early"),
+            Ok(_) => fault("the stream is cut off"),
+        }
+    }
+
+    fn decode_zstd(&mut self, src: &[u8], dst: &mut [u8]) -> Result<(), Error> {
+        let codec = Compression::Zstd;
+        if self.zstd.is_none() {
+            self.zstd = new_zstd_decoder();
+        }
+        let Some(context) = &mut self.zstd else {
+            return Err(fault(codec, "no memory for a decoder", 0, dst));
+        };
+        if context.reset(ResetDirective::SessionOnly).is_err() {
+            return Err(fault(codec, "the decoder cannot be reset", 0, dst));
+        }
+        let mut input = InBuffer::around(src);
+        let mut output = OutBuffer::around(&mut *dst);
+        let capacity = output.capacity();
+        let mut pending = 0;
+        while output.pos() < capacity {
+            let before = (input.pos(), output.pos());
+            match context.decompress_stream(&mut output, &mut input) {
+                Ok(hint) => pending = hint,
+                Err(_) => {
+                    let have_bytes = output.pos() as u64;
+                    return Err(fault(codec, "damaged stream", have_bytes, dst));
+                }
+            }
+            if before == (input.pos(), output.pos()) {
+                let have_bytes = output.pos() as u64;
+                return Err(fault(codec, "the stream is cut off", have_bytes, dst));
+            }
+        }
+        if pending != 0 {
+            let have_bytes = output.pos() as u64;
+            return Err(fault(codec, "the frame does not end", have_bytes, dst));
+        }
+        Ok(())
+    }
+}
+
+fn new_zstd_decoder() -> Option<DCtx<'static>> {
+    let mut context = DCtx::try_create()?;
+    context
+        .set_parameter(DParameter::WindowLogMax(ZSTD_WINDOW_LOG_MAX))
+        .ok()?;
+    Some(context)
+}
+
+fn fault(codec: Compression, reason: &'static str, have_bytes: u64, dst: &[u8]) -> Error {
+    Error::Compressed {
+        codec,
+        reason,
+        have_bytes,
+        need_bytes: dst.len() as u64,
+    }
+}
+
+/// Encodes clusters, reusing its contexts.
+#[derive(Default)]
+pub struct Encoder {
+    deflate: Option<Box<Deflate>>,
+    zstd: Option<CCtx<'static>>,
+}
+
+impl std::fmt::Debug for Encoder {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Encoder").finish_non_exhaustive()
+    }
+}
+
+impl Encoder {
+    /// An encoder; contexts are made when first needed.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Encodes one cluster in a way that every reader decodes. `None` where the result would pass
+    /// `dst_capacity` bytes or not be smaller than `src`: the cluster is then stored as it is.
+    pub fn encode(
+        &mut self,
+        compression: Compression,
+        src: &[u8],
+        dst_capacity: usize,
+    ) -> Option<Vec<u8>> {
+        let capacity = dst_capacity.min(src.len().checked_sub(1)?);
+        let mut out = vec![0; capacity];
+        let bytes = match compression {
+            Compression::Deflate => self.deflate(src, &mut out),
+            Compression::Zstd => self.encode_zstd(src, &mut out),
+        }?;
+        out.truncate(bytes);
+        Some(out)
+    }
+
+    fn deflate(&mut self, src: &[u8], out: &mut [u8]) -> Option<usize> {
+        let deflate = self.deflate.get_or_insert_with(|| {
+            Box::new(Deflate::new_with_config(DeflateConfig {
+                level: DEFLATE_LEVEL,
+                // Negative: raw deflate.
+                window_bits: -i32::from(DEFLATE_WINDOW_BITS),
+                mem_level: 9,
+                ..DeflateConfig::default()
+            }))
+        });
+        deflate.reset();
+        match deflate.compress(src, out, DeflateFlush::Finish) {
+            Ok(Status::StreamEnd) => usize::try_from(deflate.total_out()).ok(),
+            _ => None,
+        }
+    }
+
+    fn encode_zstd(&mut self, src: &[u8], out: &mut [u8]) -> Option<usize> {
+        if self.zstd.is_none() {
+            let mut context = CCtx::try_create()?;
+            context
+                .set_parameter(CParameter::CompressionLevel(ZSTD_LEVEL))
+                .ok()?;
+            self.zstd = Some(context);
+        }
+        let context = self.zstd.as_mut()?;
+        context.reset(ResetDirective::SessionOnly).ok()?;
+        context.compress2(out, src).ok()
+    }
+}
+
+thread_local! {
+    static DECODER: RefCell<Decoder> = RefCell::default();
+    static ENCODER: RefCell<Encoder> = RefCell::default();
+}
+
+/// [`Decoder::decode`] with a decoder of the calling thread's own.
+///
+/// # Errors
+/// As [`Decoder::decode`].
+pub fn decode(compression: Compression, src: &[u8], dst: &mut [u8]) -> Result<(), Error> {
+    DECODER.with_borrow_mut(|decoder| decoder.decode(compression, src, dst))
+}
+
+/// [`Encoder::encode`] with an encoder of the calling thread's own.
+#[must_use]
+pub fn encode(compression: Compression, src: &[u8], dst_capacity: usize) -> Option<Vec<u8>> {
+    ENCODER.with_borrow_mut(|encoder| encoder.encode(compression, src, dst_capacity))
+}

@@ -1,0 +1,110 @@
+//! L1 and L2 entries: every bit pattern decodes to what it says or is refused, and nothing is lost on the way back.
+
+use proptest::prelude::*;
+use urus_format::{CompressedExtent, EntryError, Geometry, HostOffset, L1Entry, L2Entry, L2Raw};
+
+const COPIED: u64 = 1 << 63;
+const COMPRESSED: u64 = 1 << 62;
+
+fn geometry() -> Geometry {
+    Geometry::new(16, 4, 8, 3)
+}
+
+fn decode(entry: u64, geometry: &Geometry) -> Result<L2Entry, EntryError> {
+    L2Entry::decode(
+        L2Raw {
+            entry,
+            subclusters: 0,
+        },
+        geometry,
+    )
+}
+
+#[test]
+fn known_entries() {
+    let host = HostOffset(0x5_0000);
+    for (raw, entry) in [
+        (0, Ok(L2Entry::Unallocated)),
+        (1, Ok(L2Entry::Zero)),
+        (
+            0x5_0001,
+            Ok(L2Entry::ZeroAllocated {
+                host,
+                copied: false,
+            }),
+        ),
+        (COPIED | 0x5_0000, Ok(L2Entry::Data { host, copied: true })),
+        (
+            0x5_0000,
+            Ok(L2Entry::Data {
+                host,
+                copied: false,
+            }),
+        ),
+        (COPIED, Err(EntryError::NoOffset(COPIED))),
+        (0x5_0200, Err(EntryError::Unaligned(0x5_0200))),
+        (0x5_0002, Err(EntryError::ReservedBits(0x5_0002))),
+        (1 << 61, Err(EntryError::ReservedBits(1 << 61))),
+    ] {
+        assert_eq!(decode(raw, &geometry()), entry, "{raw:#x}");
+    }
+    assert_eq!(
+        decode(1, &Geometry::new(16, 4, 8, 2)),
+        Err(EntryError::ZeroFlag(1))
+    );
+}
+
+/// The sector count is of *additional* sectors, counted from the one the offset lies in.
+#[test]
+fn compressed_extents() {
+    // 64 KiB clusters: the offset has 54 bits.
+    for (offset, bytes, additional, read_bytes) in [
+        (0x5_0000, 512, 0, 512),
+        (0x5_0000, 513, 1, 1024),
+        (0x5_01ff, 1, 0, 1),
+        (0x5_01ff, 2, 1, 513),
+        (0x5_0010, 65536, 128, 512 - 16 + 128 * 512),
+    ] {
+        let extent = CompressedExtent {
+            offset: HostOffset(offset),
+            bytes,
+        };
+        let raw = L2Entry::Compressed(extent).encode(&geometry()).entry;
+        assert_eq!(raw, COMPRESSED | additional << 54 | offset, "{extent:?}");
+        let read = CompressedExtent {
+            bytes: read_bytes,
+            ..extent
+        };
+        assert_eq!(decode(raw, &geometry()), Ok(L2Entry::Compressed(read)));
+    }
+    let large = Geometry::new(21, 4, 8, 3);
+    let fits = |offset, bytes| {
+        CompressedExtent {
+            offset: HostOffset(offset),
+            bytes,
+        }
+        .is_encodable(&large)
+    };
+    assert!(fits((1 << 49) - 1, 2 << 20));
+    assert!(!fits(1 << 49, 1) && !fits(0, 0) && !fits(0, (4 << 20) + 1) && !fits(1, 4 << 20));
+}
+
+proptest! {
+    /// What decodes encodes to the same bits (but for COPIED on a compressed cluster, which is ignored).
+    #[test]
+    fn any_bits(raw in any::<u64>(), sparse in any::<u64>(), bits in 9u32..=21, version in 2u32..=3) {
+        let geometry = Geometry::new(bits, 4, 8, version);
+        for raw in [raw, raw & sparse, raw & !((1 << bits) - 2) & !(0x3f << 56), raw | COMPRESSED] {
+            if let Ok(Some(entry)) = L1Entry::decode(raw, &geometry) {
+                prop_assert_eq!(entry.encode(), raw);
+            }
+            match decode(raw, &geometry) {
+                Ok(entry @ L2Entry::Compressed(_)) => {
+                    prop_assert_eq!(entry.encode(&geometry).entry, raw & !COPIED);
+                }
+                Ok(entry) => prop_assert_eq!(entry.encode(&geometry).entry, raw),
+                Err(_) => {}
+            }
+        }
+    }
+}

@@ -1,0 +1,205 @@
+//! The closed choice of drivers.
+
+use std::io;
+use std::os::fd::BorrowedFd;
+use std::sync::Once;
+use std::time::Duration;
+
+use io_uring::IoUring;
+use urus_engine::storage::{Completion, FileId, FileProperties, Notify, Op, Slot, Storage};
+use urus_engine::sync::Arc;
+
+use crate::blocking::Blocking;
+use crate::files::FileSet;
+use crate::memory::RingMemory;
+use crate::uring::{Uring, setup};
+
+/// The most operations a driver has in flight, whatever it is asked for.
+pub const DEPTH_MAX: u32 = 16_384;
+
+/// Which driver: to ask for, or in use.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DriverKind {
+    /// io_uring where it works, else blocking system calls. Never the kind of an open driver.
+    Auto,
+    /// io_uring, or fail.
+    IoUring,
+    /// Blocking system calls.
+    Blocking,
+}
+
+/// Does the I/O of one thread on the files of a device. Opened, used and dropped on that thread: not `Send`.
+///
+/// Dropping it waits for what the kernel is still doing, since the memory belongs to the operations.
+pub struct Driver(Inner);
+
+// One per queue, so the size of the larger variant is not worth a pointer to chase.
+#[allow(
+    clippy::large_enum_variant,
+    reason = "one per queue, and a box would cost the hit path"
+)]
+enum Inner {
+    Uring(Uring),
+    Blocking(Blocking),
+}
+
+/// Runs the same expression on whichever driver there is.
+macro_rules! each {
+    ($driver:expr, $inner:ident => $call:expr) => {
+        match $driver {
+            Inner::Uring($inner) => $call,
+            Inner::Blocking($inner) => $call,
+        }
+    };
+}
+
+impl Driver {
+    /// A driver for the calling thread, with up to `depth` operations in flight (1 to [`DEPTH_MAX`], clamped).
+    ///
+    /// [`DriverKind::Auto`] falls back to blocking system calls where io_uring is missing (Linux before 5.13) or
+    /// forbidden (seccomp, the `io_uring_disabled` sysctl), and says why once per process as a warning.
+    ///
+    /// # Errors
+    /// As eventfd(2) and, for [`DriverKind::IoUring`], io_uring_setup(2).
+    pub fn open(files: Arc<FileSet>, kind: DriverKind, depth: u32) -> io::Result<Self> {
+        Self::open_with(files, kind, depth, setup::build)
+    }
+
+    /// As [`open`](Self::open), with the making of the ring as a parameter, so that tests can refuse it.
+    fn open_with(
+        files: Arc<FileSet>,
+        kind: DriverKind,
+        depth: u32,
+        build: fn(u32) -> io::Result<IoUring>,
+    ) -> io::Result<Self> {
+        let depth = depth.clamp(1, DEPTH_MAX);
+        let blocking = |files| {
+            Blocking::open(files, usize::try_from(depth).expect("fits"))
+                .map(Inner::Blocking)
+                .map(Self)
+        };
+        match kind {
+            DriverKind::Blocking => blocking(files),
+            DriverKind::IoUring => Uring::open(files, depth, build).map(Inner::Uring).map(Self),
+            DriverKind::Auto => match Uring::open(Arc::clone(&files), depth, build) {
+                Ok(uring) => Ok(Self(Inner::Uring(uring))),
+                Err(error) => {
+                    warn_once(&error);
+                    blocking(files)
+                }
+            },
+        }
+    }
+
+    /// The kind in use: never [`DriverKind::Auto`].
+    #[must_use]
+    pub fn kind(&self) -> DriverKind {
+        match self.0 {
+            Inner::Uring(_) => DriverKind::IoUring,
+            Inner::Blocking(_) => DriverKind::Blocking,
+        }
+    }
+
+    /// An eventfd that becomes readable when completions are ready or the notifier was used, for an event loop of the
+    /// caller's. Readable once after the first call.
+    ///
+    /// When it is: [`consume_event`](Self::consume_event), then [`complete`](Storage::complete) until it returns
+    /// `None`, then [`kick`](Storage::kick) what was submitted meanwhile, then sleep. What is left uncompleted is not
+    /// announced again.
+    ///
+    /// # Errors
+    /// As eventfd(2) or io_uring_register(2), on the first call.
+    pub fn event_fd(&mut self) -> io::Result<BorrowedFd<'_>> {
+        match &mut self.0 {
+            Inner::Uring(uring) => uring.event_fd(),
+            Inner::Blocking(blocking) => Ok(blocking.event_fd()),
+        }
+    }
+
+    /// Makes the eventfd unreadable and takes note of notifications so far, as [`wait`](Storage::wait) would.
+    pub fn consume_event(&mut self) {
+        each!(&mut self.0, inner => inner.consume_event());
+    }
+
+    /// The files it works on.
+    #[must_use]
+    pub fn files(&self) -> &FileSet {
+        each!(&self.0, inner => inner.files())
+    }
+}
+
+fn warn_once(error: &io::Error) {
+    static WARNED: Once = Once::new();
+    WARNED.call_once(|| {
+        tracing::warn!(%error, "io_uring is not available: falling back to blocking system calls, which are slower");
+    });
+}
+
+impl std::fmt::Debug for Driver {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Driver")
+            .field("kind", &self.kind())
+            .finish_non_exhaustive()
+    }
+}
+
+impl Storage for Driver {
+    type Memory = RingMemory;
+
+    fn allocate(&self, bytes: usize) -> RingMemory {
+        RingMemory::new(bytes)
+    }
+
+    #[inline]
+    fn submit(&mut self, op: Op<RingMemory>, slot: Slot) -> Result<(), Op<RingMemory>> {
+        each!(&mut self.0, inner => inner.submit(op, slot))
+    }
+
+    #[inline]
+    fn kick(&mut self) {
+        each!(&mut self.0, inner => inner.kick());
+    }
+
+    #[inline]
+    fn complete(&mut self) -> Option<Completion> {
+        each!(&mut self.0, inner => inner.complete())
+    }
+
+    fn wait(&mut self, timeout: Option<Duration>) {
+        each!(&mut self.0, inner => inner.wait(timeout));
+    }
+
+    fn notifier(&self) -> Arc<dyn Notify> {
+        each!(&self.0, inner => Arc::clone(inner.bell()) as Arc<dyn Notify>)
+    }
+
+    fn properties(&self, file: FileId) -> FileProperties {
+        self.files().file(file).properties()
+    }
+
+    fn file_len(&self, file: FileId) -> io::Result<u64> {
+        self.files().file(file).file_len()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    //! Guards the automatic choice: a kernel that refuses the ring must cost speed, not the device.
+    use super::*;
+
+    #[test]
+    fn auto_falls_back_where_the_kernel_refuses() {
+        let refuse: fn(u32) -> io::Result<IoUring> =
+            |_| Err(io::Error::from_raw_os_error(libc::EPERM));
+        let files = FileSet::new(Vec::new());
+        let driver = Driver::open_with(Arc::clone(&files), DriverKind::Auto, 8, refuse).unwrap();
+        assert_eq!(driver.kind(), DriverKind::Blocking);
+        let error =
+            Driver::open_with(Arc::clone(&files), DriverKind::IoUring, 8, refuse).unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(libc::EPERM));
+        assert_eq!(
+            Driver::open(files, DriverKind::Auto, 8).unwrap().kind(),
+            DriverKind::IoUring
+        );
+    }
+}

@@ -1,0 +1,277 @@
+//! The io_uring driver: one ring per queue.
+//!
+//! * [`setup`]: making a ring with the best the kernel has.
+//! * [`slots`]: operations in flight, which own their memory until their completion was seen.
+//! * [`ring`]: the two queues and the system call between them; all `unsafe` about them.
+//! * this file: the driver's life, its waiting and waking.
+//!
+//! # Waking
+//! A multishot poll on the [`Bell`]'s eventfd is always pending in the ring, so that one `io_uring_enter` waits for
+//! I/O, jobs and notifications alike.
+//!
+//! Once a caller asks for the eventfd, to watch it in its own event loop, that poll is removed and the eventfd is
+//! registered with the ring, so that the kernel signals it for completions. (Not both at once: each completion would
+//! complete the poll. Nor another eventfd beside the bell's: Linux 6.18 was seen to lose signals of an eventfd
+//! that come about inside the writing of another, and it delays them by an RCU grace period anyway.)
+
+mod ring;
+pub(crate) mod setup;
+mod slots;
+
+use std::collections::VecDeque;
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd};
+use std::time::Duration;
+
+use io_uring::{IoUring, cqueue};
+use urus_engine::storage::{Completion, Op, OpKind, Slot};
+use urus_engine::sync::Arc;
+
+use crate::bell::Bell;
+use crate::blocking;
+use crate::files::FileSet;
+use crate::memory::RingMemory;
+use crate::offload::{self, Mailbox};
+
+use ring::Ring;
+use slots::Slots;
+
+/// `user_data` of the poll on the bell.
+const BELL: u64 = u64::MAX;
+/// `user_data` of its removal. Everything else is a slot.
+const REMOVAL: u64 = u64::MAX - 1;
+
+pub(crate) struct Uring {
+    /// Before `slots`: the ring is closed before the memory goes. (`drop` has emptied it by then.)
+    ring: Ring,
+    slots: Slots,
+    files: Arc<FileSet>,
+    bell: Arc<Bell>,
+    mailbox: Arc<Mailbox>,
+    /// Completions that did not come through the ring.
+    ready: VecDeque<Completion>,
+    /// Whether the poll on the bell is pending (or about to be submitted).
+    listening: bool,
+    /// Whether the caller watches the bell's eventfd, which is then registered with the ring and not polled by it.
+    watched: bool,
+    /// Operations taken whose completion was not handed out yet.
+    in_flight: usize,
+    depth: usize,
+}
+
+impl Uring {
+    pub(crate) fn open(
+        files: Arc<FileSet>,
+        depth: u32,
+        build: fn(u32) -> io::Result<IoUring>,
+    ) -> io::Result<Self> {
+        // Two entries more, for the poll on the bell and its removal.
+        let ring = Ring::new(build((depth + 2).next_power_of_two())?, &files)?;
+        let depth = usize::try_from(depth)
+            .expect("fits")
+            .min(ring.capacity() - 2);
+        let bell = Arc::new(Bell::new()?);
+        let mut uring = Self {
+            ring,
+            slots: Slots::new(depth),
+            files,
+            mailbox: Mailbox::new(Arc::clone(&bell)),
+            bell,
+            ready: VecDeque::with_capacity(depth),
+            listening: false,
+            watched: false,
+            in_flight: 0,
+            depth,
+        };
+        // Also finds out whether io_uring_enter is allowed.
+        uring.listen();
+        uring.ring.enter()?;
+        Ok(uring)
+    }
+
+    pub(crate) fn files(&self) -> &FileSet {
+        &self.files
+    }
+
+    pub(crate) fn bell(&self) -> &Arc<Bell> {
+        &self.bell
+    }
+
+    #[inline]
+    pub(crate) fn submit(&mut self, op: Op<RingMemory>, slot: Slot) -> Result<(), Op<RingMemory>> {
+        if self.in_flight == self.depth {
+            return Err(op);
+        }
+        self.in_flight += 1;
+        match op.kind {
+            OpKind::Job(job) => offload::submit(job, slot, &self.mailbox),
+            OpKind::SetLen { len } if !self.ring.has_ftruncate() => {
+                let result = blocking::set_len(&self.files, op.file, len);
+                self.ready.push_back(Completion { slot, result });
+            }
+            kind => self.ring.push(
+                &mut self.slots,
+                Op {
+                    file: op.file,
+                    kind,
+                },
+                slot,
+                &self.files,
+            ),
+        }
+        Ok(())
+    }
+
+    #[inline]
+    pub(crate) fn kick(&mut self) {
+        if self.watched && !self.ready.is_empty() {
+            // The kernel knows nothing of these.
+            self.bell.signal();
+        }
+        self.ring.flush();
+    }
+
+    #[inline]
+    pub(crate) fn complete(&mut self) -> Option<Completion> {
+        if !self.mailbox.is_empty() {
+            self.mailbox.collect(&mut self.ready);
+        }
+        let completion = match self.ready.pop_front() {
+            Some(completion) => completion,
+            None => self.reap()?,
+        };
+        self.in_flight -= 1;
+        Some(completion)
+    }
+
+    pub(crate) fn wait(&mut self, timeout: Option<Duration>) {
+        let idle = !self.bell.is_rung()
+            && self.ready.is_empty()
+            && self.mailbox.is_empty()
+            && !self.ring.has_completions();
+        match (idle, self.watched) {
+            (false, _) => self.ring.flush(),
+            (true, false) => {
+                self.listen();
+                self.ring.enter_and_wait(timeout);
+            }
+            (true, true) => {
+                self.ring.flush();
+                if !self.ring.has_completions() && !self.ring.has_deferred() {
+                    self.bell.sleep(timeout);
+                }
+            }
+        }
+        if self.watched || self.bell.is_rung() {
+            self.bell.silence();
+        }
+    }
+
+    pub(crate) fn event_fd(&mut self) -> io::Result<BorrowedFd<'_>> {
+        if !self.watched {
+            self.stop_listening()?;
+            self.ring
+                .register_event_fd(self.bell.event_fd().as_raw_fd())?;
+            self.watched = true;
+            // Completions from before the registration have signalled nobody.
+            self.bell.signal();
+        }
+        Ok(self.bell.event_fd())
+    }
+
+    pub(crate) fn consume_event(&mut self) {
+        self.bell.silence();
+    }
+
+    /// The next completion from the ring. When it returns `None`, none is there and none waits for the kernel to be
+    /// entered: a later one signals the eventfd.
+    #[inline]
+    fn reap(&mut self) -> Option<Completion> {
+        loop {
+            while let Some(entry) = self.ring.pop() {
+                if let Some(completion) = self.finish(&entry) {
+                    return Some(completion);
+                }
+            }
+            if !self.ring.has_deferred() || !self.ring.run_deferred() {
+                return None;
+            }
+            if self.watched {
+                // What was deferred signalled when it was put off, and signals again now that it is completed; the
+                // caller is just taking it, and would be woken once more for nothing.
+                self.bell.forget_signals();
+            }
+        }
+    }
+
+    /// Lets go of what the kernel has ended; returns nothing for what was the driver's own.
+    #[inline]
+    fn finish(&mut self, entry: &cqueue::Entry) -> Option<Completion> {
+        if entry.user_data() < REMOVAL {
+            return Some(self.slots.finish(entry, &self.files));
+        }
+        if entry.user_data() == BELL {
+            // The rings themselves stay to be consumed by a wait.
+            self.listening = cqueue::more(entry.flags());
+            let result = entry.result();
+            if result < 0 && result != -libc::ECANCELED {
+                let error = io::Error::from_raw_os_error(-result);
+                tracing::error!(%error, "the poll on a queue's eventfd failed; it is started again");
+            }
+        }
+        None
+    }
+
+    /// Makes sure that the next entering of the kernel starts the poll on the bell, if it is not pending.
+    fn listen(&mut self) {
+        if !self.listening {
+            self.ring.push_poll(self.bell.event_fd(), BELL);
+            self.listening = true;
+        }
+    }
+
+    /// Ends the poll on the bell.
+    fn stop_listening(&mut self) -> io::Result<()> {
+        self.ring.flush();
+        if self.listening {
+            self.ring.push_poll_removal(BELL, REMOVAL);
+        }
+        while self.listening {
+            self.ring.enter_for_one()?;
+            while let Some(entry) = self.ring.pop() {
+                if entry.user_data() == REMOVAL && entry.result() == -libc::EALREADY {
+                    // It was just completing, to go on after.
+                    self.ring.push_poll_removal(BELL, REMOVAL);
+                }
+                let completion = self.finish(&entry);
+                self.ready.extend(completion);
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Uring {
+    /// Waits until the kernel has let go of every operation's memory.
+    fn drop(&mut self) {
+        let mut failures = 0;
+        while self.slots.busy() > 0 {
+            if let Some(entry) = self.ring.pop() {
+                drop(self.finish(&entry));
+                continue;
+            }
+            if let Err(error) = self.ring.enter_for_one() {
+                failures += 1;
+                if failures > 1000 {
+                    // Better leaked than written to by the kernel after it was freed.
+                    tracing::error!(%error, operations = self.slots.busy(), "cannot wait for operations; leaking their memory");
+                    std::mem::forget(std::mem::replace(&mut self.slots, Slots::new(0)));
+                    break;
+                }
+                std::thread::sleep(Duration::from_millis(1));
+            }
+        }
+        // Closing a ring lets go of its files some time later; unregistering does it now.
+        self.ring.unregister_files();
+    }
+}

@@ -1,0 +1,932 @@
+//! One suite for both drivers, on real files of a temporary directory.
+//!
+//! Guards the contract of `Storage`: each operation completes exactly once, on its own slot, with what the system call
+//! says, whichever driver does it.
+
+use std::io;
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use urus_engine::storage::{Completion, FileId, IMAGE, Memory, Op, OpKind, Slot, Storage};
+use urus_ring::{Buffer, Driver, DriverKind, FileSet, OpenFile, RingMemory};
+
+/// Makes each test of the list once per driver.
+macro_rules! for_both_drivers {
+    ($($name:ident),* $(,)?) => {
+        mod uring {
+            $(#[test] fn $name() { super::$name(urus_ring::DriverKind::IoUring); })*
+        }
+        mod blocking {
+            $(#[test] fn $name() { super::$name(urus_ring::DriverKind::Blocking); })*
+        }
+    };
+}
+
+for_both_drivers![
+    round_trip,
+    vectored_segments,
+    more_pieces_than_one_call_takes,
+    short_read_at_the_end,
+    punch_and_zero_range,
+    set_len_and_allocate,
+    many_operations_in_one_kick,
+    a_full_driver_gives_the_operation_back,
+    dropping_with_operations_in_flight,
+    notify_wakes_a_wait,
+    a_notification_before_the_wait_is_not_missed,
+    wait_ends_when_the_time_is_over,
+    no_notification_is_lost,
+    jobs_run_elsewhere,
+    direct_io,
+    direct_io_refuses_unaligned_memory,
+    event_fd_announces,
+    event_fd_loses_nothing,
+    errors_reach_their_slot,
+    properties_and_lengths,
+    slots_may_be_sparse,
+    a_slot_in_flight_twice_panics,
+];
+
+const DEPTH: u32 = 64;
+const LONG: Duration = Duration::from_secs(20);
+
+/// A directory on the disk's file system: tmpfs would hide alignment mistakes.
+fn directory() -> tempfile::TempDir {
+    tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap()
+}
+
+struct Bench {
+    driver: Driver,
+    path: PathBuf,
+    _directory: tempfile::TempDir,
+}
+
+impl Bench {
+    fn new(kind: DriverKind) -> Self {
+        Self::with(kind, DEPTH, false, &[])
+    }
+
+    fn with(kind: DriverKind, depth: u32, direct: bool, content: &[u8]) -> Self {
+        let directory = directory();
+        let path = directory.path().join("image");
+        std::fs::write(&path, content).unwrap();
+        let file = OpenFile::open_image(&path, false, direct).unwrap();
+        let driver = Driver::open(FileSet::new(vec![file]), kind, depth).unwrap();
+        assert_eq!(driver.kind(), kind);
+        Self {
+            driver,
+            path,
+            _directory: directory,
+        }
+    }
+
+    /// Does one operation on the image.
+    fn run(&mut self, kind: OpKind<RingMemory>) -> io::Result<usize> {
+        submit(&mut self.driver, IMAGE, kind, 3);
+        let completion = next(&mut self.driver);
+        assert_eq!(completion.slot, 3);
+        completion.result
+    }
+
+    fn content(&self) -> Vec<u8> {
+        std::fs::read(&self.path).unwrap()
+    }
+}
+
+fn submit(driver: &mut Driver, file: FileId, kind: OpKind<RingMemory>, slot: Slot) {
+    assert!(
+        driver.submit(Op { file, kind }, slot).is_ok(),
+        "there is room"
+    );
+}
+
+/// Kicks, and waits for a completion.
+fn next(driver: &mut Driver) -> Completion {
+    driver.kick();
+    let start = Instant::now();
+    loop {
+        if let Some(completion) = driver.complete() {
+            return completion;
+        }
+        assert!(start.elapsed() < LONG, "nothing completes");
+        driver.wait(Some(LONG));
+    }
+}
+
+fn pattern(len: usize, seed: usize) -> Vec<u8> {
+    (0..len)
+        .map(|i| u8::try_from((i * 31 + seed * 7 + i / 256) % 251).unwrap())
+        .collect()
+}
+
+fn memory(bytes: &[u8]) -> RingMemory {
+    let mut buffer = Buffer::new(bytes.len());
+    buffer.as_mut_slice().copy_from_slice(bytes);
+    buffer.into_memory()
+}
+
+fn bytes(memory: &RingMemory) -> Vec<u8> {
+    let mut bytes = vec![0; memory.len()];
+    memory.read(0, &mut bytes);
+    bytes
+}
+
+fn round_trip(kind: DriverKind) {
+    let mut bench = Bench::new(kind);
+    let data = pattern(100_000, 1);
+    let write = OpKind::Write {
+        offset: 12_345,
+        memory: memory(&data),
+        sync: false,
+    };
+    assert_eq!(bench.run(write).unwrap(), data.len());
+    let sync = OpKind::Write {
+        offset: 0,
+        memory: memory(&data[..10]),
+        sync: true,
+    };
+    assert_eq!(bench.run(sync).unwrap(), 10);
+    assert_eq!(bench.run(OpKind::SyncData).unwrap(), 0);
+    let target = bench.driver.allocate(data.len());
+    let read = OpKind::Read {
+        offset: 12_345,
+        memory: target.clone(),
+    };
+    assert_eq!(bench.run(read).unwrap(), data.len());
+    assert_eq!(bytes(&target), data);
+    // The driver has let go of it.
+    assert_eq!(target.try_into_buffer().unwrap().as_slice(), data);
+    assert_eq!(bench.content()[..10], data[..10]);
+    assert_eq!(
+        bench
+            .run(OpKind::Read {
+                offset: 0,
+                memory: bench.driver.allocate(0)
+            })
+            .unwrap(),
+        0
+    );
+}
+
+fn vectored_segments(kind: DriverKind) {
+    let mut bench = Bench::new(kind);
+    let data = pattern(10_000, 2);
+    let parts = [0..1, 1..700, 700..5000, 5000..10_000];
+    let chain = RingMemory::chain(
+        parts
+            .iter()
+            .map(|part| memory(&data[part.clone()]))
+            .collect(),
+    );
+    assert_eq!(
+        bench
+            .run(OpKind::Write {
+                offset: 77,
+                memory: chain,
+                sync: false
+            })
+            .unwrap(),
+        10_000
+    );
+    assert_eq!(bench.content()[77..], data);
+    let target = RingMemory::chain((0..10).map(|_| bench.driver.allocate(1000)).collect());
+    // A slice that starts and ends inside pieces.
+    let read = OpKind::Read {
+        offset: 77 + 1500,
+        memory: target.slice(1500, 7000),
+    };
+    assert_eq!(bench.run(read).unwrap(), 7000);
+    assert_eq!(bytes(&target.slice(1500, 7000)), data[1500..8500]);
+    assert!(target.slice(0, 1500).is_zero() && target.slice(8500, 1500).is_zero());
+}
+
+fn more_pieces_than_one_call_takes(kind: DriverKind) {
+    let mut bench = Bench::new(kind);
+    let data = pattern(3 * 1500, 3);
+    let chain = RingMemory::chain(data.chunks(3).map(memory).collect());
+    let done = bench
+        .run(OpKind::Write {
+            offset: 0,
+            memory: chain.clone(),
+            sync: false,
+        })
+        .unwrap();
+    assert_eq!(done, 3 * 1024, "the first 1024 pieces; the engine goes on");
+    let rest = OpKind::Write {
+        offset: 3072,
+        memory: chain.slice(done, 4500 - done),
+        sync: false,
+    };
+    assert_eq!(bench.run(rest).unwrap(), 4500 - done);
+    assert_eq!(bench.content(), data);
+}
+
+fn short_read_at_the_end(kind: DriverKind) {
+    let mut bench = Bench::with(kind, DEPTH, false, &pattern(1000, 4));
+    let target = bench.driver.allocate(4096);
+    assert_eq!(
+        bench
+            .run(OpKind::Read {
+                offset: 900,
+                memory: target.clone()
+            })
+            .unwrap(),
+        100
+    );
+    assert_eq!(bytes(&target.slice(0, 100)), pattern(1000, 4)[900..]);
+    assert_eq!(
+        bench
+            .run(OpKind::Read {
+                offset: 1000,
+                memory: target.clone()
+            })
+            .unwrap(),
+        0
+    );
+    assert_eq!(
+        bench
+            .run(OpKind::Read {
+                offset: 1 << 40,
+                memory: target
+            })
+            .unwrap(),
+        0
+    );
+}
+
+fn punch_and_zero_range(kind: DriverKind) {
+    let data = pattern(64 << 10, 5);
+    let mut bench = Bench::with(kind, DEPTH, false, &data);
+    assert!(
+        bench.driver.properties(IMAGE).can_punch && bench.driver.properties(IMAGE).can_zero_range
+    );
+    assert_eq!(
+        bench
+            .run(OpKind::Punch {
+                offset: 4096,
+                len: 8192
+            })
+            .unwrap(),
+        0
+    );
+    assert_eq!(
+        bench
+            .run(OpKind::ZeroRange {
+                offset: 32 << 10,
+                len: 4096
+            })
+            .unwrap(),
+        0
+    );
+    assert_eq!(
+        bench
+            .run(OpKind::Punch {
+                offset: 60 << 10,
+                len: 1 << 20
+            })
+            .unwrap(),
+        0
+    );
+    let mut expected = data;
+    expected[4096..12_288].fill(0);
+    expected[32 << 10..36 << 10].fill(0);
+    expected[60 << 10..].fill(0);
+    assert_eq!(
+        bench.content(),
+        expected,
+        "punching past the end leaves the length"
+    );
+    assert_eq!(
+        bench
+            .run(OpKind::ZeroRange {
+                offset: 64 << 10,
+                len: 4096
+            })
+            .unwrap(),
+        0
+    );
+    assert_eq!(
+        bench.content().len(),
+        68 << 10,
+        "a zero range may extend the file"
+    );
+}
+
+fn set_len_and_allocate(kind: DriverKind) {
+    let mut bench = Bench::new(kind);
+    assert_eq!(bench.run(OpKind::SetLen { len: 123_456 }).unwrap(), 0);
+    assert_eq!(bench.driver.file_len(IMAGE).unwrap(), 123_456);
+    assert_eq!(bench.run(OpKind::SetLen { len: 100 }).unwrap(), 0);
+    assert_eq!(bench.driver.file_len(IMAGE).unwrap(), 100);
+    assert_eq!(
+        bench
+            .run(OpKind::Allocate {
+                offset: 0,
+                len: 1 << 20
+            })
+            .unwrap(),
+        0
+    );
+    assert_eq!(bench.driver.file_len(IMAGE).unwrap(), 1 << 20);
+    let blocks = std::os::unix::fs::MetadataExt::blocks(&std::fs::metadata(&bench.path).unwrap());
+    assert!(blocks * 512 >= 1 << 20, "space is reserved");
+}
+
+fn many_operations_in_one_kick(kind: DriverKind) {
+    let mut bench = Bench::with(kind, 256, false, &pattern(256 * 512, 6));
+    for round in 0..20 {
+        let targets = (0..256)
+            .map(|_| bench.driver.allocate(512))
+            .collect::<Vec<_>>();
+        for (slot, target) in targets.iter().enumerate() {
+            let offset = u64::try_from((slot + round) % 256 * 512).unwrap();
+            submit(
+                &mut bench.driver,
+                IMAGE,
+                OpKind::Read {
+                    offset,
+                    memory: target.clone(),
+                },
+                slot,
+            );
+        }
+        bench.driver.kick();
+        let mut seen = vec![false; 256];
+        for _ in 0..256 {
+            let completion = next(&mut bench.driver);
+            assert_eq!(completion.result.unwrap(), 512);
+            assert!(
+                !std::mem::replace(&mut seen[completion.slot], true),
+                "each slot once"
+            );
+        }
+        assert!(bench.driver.complete().is_none());
+        let expected = pattern(256 * 512, 6);
+        for (slot, target) in targets.iter().enumerate() {
+            let start = (slot + round) % 256 * 512;
+            assert_eq!(bytes(target), expected[start..start + 512]);
+        }
+    }
+}
+
+fn a_full_driver_gives_the_operation_back(kind: DriverKind) {
+    let mut bench = Bench::with(kind, 5, false, &pattern(4096, 7));
+    let target = bench.driver.allocate(512);
+    let read = |offset| Op {
+        file: IMAGE,
+        kind: OpKind::Read {
+            offset,
+            memory: target.clone(),
+        },
+    };
+    for slot in 0..5 {
+        assert!(bench.driver.submit(read(0), slot).is_ok());
+    }
+    let Err(op) = bench.driver.submit(read(512), 5) else {
+        panic!("a sixth operation of five")
+    };
+    assert!(
+        matches!(op.kind, OpKind::Read { offset: 512, .. }),
+        "the operation itself comes back"
+    );
+    let first = next(&mut bench.driver);
+    assert!(
+        bench.driver.submit(op, first.slot).is_ok(),
+        "there is room after a completion"
+    );
+    for _ in 0..5 {
+        next(&mut bench.driver).result.unwrap();
+    }
+    assert!(bench.driver.complete().is_none());
+}
+
+fn dropping_with_operations_in_flight(kind: DriverKind) {
+    for kicked in [false, true] {
+        let mut bench = Bench::with(kind, DEPTH, true, &pattern(16 << 20, 8));
+        let target = bench.driver.allocate(16 << 20);
+        for slot in 0..63 {
+            let part = target.slice(slot * (256 << 10), 256 << 10);
+            let offset = u64::try_from(slot * (256 << 10)).unwrap();
+            submit(
+                &mut bench.driver,
+                IMAGE,
+                OpKind::Read {
+                    offset,
+                    memory: part,
+                },
+                slot,
+            );
+        }
+        submit(&mut bench.driver, IMAGE, OpKind::SyncData, 63);
+        if kicked {
+            bench.driver.kick();
+        }
+        drop(bench);
+        // Nothing holds the memory, so nobody writes it any more.
+        target.zero(0, 16 << 20);
+        assert!(
+            target
+                .try_into_buffer()
+                .unwrap()
+                .as_slice()
+                .iter()
+                .all(|&byte| byte == 0)
+        );
+    }
+}
+
+fn notify_wakes_a_wait(kind: DriverKind) {
+    let mut bench = Bench::new(kind);
+    let notifier = bench.driver.notifier();
+    let rung = Arc::new(AtomicBool::new(false));
+    let ringer = thread::spawn({
+        let rung = Arc::clone(&rung);
+        move || {
+            thread::sleep(Duration::from_millis(50));
+            rung.store(true, Ordering::Relaxed);
+            notifier.notify();
+        }
+    });
+    let start = Instant::now();
+    while !rung.load(Ordering::Relaxed) {
+        bench.driver.wait(None);
+        assert!(start.elapsed() < LONG);
+    }
+    ringer.join().unwrap();
+    assert!(bench.driver.complete().is_none());
+}
+
+fn a_notification_before_the_wait_is_not_missed(kind: DriverKind) {
+    let mut bench = Bench::new(kind);
+    let notifier = bench.driver.notifier();
+    for round in 0..100 {
+        notifier.notify();
+        notifier.notify();
+        if round % 2 == 0 {
+            // Looking for completions must not swallow it.
+            assert!(bench.driver.complete().is_none());
+            bench.driver.kick();
+        }
+        let start = Instant::now();
+        bench.driver.wait(Some(LONG));
+        assert!(start.elapsed() < LONG / 2);
+    }
+}
+
+fn wait_ends_when_the_time_is_over(kind: DriverKind) {
+    let mut bench = Bench::new(kind);
+    let start = Instant::now();
+    bench.driver.wait(Some(Duration::ZERO));
+    bench.driver.wait(Some(Duration::from_millis(30)));
+    assert!(start.elapsed() >= Duration::from_millis(30) && start.elapsed() < LONG);
+}
+
+/// A ping-pong with no time limit: one lost wake-up and it hangs.
+fn no_notification_is_lost(kind: DriverKind) {
+    let mut bench = Bench::new(kind);
+    let notifier = bench.driver.notifier();
+    let (to_ringer, ringer_inbox) = std::sync::mpsc::channel::<u32>();
+    let (to_driver, inbox) = std::sync::mpsc::channel::<u32>();
+    let ringer = thread::spawn(move || {
+        for round in ringer_inbox {
+            if round % 3 == 0 {
+                thread::yield_now();
+            }
+            to_driver.send(round).unwrap();
+            notifier.notify();
+        }
+    });
+    for round in 0..20_000 {
+        to_ringer.send(round).unwrap();
+        loop {
+            if let Ok(answer) = inbox.try_recv() {
+                assert_eq!(answer, round);
+                break;
+            }
+            bench.driver.wait(None);
+            if round % 5 == 0 {
+                assert!(bench.driver.complete().is_none());
+            }
+        }
+    }
+    drop(to_ringer);
+    ringer.join().unwrap();
+}
+
+fn jobs_run_elsewhere(kind: DriverKind) {
+    let mut bench = Bench::new(kind);
+    let here = thread::current().id();
+    let ran = Arc::new(std::sync::Mutex::new(Vec::new()));
+    for slot in 0..32 {
+        let ran = Arc::clone(&ran);
+        let job = Box::new(move || {
+            thread::sleep(Duration::from_millis(1));
+            assert!(slot != 7, "job 7 panics, on purpose");
+            ran.lock().unwrap().push(thread::current().id());
+        });
+        submit(&mut bench.driver, IMAGE, OpKind::Job(job), slot);
+    }
+    let mut seen = [false; 32];
+    for _ in 0..32 {
+        let completion = next(&mut bench.driver);
+        assert!(!std::mem::replace(&mut seen[completion.slot], true));
+        assert_eq!(completion.result.is_err(), completion.slot == 7);
+    }
+    let ran = ran.lock().unwrap();
+    assert_eq!(ran.len(), 31);
+    assert!(ran.iter().all(|&id| id != here));
+}
+
+fn direct_io(kind: DriverKind) {
+    let mut bench = Bench::with(kind, DEPTH, true, &[]);
+    let properties = bench.driver.properties(IMAGE);
+    assert!(
+        [512, 4096].contains(&properties.alignment),
+        "{properties:?}"
+    );
+    assert!(
+        [512, 4096].contains(&properties.memory_alignment),
+        "{properties:?}"
+    );
+    let data = pattern(256 << 10, 9);
+    let write = OpKind::Write {
+        offset: 0,
+        memory: memory(&data),
+        sync: false,
+    };
+    assert_eq!(bench.run(write).unwrap(), data.len());
+    let unit = usize::try_from(properties.alignment).unwrap();
+    let target = bench.driver.allocate(256 << 10);
+    assert!(target.is_aligned(4096));
+    let read = OpKind::Read {
+        offset: u64::try_from(unit).unwrap(),
+        memory: target.slice(unit, 64 * unit),
+    };
+    assert_eq!(bench.run(read).unwrap(), 64 * unit);
+    assert_eq!(bytes(&target.slice(unit, 64 * unit)), data[unit..65 * unit]);
+    let chain = RingMemory::chain(vec![
+        target.slice(0, unit),
+        target.slice(8 * unit, 3 * unit),
+    ]);
+    assert_eq!(
+        bench
+            .run(OpKind::Read {
+                offset: 0,
+                memory: chain.clone()
+            })
+            .unwrap(),
+        4 * unit
+    );
+    assert_eq!(bytes(&chain), data[..4 * unit]);
+    // The helper sees to the alignment itself.
+    let file = bench.driver.files().file(IMAGE);
+    assert_eq!(file.read_exact_at(1001, 5000).unwrap(), data[1001..6001]);
+}
+
+fn direct_io_refuses_unaligned_memory(kind: DriverKind) {
+    let mut bench = Bench::with(kind, DEPTH, true, &pattern(8192, 10));
+    let target = bench.driver.allocate(8192);
+    assert!(!target.slice(1, 512).is_aligned(2));
+    let read = OpKind::Read {
+        offset: 100,
+        memory: target.slice(0, 512),
+    };
+    assert_eq!(
+        bench.run(read).unwrap_err().raw_os_error(),
+        Some(22),
+        "EINVAL"
+    );
+}
+
+fn is_readable(driver: &mut Driver, wait: bool) -> bool {
+    let event = driver.event_fd().unwrap();
+    let timeout = if wait {
+        Timespec {
+            tv_sec: 20,
+            tv_nsec: 0,
+        }
+    } else {
+        Timespec {
+            tv_sec: 0,
+            tv_nsec: 0,
+        }
+    };
+    poll(
+        &mut [PollFd::new(&event.as_fd(), PollFlags::IN)],
+        Some(&timeout),
+    )
+    .unwrap()
+        == 1
+}
+
+fn event_fd_announces(kind: DriverKind) {
+    let mut bench = Bench::with(kind, DEPTH, true, &pattern(1 << 20, 11));
+    let driver = &mut bench.driver;
+    assert!(is_readable(driver, false), "once after the first call");
+    driver.consume_event();
+    assert!(driver.complete().is_none());
+    assert!(!is_readable(driver, false));
+
+    // A read, in one system call or later.
+    let memory = driver.allocate(512);
+    submit(driver, IMAGE, OpKind::Read { offset: 0, memory }, 0);
+    driver.kick();
+    assert!(is_readable(driver, true));
+    driver.consume_event();
+    assert!(driver.complete().is_some() && driver.complete().is_none());
+    assert!(!is_readable(driver, false));
+
+    // A job.
+    submit(
+        driver,
+        IMAGE,
+        OpKind::Job(Box::new(|| thread::sleep(Duration::from_millis(20)))),
+        0,
+    );
+    driver.kick();
+    assert!(is_readable(driver, true));
+    driver.consume_event();
+    assert!(driver.complete().is_some() && driver.complete().is_none());
+
+    // A notification.
+    let notifier = driver.notifier();
+    for _ in 0..10 {
+        while is_readable(driver, false) {
+            driver.consume_event();
+            assert!(driver.complete().is_none());
+        }
+        let notifier = Arc::clone(&notifier);
+        let ringer = thread::spawn(move || {
+            thread::sleep(Duration::from_millis(5));
+            notifier.notify();
+        });
+        assert!(is_readable(driver, true));
+        ringer.join().unwrap();
+    }
+    driver.consume_event();
+    assert!(driver.complete().is_none());
+}
+
+/// The event loop of an embedding program, with reads, jobs and notifications at once.
+fn event_fd_loses_nothing(kind: DriverKind) {
+    let mut bench = Bench::with(kind, 8, true, &pattern(1 << 20, 12));
+    let driver = &mut bench.driver;
+    let notifier = driver.notifier();
+    let (sender, inbox) = std::sync::mpsc::channel::<u32>();
+    let ringer = thread::spawn(move || {
+        for message in 0..2000 {
+            if message % 7 == 0 {
+                thread::sleep(Duration::from_micros(200));
+            }
+            sender.send(message).unwrap();
+            notifier.notify();
+        }
+    });
+    let mut free = (0..8).collect::<Vec<Slot>>();
+    let (mut started, mut ended, mut received) = (0_u64, 0, 0);
+    let target = driver.allocate(4096 * 8);
+    while ended < 2000 || received < 2000 {
+        while started < 2000
+            && let Some(slot) = free.pop()
+        {
+            let kind = match started % 8 {
+                0 => OpKind::Job(Box::new(|| ())),
+                _ => OpKind::Read {
+                    offset: started % 256 * 4096,
+                    memory: target.slice(slot * 4096, 4096),
+                },
+            };
+            submit(driver, IMAGE, kind, slot);
+            started += 1;
+        }
+        driver.kick();
+        assert!(
+            is_readable(driver, true),
+            "{started} started, {ended} ended, {received} received: nothing more comes"
+        );
+        driver.consume_event();
+        received += inbox.try_iter().count();
+        while let Some(completion) = driver.complete() {
+            completion.result.unwrap();
+            free.push(completion.slot);
+            ended += 1;
+        }
+    }
+    ringer.join().unwrap();
+}
+
+fn errors_reach_their_slot(kind: DriverKind) {
+    let directory = directory();
+    let path = directory.path().join("image");
+    std::fs::write(&path, pattern(4096, 13)).unwrap();
+    let files = vec![
+        OpenFile::open_image(&path, false, false).unwrap(),
+        OpenFile::open_image(&path, true, false).unwrap(),
+    ];
+    assert!(files[0].is_writable() && !files[1].is_writable());
+    let mut driver = Driver::open(FileSet::new(files), kind, DEPTH).unwrap();
+    for slot in 0..32 {
+        let memory = driver.allocate(512);
+        let kind = match slot % 4 {
+            0 => OpKind::Read { offset: 0, memory },
+            1 => OpKind::Write {
+                offset: 0,
+                memory,
+                sync: slot % 8 == 1,
+            },
+            2 => OpKind::Punch {
+                offset: 0,
+                len: 512,
+            },
+            _ => OpKind::SetLen { len: 1 },
+        };
+        submit(&mut driver, FileId(u16::from(slot >= 4)), kind, slot);
+        if slot == 3 {
+            // Let the good ones on the writable file pass first.
+            for _ in 0..4 {
+                next(&mut driver).result.unwrap();
+            }
+        }
+    }
+    let mut seen = 0;
+    for _ in 4..32 {
+        let completion = next(&mut driver);
+        seen += completion.slot;
+        match completion.slot % 4 {
+            0 => assert_eq!(completion.result.unwrap(), 1),
+            1 | 2 => assert_eq!(
+                completion.result.unwrap_err().raw_os_error(),
+                Some(9),
+                "EBADF"
+            ),
+            _ => assert_eq!(
+                completion.result.unwrap_err().raw_os_error(),
+                Some(22),
+                "EINVAL"
+            ),
+        }
+    }
+    assert_eq!(seen, (4..32).sum());
+    // Offsets that no file has.
+    let memory = driver.allocate(512);
+    submit(
+        &mut driver,
+        IMAGE,
+        OpKind::Read {
+            offset: u64::MAX - 511,
+            memory,
+        },
+        0,
+    );
+    assert!(next(&mut driver).result.is_err());
+}
+
+fn properties_and_lengths(kind: DriverKind) {
+    let bench = Bench::with(kind, DEPTH, false, &pattern(1234, 14));
+    let properties = bench.driver.properties(IMAGE);
+    assert_eq!(
+        (
+            properties.alignment,
+            properties.memory_alignment,
+            properties.regular
+        ),
+        (1, 1, true)
+    );
+    assert_eq!(bench.driver.file_len(IMAGE).unwrap(), 1234);
+    assert_eq!(
+        bench.driver.files().file(IMAGE).name(),
+        bench.path.display().to_string()
+    );
+}
+
+fn slots_may_be_sparse(kind: DriverKind) {
+    let mut bench = Bench::with(kind, 4, false, &pattern(4096, 15));
+    for slot in [0, 1000, 5, 999] {
+        let memory = bench.driver.allocate(10);
+        submit(
+            &mut bench.driver,
+            IMAGE,
+            OpKind::Read { offset: 0, memory },
+            slot,
+        );
+    }
+    let mut slots = (0..4)
+        .map(|_| next(&mut bench.driver).slot)
+        .collect::<Vec<_>>();
+    slots.sort_unstable();
+    assert_eq!(slots, [0, 5, 999, 1000]);
+}
+
+/// The ring must not free memory that the kernel works on because of an engine's mistake.
+fn a_slot_in_flight_twice_panics(kind: DriverKind) {
+    if kind == DriverKind::Blocking {
+        return; // harmless there
+    }
+    let result = std::panic::catch_unwind(|| {
+        let mut bench = Bench::with(kind, 4, false, &pattern(4096, 16));
+        for _ in 0..2 {
+            let memory = bench.driver.allocate(10);
+            submit(
+                &mut bench.driver,
+                IMAGE,
+                OpKind::Read { offset: 0, memory },
+                1,
+            );
+        }
+    });
+    assert!(result.is_err());
+}
+
+/// Files that are no images, names that lead out of a directory.
+#[test]
+fn only_files_and_disks_are_opened() {
+    let directory = directory();
+    let inside = directory.path().join("inside");
+    std::fs::create_dir(&inside).unwrap();
+    std::fs::write(directory.path().join("secret"), b"secret").unwrap();
+    std::fs::write(inside.join("base"), b"base").unwrap();
+    std::os::unix::fs::symlink("../secret", inside.join("out")).unwrap();
+    std::os::unix::fs::symlink("base", inside.join("link")).unwrap();
+    std::os::unix::fs::symlink(directory.path().join("secret"), inside.join("absolute")).unwrap();
+    let fifo = inside.join("fifo");
+    rustix::fs::mknodat(
+        rustix::fs::CWD,
+        &fifo,
+        rustix::fs::FileType::Fifo,
+        rustix::fs::Mode::RUSR,
+        0,
+    )
+    .unwrap();
+
+    let start = Instant::now();
+    for path in [fifo.as_path(), inside.as_path(), Path::new("/dev/null")] {
+        let error = OpenFile::open_image(path, true, false).unwrap_err();
+        assert_eq!(
+            error.kind(),
+            io::ErrorKind::InvalidInput,
+            "{}: {error}",
+            path.display()
+        );
+    }
+    let dir = std::fs::File::open(&inside).unwrap().into();
+    for name in ["base", "link", "./base"] {
+        let file = OpenFile::open_beneath(&dir, Path::new(name), false).unwrap();
+        assert_eq!(file.read_prefix(100).unwrap(), b"base");
+        assert!(!file.is_writable());
+    }
+    for name in [
+        "out",
+        "absolute",
+        "../secret",
+        "/etc/passwd",
+        "../inside/base",
+    ] {
+        let error = OpenFile::open_beneath(&dir, Path::new(name), false).unwrap_err();
+        assert_eq!(
+            error.kind(),
+            io::ErrorKind::CrossesDevices,
+            "{name}: {error}"
+        );
+    }
+    let error = OpenFile::open_beneath(&dir, Path::new("fifo"), false).unwrap_err();
+    assert_eq!(error.kind(), io::ErrorKind::InvalidInput);
+    assert!(start.elapsed() < LONG, "a FIFO did not make it hang");
+
+    let append = std::fs::OpenOptions::new()
+        .append(true)
+        .read(true)
+        .open(inside.join("base"))
+        .unwrap();
+    assert!(OpenFile::from_fd(append.into(), "appended".into()).is_err());
+    let write_only = std::fs::OpenOptions::new()
+        .write(true)
+        .open(inside.join("base"))
+        .unwrap();
+    assert!(OpenFile::from_fd(write_only.into(), "write-only".into()).is_err());
+    let error = OpenFile::create_image(&inside.join("base"), false).unwrap_err();
+    assert_eq!(error.kind(), io::ErrorKind::AlreadyExists);
+    let created = OpenFile::create_image(&inside.join("new"), false).unwrap();
+    assert!(created.is_writable() && created.file_len().unwrap() == 0);
+    let error = created.read_exact_at(0, 1).unwrap_err();
+    assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof);
+    assert_eq!(
+        OpenFile::open_image(&inside.join("base"), true, false)
+            .unwrap()
+            .read_at(3, 10)
+            .unwrap(),
+        b"e"
+    );
+}
+
+/// procfs has no O_DIRECT: the error must say what to do.
+#[test]
+fn a_refused_o_direct_is_named() {
+    let error = OpenFile::open_image(Path::new("/proc/self/status"), true, true).unwrap_err();
+    assert_eq!(error.kind(), io::ErrorKind::Unsupported);
+    assert!(error.to_string().contains("O_DIRECT"), "{error}");
+}

@@ -1,0 +1,117 @@
+//! Errors that storage gives back on request.
+
+use std::io;
+
+/// Numbers of the errors that the simulator gives, as on Linux.
+pub(crate) mod errno {
+    pub(crate) const EINTR: i32 = 4;
+    pub(crate) const EIO: i32 = 5;
+    pub(crate) const EBADF: i32 = 9;
+    pub(crate) const EAGAIN: i32 = 11;
+    pub(crate) const EINVAL: i32 = 22;
+    pub(crate) const EFBIG: i32 = 27;
+    pub(crate) const ENOSPC: i32 = 28;
+    pub(crate) const EOPNOTSUPP: i32 = 95;
+}
+
+pub(crate) fn error(errno: i32) -> io::Error {
+    io::Error::from_raw_os_error(errno)
+}
+
+/// Which operations a fault hits. Storage operations are numbered from 0 in order of submission; jobs do not count.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Trigger {
+    /// The operation with this number.
+    Op(u64),
+    /// Every operation from the first number up to, not including, the second.
+    Ops(u64, u64),
+    /// The fdatasync with this number (they are also counted apart, from 0).
+    Sync(u64),
+}
+
+/// What happens to it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Action {
+    /// It fails with EIO. A change may have taken effect in any part. A failed fdatasync makes nothing durable, ever.
+    Eio,
+    /// It fails with ENOSPC if it may take space; nothing is changed.
+    Enospc,
+    /// It fails with EINTR; nothing is changed.
+    Eintr,
+    /// It fails with EAGAIN; nothing is changed.
+    Eagain,
+    /// A read or write that ends one sector (or one byte, if it is shorter than that) early.
+    ShortBySector,
+    /// A read or write that does half.
+    ShortByHalf,
+    /// A read or write that does nothing and reports 0.
+    ShortToZero,
+}
+
+/// All actions, for sweeps.
+pub const ACTIONS: [Action; 7] = [
+    Action::Eio,
+    Action::Enospc,
+    Action::Eintr,
+    Action::Eagain,
+    Action::ShortBySector,
+    Action::ShortByHalf,
+    Action::ShortToZero,
+];
+
+/// A planned error.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Fault {
+    /// When.
+    pub trigger: Trigger,
+    /// What.
+    pub action: Action,
+}
+
+/// Kind of a storage operation, as far as faults care.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum OpClass {
+    Read,
+    Write,
+    /// Zero range, allocate, set length: may take space.
+    Space,
+    Punch,
+    Sync,
+}
+
+/// The planned errors and how far the run has come.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct FaultPlan {
+    pub(crate) faults: Vec<Fault>,
+    pub(crate) ops: u64,
+    pub(crate) syncs: u64,
+    /// How often a fault really hit.
+    pub(crate) injected: u64,
+}
+
+impl FaultPlan {
+    /// Counts an operation and says what goes wrong with it.
+    pub(crate) fn next(&mut self, class: OpClass) -> Option<Action> {
+        let (op, sync) = (self.ops, self.syncs);
+        self.ops += 1;
+        self.syncs += u64::from(class == OpClass::Sync);
+        let hit = |fault: &&Fault| {
+            let now = match fault.trigger {
+                Trigger::Op(k) => k == op,
+                Trigger::Ops(from, to) => (from..to).contains(&op),
+                Trigger::Sync(k) => class == OpClass::Sync && k == sync,
+            };
+            let fits = match fault.action {
+                Action::Eio | Action::Eintr | Action::Eagain => true,
+                Action::Enospc => matches!(class, OpClass::Write | OpClass::Space),
+                Action::ShortBySector | Action::ShortByHalf | Action::ShortToZero => {
+                    matches!(class, OpClass::Read | OpClass::Write)
+                }
+            };
+            now && fits
+        };
+        let action = self.faults.iter().find(hit).map(|fault| fault.action);
+        self.injected += u64::from(action.is_some());
+        action
+    }
+}

@@ -1,0 +1,152 @@
+//! The driver's side: [`SimStorage`] is what the engine's queues and maintenance hold.
+
+use std::io;
+use std::time::Duration;
+
+use urus_engine::storage::{Completion, FileId, FileProperties, Memory, Notify, Op, Slot, Storage};
+use urus_engine::sync::{Arc, AtomicBool, Ordering};
+
+use crate::log::Event;
+use crate::memory::SimMemory;
+use crate::world::SimWorld;
+
+/// Set by a notification, cleared by [`Storage::wait`] and [`SimStorage::take_notification`].
+#[derive(Default)]
+pub(crate) struct Flag(pub(crate) AtomicBool);
+
+impl Notify for Flag {
+    fn notify(&self) {
+        self.0.store(true, Ordering::SeqCst);
+    }
+}
+
+/// So many waits in a row with nothing in flight anywhere, and no notification, are a hang.
+const HANG_WAITS: u32 = 10_000;
+
+/// One queue's way to a [`SimWorld`].
+pub struct SimStorage {
+    world: SimWorld,
+    number: usize,
+    flag: Arc<Flag>,
+}
+
+impl SimStorage {
+    pub(crate) fn new(world: SimWorld, number: usize, flag: Arc<Flag>) -> Self {
+        Self {
+            world,
+            number,
+            flag,
+        }
+    }
+
+    /// Its number, for [`SimWorld::is_awake`].
+    #[must_use]
+    pub fn number(&self) -> usize {
+        self.number
+    }
+
+    /// The world it belongs to.
+    #[must_use]
+    pub fn world(&self) -> SimWorld {
+        self.world.clone()
+    }
+}
+
+impl Storage for SimStorage {
+    type Memory = SimMemory;
+
+    fn allocate(&self, bytes: usize) -> SimMemory {
+        SimMemory::zeroed(bytes)
+    }
+
+    fn submit(&mut self, op: Op<SimMemory>, slot: Slot) -> Result<(), Op<SimMemory>> {
+        self.world.0.borrow_mut().submit(self.number, op, slot)
+    }
+
+    fn kick(&mut self) {
+        let mut world = self.world.0.borrow_mut();
+        for op in world
+            .running
+            .iter_mut()
+            .filter(|op| op.handle == self.number)
+        {
+            op.kicked = true;
+        }
+    }
+
+    fn complete(&mut self) -> Option<Completion> {
+        let mut world = self.world.0.borrow_mut();
+        let world = &mut *world;
+        let handle = &mut world.handles[self.number];
+        if handle.ready.is_empty() {
+            return None;
+        }
+        // In order of arrival: a ring's completion queue is one.
+        let landed = handle.ready.remove(0);
+        handle.in_flight.retain(|slot| *slot != landed.slot);
+        world.trace.add(0x5e ^ u64::from(landed.op.0) << 8);
+        if landed.logged {
+            world.record(Event::Seen { op: landed.op });
+        }
+        Some(Completion {
+            slot: landed.slot,
+            result: landed.result,
+        })
+    }
+
+    fn wait(&mut self, _timeout: Option<Duration>) {
+        loop {
+            if self.flag.0.swap(false, Ordering::SeqCst) {
+                return;
+            }
+            if !self.world.0.borrow().handles[self.number].ready.is_empty() {
+                return;
+            }
+            if !self.world.step() {
+                break;
+            }
+        }
+        let mut world = self.world.0.borrow_mut();
+        world.idle_waits += 1;
+        assert!(
+            world.idle_waits < HANG_WAITS,
+            "a hang: waiting, and nothing is in flight (a missing kick?)"
+        );
+    }
+
+    fn notifier(&self) -> Arc<dyn Notify> {
+        Arc::clone(&self.flag) as Arc<dyn Notify>
+    }
+
+    fn properties(&self, file: FileId) -> FileProperties {
+        self.world.0.borrow().files[usize::from(file.0)].properties
+    }
+
+    fn file_len(&self, file: FileId) -> io::Result<u64> {
+        Ok(self.world.0.borrow().files[usize::from(file.0)]
+            .contents
+            .len())
+    }
+}
+
+impl SimStorage {
+    /// Clears the notification, as a poll of the owner's event loop does; whether there was one.
+    pub fn take_notification(&self) -> bool {
+        self.flag.0.swap(false, Ordering::SeqCst)
+    }
+}
+
+impl Drop for SimStorage {
+    /// What was started still takes effect; nobody hears of it. (The memory lives on in the operations.)
+    fn drop(&mut self) {
+        let mut world = self.world.0.borrow_mut();
+        world.handles[self.number].closed = true;
+        world.handles[self.number].in_flight.clear();
+        world.handles[self.number].ready.clear();
+    }
+}
+
+/// Bytes of memory, for operations that have it.
+pub(crate) fn bytes_of(memory: &SimMemory) -> u64 {
+    memory.len() as u64
+}

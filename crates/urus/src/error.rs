@@ -1,0 +1,201 @@
+//! What can go wrong: which image, what, and what the user can do about it.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+/// The facade's result.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// An error of opening, creating, inspecting or using an image.
+///
+/// Its text names the image, what was found, and what to do. For transports that speak in numbers there is
+/// [`errno`](Self::errno).
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The operating system refused something about a file.
+    #[error("{}: cannot {operation}: {source}", path.display())]
+    Io {
+        /// What was tried: "open", "lock", "read the header", ...
+        operation: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// What the operating system says.
+        source: io::Error,
+    },
+    /// Another process holds the image (QEMU, or another urus): they would damage each other's work.
+    #[error("{}: in use by another process ({detail}); stop it, or open the image read-only where that process only reads", path.display())]
+    InUse {
+        /// The image.
+        path: PathBuf,
+        /// Which use conflicts.
+        detail: String,
+    },
+    /// The file is not in the format that the caller stated.
+    #[error("{}: not a qcow2 image (it does not begin with \"QFI\\xfb\"); if its bytes are the disk itself, state the format raw", path.display())]
+    NotQcow2 {
+        /// The file.
+        path: PathBuf,
+    },
+    /// The header, or another structure of the image, is refused.
+    #[error("{}: {source}", path.display())]
+    Format {
+        /// The image.
+        path: PathBuf,
+        /// Why.
+        source: urus_format::Error,
+    },
+    /// Neither a regular file nor a block device.
+    #[error("{}: {what} cannot hold an image; only a regular file or a block device can", path.display())]
+    FileType {
+        /// The file.
+        path: PathBuf,
+        /// What it is: "a directory", "a socket", ...
+        what: &'static str,
+    },
+    /// The image names a backing file, and [`BackingPolicy::Forbid`](crate::BackingPolicy::Forbid) was asked for.
+    #[error("{}: names the backing file {backing:?}, and backing files are forbidden here; allow them with --backing-dir DIR (BackingPolicy::Dir) if you trust this image", image.display())]
+    BackingForbidden {
+        /// The image that names it.
+        image: PathBuf,
+        /// The name, as recorded.
+        backing: String,
+    },
+    /// The backing file lies outside the directory in which backing files are allowed.
+    #[error("{}: names the backing file {backing:?}, which does not lie beneath {}; if you trust this image, allow it with --backing-dir DIR (BackingPolicy::Dir), DIR being a directory above both", image.display(), allowed.display())]
+    BackingOutside {
+        /// The image that names it.
+        image: PathBuf,
+        /// The name, as recorded.
+        backing: String,
+        /// The directory beneath which backing files may lie.
+        allowed: PathBuf,
+    },
+    /// The format of the backing file is neither recorded nor given. It is never guessed: a guest that can write a
+    /// qcow2 header onto its raw disk could else make the host open any file.
+    #[error("{}: does not record the format of its backing file {backing:?}, and it is never guessed; record it (qemu-img rebase -u -F FORMAT -b NAME IMAGE) or give it (--backing-format FORMAT)", image.display())]
+    BackingFormatMissing {
+        /// The image that names it.
+        image: PathBuf,
+        /// The name, as recorded.
+        backing: String,
+    },
+    /// The backing file is recorded in a format that urus does not read.
+    #[error("{}: its backing file {backing:?} has the format {format:?}; only qcow2 and raw are supported", image.display())]
+    BackingFormatUnsupported {
+        /// The image that names it.
+        image: PathBuf,
+        /// The name, as recorded.
+        backing: String,
+        /// The format, as recorded.
+        format: String,
+    },
+    /// The recorded name of the backing file is not a plain file name.
+    #[error("{}: the name of its backing file, {backing:?}, is refused: {why}", image.display())]
+    BackingName {
+        /// The image that names it.
+        image: PathBuf,
+        /// The name, as recorded.
+        backing: String,
+        /// Which rule it breaks.
+        why: String,
+    },
+    /// The backing file cannot be opened.
+    #[error("{}: cannot open its backing file {backing:?} beneath {}: {source}", image.display(), dir.display())]
+    BackingOpen {
+        /// The image that names it.
+        image: PathBuf,
+        /// The name, as recorded.
+        backing: String,
+        /// The directory beneath which it was looked for.
+        dir: PathBuf,
+        /// What the operating system says.
+        source: io::Error,
+    },
+    /// A backing file appears twice in its own chain.
+    #[error("{}: its backing file {backing:?} is already in the chain above it: the chain is a loop", image.display())]
+    BackingLoop {
+        /// The image that names it.
+        image: PathBuf,
+        /// The name, as recorded.
+        backing: String,
+    },
+    /// The chain of backing files has too many layers.
+    #[error("{}: the chain has more than {limit} layers", image.display())]
+    ChainTooDeep {
+        /// The image at the top.
+        image: PathBuf,
+        /// The limit.
+        limit: usize,
+    },
+    /// [`OpenOptions::open_fds`](crate::OpenOptions::open_fds) got too few or too many backing descriptors.
+    #[error("{}: {given} backing descriptors were given and the chain has {needed} backing files{}", image.display(), if *at_least { " or more" } else { "" })]
+    BackingCount {
+        /// The image at the top.
+        image: PathBuf,
+        /// Descriptors given.
+        given: usize,
+        /// Backing files in the chain.
+        needed: usize,
+        /// The chain goes on after `needed`.
+        at_least: bool,
+    },
+    /// The engine refused or failed a request.
+    #[error(transparent)]
+    Engine(#[from] crate::pending::EngineError),
+    /// An option, or a combination of options, makes no sense.
+    #[error("{what}")]
+    Invalid {
+        /// What, and why.
+        what: String,
+    },
+    /// The device was closed.
+    #[error("the device is closed")]
+    Closed,
+}
+
+impl Error {
+    /// The nearest `errno` (positive), for transports that speak in them.
+    #[must_use]
+    pub fn errno(&self) -> i32 {
+        use rustix::io::Errno;
+        let errno = match self {
+            Self::Io { source, .. } | Self::BackingOpen { source, .. } => {
+                return source.raw_os_error().unwrap_or(Errno::IO.raw_os_error());
+            }
+            Self::Engine(error) => return error.errno(),
+            Self::InUse { .. } => Errno::AGAIN,
+            Self::NotQcow2 { .. }
+            | Self::Format { .. }
+            | Self::Invalid { .. }
+            | Self::BackingCount { .. } => Errno::INVAL,
+            Self::FileType { .. } => Errno::NOTBLK,
+            Self::BackingForbidden { .. }
+            | Self::BackingOutside { .. }
+            | Self::BackingName { .. } => Errno::ACCESS,
+            Self::BackingFormatMissing { .. } => Errno::INVAL,
+            Self::BackingFormatUnsupported { .. } => Errno::OPNOTSUPP,
+            Self::BackingLoop { .. } | Self::ChainTooDeep { .. } => Errno::LOOP,
+            Self::Closed => Errno::SHUTDOWN,
+        };
+        errno.raw_os_error()
+    }
+
+    /// Whether the same request may succeed later, once the user has made space where the image lies (ENOSPC).
+    #[must_use]
+    pub fn is_out_of_space(&self) -> bool {
+        match self {
+            Self::Engine(error) => error.is_out_of_space(),
+            Self::Io { source, .. } => source.kind() == io::ErrorKind::StorageFull,
+            _ => false,
+        }
+    }
+
+    pub(crate) fn io(operation: &'static str, path: &Path, source: impl Into<io::Error>) -> Self {
+        Self::Io {
+            operation,
+            path: path.to_owned(),
+            source: source.into(),
+        }
+    }
+}
