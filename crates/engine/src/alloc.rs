@@ -48,7 +48,12 @@ pub(crate) struct Allocator {
 }
 
 impl Allocator {
-    pub(crate) fn new(refcounts: Refcounts, place: TablePlace, file_bytes: u64, regular: bool) -> Self {
+    pub(crate) fn new(
+        refcounts: Refcounts,
+        place: TablePlace,
+        file_bytes: u64,
+        regular: bool,
+    ) -> Self {
         let bits = refcounts.geometry.cluster_bits();
         let file_end = file_bytes.div_ceil(1 << bits);
         let end = file_end.min(refcounts.covered_end());
@@ -66,12 +71,12 @@ impl Allocator {
             superseded: RefCell::default(),
             regular,
             // Entries hold host offsets below 2^56.
-            limit: if regular { 1 << (56 - bits) } else { file_bytes >> bits },
+            limit: if regular {
+                1 << (56 - bits)
+            } else {
+                file_bytes >> bits
+            },
         }
-    }
-
-    pub(crate) fn is_regular(&self) -> bool {
-        self.regular
     }
 
     /// Where the refcount table lies on disk.
@@ -94,7 +99,11 @@ impl Allocator {
     }
 
     /// The header names the new place durably: the places before it are free (O8).
-    pub(crate) async fn moved<S: Storage>(&self, worker: &Worker<S>, place: TablePlace) -> Result<()> {
+    pub(crate) async fn moved<S: Storage>(
+        &self,
+        worker: &Worker<S>,
+        place: TablePlace,
+    ) -> Result<()> {
         let old = self.place.replace(place);
         self.superseded.borrow_mut().push(old);
         let free = std::mem::take(&mut *self.superseded.borrow_mut());
@@ -116,7 +125,11 @@ impl Allocator {
     }
 
     /// Reserved clusters got their first reference.
-    pub(crate) async fn reference<S: Storage>(&self, worker: &Worker<S>, cluster: u64) -> Result<()> {
+    pub(crate) async fn reference<S: Storage>(
+        &self,
+        worker: &Worker<S>,
+        cluster: u64,
+    ) -> Result<()> {
         let refcount = self.refcounts.load(worker, cluster).await?;
         self.refcounts.set(cluster, refcount + 1);
         self.reserved.borrow_mut().remove(cluster, 1);
@@ -146,7 +159,10 @@ impl Allocator {
     fn take_recycled(&self, count: u64) -> Option<Run> {
         let mut recycled = self.recycled.borrow_mut();
         let run = recycled.last_mut()?;
-        let taken = Run { count: count.min(run.count), ..*run };
+        let taken = Run {
+            count: count.min(run.count),
+            ..*run
+        };
         run.first += taken.count;
         run.count -= taken.count;
         if run.count == 0 {
@@ -163,7 +179,8 @@ impl Allocator {
             let block = self.refcounts.block_of(start);
             if self.refcounts.block_offset(block) == 0 {
                 // Nothing covers it; it stays a hole until a repair.
-                self.cursor.set((block + 1) << self.refcounts.geometry.refcount_block_bits());
+                self.cursor
+                    .set((block + 1) << self.refcounts.geometry.refcount_block_bits());
                 continue;
             }
             slices += u64::from(self.refcounts.get(start).is_none());
@@ -189,7 +206,9 @@ impl Allocator {
 
     /// Free, as far as the cached refcounts say.
     fn is_free(&self, cluster: u64) -> bool {
-        cluster != 0 && self.refcounts.get(cluster) == Some(0) && !self.reserved.borrow().contains(cluster)
+        cluster != 0
+            && self.refcounts.get(cluster) == Some(0)
+            && !self.reserved.borrow().contains(cluster)
     }
 
     fn is_zero(&self, cluster: u64) -> bool {
@@ -232,7 +251,9 @@ impl Allocator {
             let zero = first >= self.virgin.get();
             let slice_end = self.refcounts.slice_end(first).min(self.limit);
             let taken = (first..slice_end.min(first + count))
-                .take_while(|cluster| self.is_free(*cluster) && (*cluster >= self.virgin.get()) == zero)
+                .take_while(|cluster| {
+                    self.is_free(*cluster) && (*cluster >= self.virgin.get()) == zero
+                })
                 .count() as u64;
             self.end.set(first + taken);
             return Ok(self.hand_out(first, taken, zero));
@@ -240,15 +261,25 @@ impl Allocator {
     }
 
     /// Takes exactly `count` adjacent clusters past everything in use, each with refcount 1 already.
-    pub(crate) async fn extend_contiguous<S: Storage>(&self, worker: &Worker<S>, count: u64) -> Result<u64> {
+    pub(crate) async fn extend_contiguous<S: Storage>(
+        &self,
+        worker: &Worker<S>,
+        count: u64,
+    ) -> Result<u64> {
         let mut run: Option<(u64, u64)> = None;
         loop {
-            let part = self.extend(worker, count - run.map_or(0, |(_, n)| n)).await?;
+            let part = self
+                .extend(worker, count - run.map_or(0, |(_, n)| n))
+                .await?;
             run = match run {
                 Some((first, n)) if first + n == part.first => Some((first, n + part.count)),
                 other => {
                     if let Some((first, n)) = other {
-                        self.give_back(Run { first, count: n, zero: false });
+                        self.give_back(Run {
+                            first,
+                            count: n,
+                            zero: false,
+                        });
                     }
                     Some((part.first, part.count))
                 }
@@ -278,13 +309,18 @@ impl Allocator {
     }
 
     fn place_block<S: Storage>(&self, worker: &Worker<S>, block: u64, cluster: u64) {
-        self.refcounts.add_block(block, cluster << self.refcounts.geometry.cluster_bits());
+        self.refcounts
+            .add_block(block, cluster << self.refcounts.geometry.cluster_bits());
         self.claim(worker, cluster, Owner::RefcountBlock);
     }
 
     /// Takes a cluster of the end for metadata, with refcount 1.
     fn claim<S: Storage>(&self, worker: &Worker<S>, cluster: u64, owner: Owner) {
-        if self.refcounts.block_offset(self.refcounts.block_of(cluster)) != 0 {
+        if self
+            .refcounts
+            .block_offset(self.refcounts.block_of(cluster))
+            != 0
+        {
             self.refcounts.set(cluster, 1);
         }
         if self.regular {
@@ -303,7 +339,8 @@ impl Allocator {
         let (mut blocks, mut table) = (1, 1);
         loop {
             let last_block = self.refcounts.block_of(start + blocks + table - 1);
-            let need_table = geometry.clusters_for(wanted.max(last_block + 1).max(block + blocks) * 8);
+            let need_table =
+                geometry.clusters_for(wanted.max(last_block + 1).max(block + blocks) * 8);
             let need_blocks = last_block + 1 - block;
             if need_table <= table && need_blocks <= blocks {
                 break;
@@ -311,7 +348,9 @@ impl Allocator {
             table = table.max(need_table);
             blocks = blocks.max(need_blocks);
         }
-        if table << geometry.cluster_bits() > limits::REFCOUNT_TABLE_BYTES || start + blocks + table > self.limit {
+        if table << geometry.cluster_bits() > limits::REFCOUNT_TABLE_BYTES
+            || start + blocks + table > self.limit
+        {
             return Err(Error::Unsupported {
                 what: format!(
                     "{} cannot grow: its refcount table would pass {} MiB; use larger clusters",
@@ -321,7 +360,8 @@ impl Allocator {
             });
         }
         for index in 0..blocks {
-            self.refcounts.add_block(block + index, (start + index) << geometry.cluster_bits());
+            self.refcounts
+                .add_block(block + index, (start + index) << geometry.cluster_bits());
         }
         for index in 0..blocks {
             self.claim(worker, start + index, Owner::RefcountBlock);
@@ -335,7 +375,10 @@ impl Allocator {
             self.superseded.borrow_mut().push(abandoned);
         }
         let offset = (start + blocks) << geometry.cluster_bits();
-        self.next_place.set(Some(TablePlace { offset, clusters: table }));
+        self.next_place.set(Some(TablePlace {
+            offset,
+            clusters: table,
+        }));
         self.table_clusters.set(table);
         Ok(())
     }

@@ -25,7 +25,9 @@ pub(crate) enum Outcome {
 
 impl<S: Storage> Worker<S> {
     pub(crate) fn image(&self) -> &Qcow2Layer {
-        self.shared.layers[0].qcow2().expect("only qcow2 images have entries to change")
+        self.shared.layers[0]
+            .qcow2()
+            .expect("only qcow2 images have entries to change")
     }
 
     /// Changes the entries of `count` guest clusters, all in one slice, whose locks the caller holds (O14).
@@ -38,7 +40,9 @@ impl<S: Storage> Worker<S> {
         decide: &dyn Fn(u64, L2Entry) -> Outcome,
     ) -> Result<()> {
         let mut table_cluster: Option<Run> = None;
-        let result = self.change_with(first, count, used, decide, &mut table_cluster).await;
+        let result = self
+            .change_with(first, count, used, decide, &mut table_cluster)
+            .await;
         if let Some(unused) = table_cluster {
             self.put_back(unused);
         }
@@ -67,8 +71,14 @@ impl<S: Storage> Worker<S> {
             let mut missing_frame = false;
             {
                 let mut meta = self.shared.meta.lock();
-                if self.shared.l1_entry(0, table)?.is_none_or(|entry| !entry.copied) {
-                    let Some(cluster) = table_cluster.take() else { continue };
+                if self
+                    .shared
+                    .l1_entry(0, table)?
+                    .is_none_or(|entry| !entry.copied)
+                {
+                    let Some(cluster) = table_cluster.take() else {
+                        continue;
+                    };
                     self.install_table(&mut meta, table, cluster);
                 }
                 if let Some(frame) = self.frame_for(&mut meta, slice, &mut missing_frame) {
@@ -78,7 +88,11 @@ impl<S: Storage> Worker<S> {
                 }
             }
             if missing_frame {
-                self.shared.request_flush().receive().await.unwrap_or(Err(Error::Closed))?;
+                self.shared
+                    .request_flush()
+                    .receive()
+                    .await
+                    .unwrap_or(Err(Error::Closed))?;
             } else {
                 self.load(0, slice).await?;
             }
@@ -86,7 +100,12 @@ impl<S: Storage> Worker<S> {
     }
 
     /// The frame of a slice, where it can be had without reading.
-    fn frame_for(&self, meta: &mut Meta, slice: crate::map::SliceId, missing_frame: &mut bool) -> Option<u32> {
+    fn frame_for(
+        &self,
+        meta: &mut Meta,
+        slice: crate::map::SliceId,
+        missing_frame: &mut bool,
+    ) -> Option<u32> {
         let map = &self.image().map;
         if let Some(frame) = map.frame_of(slice) {
             return Some(frame);
@@ -106,17 +125,35 @@ impl<S: Storage> Worker<S> {
     fn install_table(&self, meta: &mut Meta, table: u64, cluster: Run) {
         let image = self.image();
         let old = self.shared.l1_entry(0, table).ok().flatten();
-        let host = image.geometry.host_offset(urus_format::ClusterIndex(cluster.first));
-        image.map.set_l1(table, L1Entry { table: host, copied: true }.encode());
+        let host = image
+            .geometry
+            .host_offset(urus_format::ClusterIndex(cluster.first));
+        image.map.set_l1(
+            table,
+            L1Entry {
+                table: host,
+                copied: true,
+            }
+            .encode(),
+        );
         meta.owners.insert(cluster.first, Owner::L2Table);
-        meta.new_tables.insert(table, NewTable { copy_from: old.map(|entry| entry.table.0) });
+        meta.new_tables.insert(
+            table,
+            NewTable {
+                copy_from: old.map(|entry| entry.table.0),
+            },
+        );
         meta.dirty_l1.insert(table);
         meta.used.push((cluster.first, 1));
         Shared::count(&self.shared.stats.allocated_clusters, 1);
         if let Some(old) = old {
             let first = image.geometry.host_cluster(old.table).0;
             let mark = self.shared.pins.mark();
-            meta.removed.push(Removed { first, count: 1, mark });
+            meta.removed.push(Removed {
+                first,
+                count: 1,
+                mark,
+            });
         }
     }
 
@@ -143,7 +180,9 @@ impl<S: Storage> Worker<S> {
                 index: cluster.0,
                 entry,
             })?;
-            let Outcome::Set(new) = decide(index, old) else { continue };
+            let Outcome::Set(new) = decide(index, old) else {
+                continue;
+            };
             let raw: L2Raw = new.encode(&image.geometry);
             image.map.store(frame, cluster, raw);
             dirty = true;
@@ -161,14 +200,20 @@ impl<S: Storage> Worker<S> {
             let mark = self.shared.pins.mark();
             for (first, count) in removed {
                 if planted::is(Bug::EarlyReuse) {
-                    self.shared.give_back(Run { first, count, zero: false });
+                    self.shared.give_back(Run {
+                        first,
+                        count,
+                        zero: false,
+                    });
                 }
                 match meta.removed.last_mut() {
                     Some(last) if last.first + last.count == first && last.mark + 1 == mark => {
                         last.count += count;
                         last.mark = mark;
                     }
-                    Some(last) if last.first + last.count == first && last.mark == mark => last.count += count,
+                    Some(last) if last.first + last.count == first && last.mark == mark => {
+                        last.count += count
+                    }
                     _ => meta.removed.push(Removed { first, count, mark }),
                 }
             }

@@ -30,7 +30,9 @@ pub(crate) struct ClusterGuard {
 
 impl ClusterLocks {
     pub(crate) fn new() -> Self {
-        Self { shards: std::array::from_fn(|_| Mutex::new(BTreeMap::new())) }
+        Self {
+            shards: std::array::from_fn(|_| Mutex::new(BTreeMap::new())),
+        }
     }
 
     fn shard(&self, cluster: u64) -> &Mutex<BTreeMap<u64, VecDeque<Arc<Waiter>>>> {
@@ -40,7 +42,11 @@ impl ClusterLocks {
 
     /// Takes `count` clusters from `first`, in ascending order.
     pub(crate) async fn lock(self: &Arc<Self>, first: GuestCluster, count: u64) -> ClusterGuard {
-        let mut guard = ClusterGuard { locks: Arc::clone(self), first: first.0, held: 0 };
+        let mut guard = ClusterGuard {
+            locks: Arc::clone(self),
+            first: first.0,
+            held: 0,
+        };
         if planted::is(Bug::NoClusterLocks) {
             return guard;
         }
@@ -53,7 +59,10 @@ impl ClusterLocks {
                         None
                     }
                     Some(waiters) => {
-                        let waiter = Arc::new(Waiter { granted: AtomicBool::new(false), waker: Mutex::new(None) });
+                        let waiter = Arc::new(Waiter {
+                            granted: AtomicBool::new(false),
+                            waker: Mutex::new(None),
+                        });
                         waiters.push_back(Arc::clone(&waiter));
                         Some(waiter)
                     }
@@ -62,7 +71,11 @@ impl ClusterLocks {
             if let Some(waiter) = waiter {
                 poll_fn(|cx| {
                     *waiter.waker.lock() = Some(cx.waker().clone());
-                    if waiter.granted.load(Ordering::SeqCst) { Poll::Ready(()) } else { Poll::Pending }
+                    if waiter.granted.load(Ordering::SeqCst) {
+                        Poll::Ready(())
+                    } else {
+                        Poll::Pending
+                    }
                 })
                 .await;
             }

@@ -66,7 +66,10 @@ impl<S: Storage> Device<S> {
         let result = self.worker.barrier().await;
         if result.is_err() && !planted::is(Bug::NoPoison) {
             self.shared().poisoned.store(true, Ordering::SeqCst);
-            tracing::error!(image = self.shared().image_name(), "a sync failed: no more writes are taken");
+            tracing::error!(
+                image = self.shared().image_name(),
+                "a sync failed: no more writes are taken"
+            );
         }
         result
     }
@@ -75,9 +78,22 @@ impl<S: Storage> Device<S> {
         let image = self.worker.image();
         let mut meta = self.shared().meta.lock();
         let frames = meta.frames[0].seal();
-        let slices = frames.iter().map(|(slice, frame)| (*slice, image.map.frame_bytes(*frame))).collect();
-        let table_at = |l1_index: u64| self.shared().l1_entry(0, l1_index).ok().flatten().map_or(0, |entry| entry.table.0);
-        let new_tables = meta.new_tables.iter().map(|(l1_index, new)| (*l1_index, *new, table_at(*l1_index))).collect();
+        let slices = frames
+            .iter()
+            .map(|(slice, frame)| (*slice, image.map.frame_bytes(*frame)))
+            .collect();
+        let table_at = |l1_index: u64| {
+            self.shared()
+                .l1_entry(0, l1_index)
+                .ok()
+                .flatten()
+                .map_or(0, |entry| entry.table.0)
+        };
+        let new_tables = meta
+            .new_tables
+            .iter()
+            .map(|(l1_index, new)| (*l1_index, *new, table_at(*l1_index)))
+            .collect();
         let l1_indexes = std::mem::take(&mut meta.dirty_l1);
         let l1_sectors = self.freeze_l1(&l1_indexes);
         Sealed {
@@ -94,7 +110,8 @@ impl<S: Storage> Device<S> {
     /// The sectors (or larger blocks, where the file wants them) of the L1 table that hold changed entries.
     fn freeze_l1(&self, changed: &BTreeSet<u64>) -> Vec<(u64, Vec<u8>)> {
         let image = self.worker.image();
-        let (table, entries) = self.with_header(|header| (header.l1_table.0, u64::from(header.l1_entries)));
+        let (table, entries) =
+            self.with_header(|header| (header.l1_table.0, u64::from(header.l1_entries)));
         let per_sector = self.sector_bytes() / 8;
         let sectors: BTreeSet<u64> = changed.iter().map(|index| index / per_sector).collect();
         sectors
@@ -103,7 +120,11 @@ impl<S: Storage> Device<S> {
                 let first = sector * per_sector;
                 let mut bytes = Vec::with_capacity(to_usize(per_sector * 8));
                 for index in first..first + per_sector {
-                    let entry = if index < entries { image.map.l1(index) } else { 0 };
+                    let entry = if index < entries {
+                        image.map.l1(index)
+                    } else {
+                        0
+                    };
                     bytes.extend_from_slice(&entry.to_be_bytes());
                 }
                 (table + first * 8, bytes)
@@ -140,9 +161,14 @@ impl<S: Storage> Device<S> {
     /// (its refcount block does not read) is kept for the next commit.
     async fn reference_used(&self, sealed: &Sealed) -> Result<()> {
         let image = self.image();
-        image.uncounted.borrow_mut().extend(sealed.used.iter().copied());
+        image
+            .uncounted
+            .borrow_mut()
+            .extend(sealed.used.iter().copied());
         loop {
-            let Some((first, count)) = image.uncounted.borrow().last().copied() else { return Ok(()) };
+            let Some((first, count)) = image.uncounted.borrow().last().copied() else {
+                return Ok(());
+            };
             image.allocator.reference(&self.worker, first).await?;
             let mut uncounted = image.uncounted.borrow_mut();
             let last = uncounted.last_mut().expect("only this task takes from it");
@@ -162,12 +188,12 @@ impl<S: Storage> Device<S> {
         if blocks.is_empty() && next_place.is_none() {
             return Ok(());
         }
+        let table = next_place.map(|place| (place, refcounts.table_bytes(place.clusters)));
         let result = async {
             let mut writes: Writes<'_> = Vec::new();
             for slice in frozen {
                 writes.push(self.write_metadata(slice.offset, &slice.bytes, Owner::RefcountBlock));
             }
-            let table = next_place.map(|place| (place, refcounts.table_bytes(place.clusters)));
             if let Some((place, bytes)) = &table {
                 writes.push(self.write_metadata(place.offset, bytes, Owner::RefcountTable));
             }
@@ -190,7 +216,8 @@ impl<S: Storage> Device<S> {
             let switched = self
                 .switch_header(|header| {
                     header.refcount_table = urus_format::HostOffset(place.offset);
-                    header.refcount_table_clusters = u32::try_from(place.clusters).expect("at most 8 MiB");
+                    header.refcount_table_clusters =
+                        u32::try_from(place.clusters).expect("at most 8 MiB");
                 })
                 .await;
             if let Err(error) = switched {
@@ -204,16 +231,29 @@ impl<S: Storage> Device<S> {
     }
 
     /// Phases 1 and 2.
-    async fn write_counts_and_pointers(&self, sealed: &Sealed, refcounts: &[FrozenSlice]) -> Result<()> {
+    async fn write_counts_and_pointers(
+        &self,
+        sealed: &Sealed,
+        refcounts: &[FrozenSlice],
+    ) -> Result<()> {
         let tables = self.compose_tables(sealed).await?;
         let late = planted::is(Bug::RefcountsAfterPointers);
-        let entries = if late { Vec::new() } else { self.write_refcounts(refcounts).await? };
+        let entries = if late {
+            Vec::new()
+        } else {
+            self.write_refcounts(refcounts).await?
+        };
         let mut writes: Writes<'_> = Vec::new();
         for (offset, bytes) in &tables {
             writes.push(self.write_metadata(*offset, bytes, Owner::L2Table));
         }
         if planted::is(Bug::EarlyL1Entry) {
-            writes.extend(sealed.l1_sectors.iter().map(|(o, bytes)| self.write_metadata(*o, bytes, Owner::L1Table)));
+            writes.extend(
+                sealed
+                    .l1_sectors
+                    .iter()
+                    .map(|(o, bytes)| self.write_metadata(*o, bytes, Owner::L1Table)),
+            );
         }
         join_all(writes).await?;
         // Barrier 1: the data that the entries will show, refcounts, whole tables. Without pointers to write it is
@@ -260,11 +300,18 @@ impl<S: Storage> Device<S> {
         for sector in sectors {
             let mut bytes = Vec::with_capacity(to_usize(per_sector * 8));
             for entry in sector * per_sector..(sector + 1) * per_sector {
-                let offset = if new.contains(&entry) { 0 } else { refcounts.block_offset(entry) };
+                let offset = if new.contains(&entry) {
+                    0
+                } else {
+                    refcounts.block_offset(entry)
+                };
                 bytes.extend_from_slice(&offset.to_be_bytes());
             }
             let offset = place.offset + sector * per_sector * 8;
-            writes.push(Box::pin(async move { self.write_metadata(offset, &bytes, Owner::RefcountTable).await }));
+            writes.push(Box::pin(async move {
+                self.write_metadata(offset, &bytes, Owner::RefcountTable)
+                    .await
+            }));
         }
         join_all(writes).await?;
         Ok(entries)
@@ -295,7 +342,11 @@ impl<S: Storage> Device<S> {
     /// Phase 2: frozen bytes, never live memory.
     async fn write_pointers(&self, sealed: &Sealed) -> Result<()> {
         let image = self.worker.image();
-        let new: BTreeSet<u64> = sealed.new_tables.iter().map(|(l1_index, _, _)| *l1_index).collect();
+        let new: BTreeSet<u64> = sealed
+            .new_tables
+            .iter()
+            .map(|(l1_index, _, _)| *l1_index)
+            .collect();
         // Neighbouring slices of one table become one write.
         let mut joined: Vec<(u64, Vec<u8>)> = Vec::new();
         for (slice, frozen) in &sealed.slices {
@@ -303,12 +354,18 @@ impl<S: Storage> Device<S> {
             if new.contains(&table) {
                 continue;
             }
-            let entry = self.shared().l1_entry(0, table)?.ok_or_else(|| self.lost_table(table))?;
+            let entry = self
+                .shared()
+                .l1_entry(0, table)?
+                .ok_or_else(|| self.lost_table(table))?;
             let offset = entry.table.0 + image.map.offset_in_table(*slice);
-            let live = planted::is(Bug::LiveEntries).then(|| image.map.frame_bytes(sealed.frames[slice]));
+            let live =
+                planted::is(Bug::LiveEntries).then(|| image.map.frame_bytes(sealed.frames[slice]));
             let bytes = live.as_ref().unwrap_or(frozen);
             match joined.last_mut() {
-                Some((start, run)) if *start + run.len() as u64 == offset => run.extend_from_slice(bytes),
+                Some((start, run)) if *start + run.len() as u64 == offset => {
+                    run.extend_from_slice(bytes)
+                }
                 _ => joined.push((offset, bytes.clone())),
             }
         }

@@ -46,7 +46,9 @@ impl DecodedCache {
         }
         inner.ages.insert(now, (layer, offset));
         while inner.bytes > limits::DECODED_CACHE_BYTES && inner.clusters.len() > 1 {
-            let Some((_, key)) = inner.ages.pop_first() else { break };
+            let Some((_, key)) = inner.ages.pop_first() else {
+                break;
+            };
             if let Some((_, old)) = inner.clusters.remove(&key) {
                 inner.bytes -= old.len() as u64;
             }
@@ -56,7 +58,11 @@ impl DecodedCache {
     /// Forgets what starts in `[start, end)` of a layer's file.
     pub(crate) fn invalidate(&self, layer: usize, start: u64, end: u64) {
         let mut inner = self.0.lock();
-        let keys: Vec<_> = inner.clusters.range((layer, start)..(layer, end)).map(|(key, _)| *key).collect();
+        let keys: Vec<_> = inner
+            .clusters
+            .range((layer, start)..(layer, end))
+            .map(|(key, _)| *key)
+            .collect();
         for key in keys {
             if let Some((age, old)) = inner.clusters.remove(&key) {
                 inner.ages.remove(&age);

@@ -26,7 +26,9 @@ pub enum Error {
         errno: i32,
     },
     /// No space is left where the image lies. Nothing was changed; the request can be retried after space was made.
-    #[error("no space left for {file} ({operation} at offset {offset:#x}): free space on its file system and retry")]
+    #[error(
+        "no space left for {file} ({operation} at offset {offset:#x}): free space on its file system and retry"
+    )]
     OutOfSpace {
         /// The operation that found no space.
         operation: &'static str,
@@ -36,7 +38,9 @@ pub enum Error {
         offset: u64,
     },
     /// A sync failed before: what is on disk is not known. Reads still work; reopen the image to go on writing.
-    #[error("{file} takes no more writes: an earlier sync of it failed, so what is on disk is not known; reopen it to check and go on")]
+    #[error(
+        "{file} takes no more writes: an earlier sync of it failed, so what is on disk is not known; reopen it to check and go on"
+    )]
     Poisoned {
         /// The file's name.
         file: String,

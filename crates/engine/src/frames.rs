@@ -49,7 +49,10 @@ pub(crate) enum Install {
 
 impl Frames {
     pub(crate) fn new(max: usize) -> Self {
-        Self { max, ..Self::default() }
+        Self {
+            max,
+            ..Self::default()
+        }
     }
 
     pub(crate) fn dirty_count(&self) -> usize {
@@ -108,7 +111,9 @@ impl Frames {
         if load.loaders == 0 {
             self.loads.remove(&slice);
         }
-        let Some(words) = words else { return Ok(Install::Superseded) };
+        let Some(words) = words else {
+            return Ok(Install::Superseded);
+        };
         if !current || map.frame_of(slice).is_some() {
             return Ok(Install::Superseded);
         }
@@ -117,7 +122,12 @@ impl Frames {
     }
 
     /// Puts a slice into the cache.
-    pub(crate) fn install(&mut self, map: &Map, slice: SliceId, words: &[u64]) -> Result<u32, NoCleanFrame> {
+    pub(crate) fn install(
+        &mut self,
+        map: &Map,
+        slice: SliceId,
+        words: &[u64],
+    ) -> Result<u32, NoCleanFrame> {
         let frame = self.take_frame(map)?;
         self.states[frame as usize] = State::default();
         map.install(frame, slice, words);
@@ -137,7 +147,10 @@ impl Frames {
     pub(crate) fn seal(&mut self) -> BTreeMap<SliceId, u32> {
         let sealed = std::mem::take(&mut self.dirty);
         for frame in sealed.values() {
-            self.states[*frame as usize] = State { dirty: false, committing: true };
+            self.states[*frame as usize] = State {
+                dirty: false,
+                committing: true,
+            };
         }
         sealed
     }
@@ -156,7 +169,10 @@ impl Frames {
     pub(crate) fn forget_clean(&mut self, map: &Map) {
         for index in 0..self.states.len() {
             let frame = u32::try_from(index).expect("the frame budget fits 32 bits");
-            if !self.states[index].dirty && !self.states[index].committing && !self.free.contains(&frame) {
+            if !self.states[index].dirty
+                && !self.states[index].committing
+                && !self.free.contains(&frame)
+            {
                 map.release(frame);
                 self.free.push(frame);
             }

@@ -24,11 +24,13 @@ impl<S: Storage> Device<S> {
         let image = self.image();
         let mut header = image.header.borrow().clone();
         change(&mut header);
-        let bytes = header
-            .encode()
-            .map_err(|source| Error::Format { file: self.shared().image_name().to_owned(), source })?;
+        let bytes = header.encode().map_err(|source| Error::Format {
+            file: self.shared().image_name().to_owned(),
+            source,
+        })?;
         let sector = to_usize(self.sector_bytes());
-        self.write_metadata(0, &bytes[..sector], Owner::Header).await?;
+        self.write_metadata(0, &bytes[..sector], Owner::Header)
+            .await?;
         self.data_barrier().await?;
         *image.header.borrow_mut() = header;
         Ok(())

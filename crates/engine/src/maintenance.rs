@@ -64,15 +64,26 @@ impl<S: Storage> Maintenance<S> {
             settled_waiters: RefCell::default(),
             no_punch: Cell::new(false),
         });
-        worker.shared.pins.set_waiter(Arc::clone(worker.reactor.inbox()));
+        worker
+            .shared
+            .pins
+            .set_waiter(Arc::clone(worker.reactor.inbox()));
         let service = Rc::clone(&device);
-        worker.reactor.spawn(async move { service.commit_forever().await });
+        worker
+            .reactor
+            .spawn(async move { service.commit_forever().await });
         let service = Rc::clone(&device);
-        worker.reactor.spawn(async move { service.allocate_forever().await });
+        worker
+            .reactor
+            .spawn(async move { service.allocate_forever().await });
         let service = Rc::clone(&device);
-        worker.reactor.spawn(async move { service.settle_forever().await });
+        worker
+            .reactor
+            .spawn(async move { service.settle_forever().await });
         let service = Rc::clone(&device);
-        worker.reactor.spawn(async move { service.control_forever().await });
+        worker
+            .reactor
+            .spawn(async move { service.control_forever().await });
         Ok(Self { device })
     }
 
@@ -84,7 +95,9 @@ impl<S: Storage> Maintenance<S> {
 
     /// Goes on with whatever can go on, without waiting; whether anything did.
     pub fn poll(&mut self) -> bool {
-        if !self.device.settling.borrow().is_empty() || !self.device.shared().mail.lock().pins.is_empty() {
+        if !self.device.settling.borrow().is_empty()
+            || !self.device.shared().mail.lock().pins.is_empty()
+        {
             self.device.wake_settler();
         }
         self.device.worker.reactor.turn(|_, _| {})
@@ -130,7 +143,12 @@ impl<S: Storage> Device<S> {
 
     /// The image's state. Only a writable qcow2 image has one.
     pub(crate) fn image(&self) -> Rc<ImageState> {
-        Rc::clone(self.image.borrow().as_ref().expect("asked of writable qcow2 images only"))
+        Rc::clone(
+            self.image
+                .borrow()
+                .as_ref()
+                .expect("asked of writable qcow2 images only"),
+        )
     }
 
     /// Whether there is no metadata to commit.
@@ -147,7 +165,11 @@ impl<S: Storage> Device<S> {
         loop {
             // Whoever asks from here on joins the next commit: this one is sealed before anything else runs.
             let waiters = self.shared().mail(take, |mail| &mut mail.committer).await;
-            let result = if self.shared().read_only() { Ok(()) } else { self.commit().await };
+            let result = if self.shared().read_only() {
+                Ok(())
+            } else {
+                self.commit().await
+            };
             if let Err(error) = &result {
                 tracing::warn!(image = self.shared().image_name(), %error, "a commit failed");
             }
@@ -162,7 +184,9 @@ impl<S: Storage> Device<S> {
             if !mail.given_back.is_empty() {
                 return Some(Allocation::GivenBack(std::mem::take(&mut mail.given_back)));
             }
-            mail.reserve.pop_front().map(|(count, sender)| Allocation::Reserve(count, sender))
+            mail.reserve
+                .pop_front()
+                .map(|(count, sender)| Allocation::Reserve(count, sender))
         };
         loop {
             match self.shared().mail(take, |mail| &mut mail.allocator).await {
@@ -185,8 +209,10 @@ impl<S: Storage> Device<S> {
 
     async fn control_forever(&self) {
         loop {
-            let control =
-                self.shared().mail(|mail| mail.control.pop_front(), |mail| &mut mail.controller).await;
+            let control = self
+                .shared()
+                .mail(|mail| mail.control.pop_front(), |mail| &mut mail.controller)
+                .await;
             match control {
                 Control::Flush(reply) => reply(self.flush().await),
                 Control::Pause(reply) => reply(self.pause().await),
@@ -208,7 +234,11 @@ impl<S: Storage> Device<S> {
         if self.shared().read_only() {
             return Ok(());
         }
-        self.shared().request_flush().receive().await.unwrap_or(Err(Error::Closed))
+        self.shared()
+            .request_flush()
+            .receive()
+            .await
+            .unwrap_or(Err(Error::Closed))
     }
 
     /// Closes the gate and waits for every request in flight, on every queue. Their owners have to go on polling

@@ -5,10 +5,10 @@
 //! its owner and the entry, and then the version again: where it changed, it starts over. So readers write nothing
 //! and wait for nobody, and no memory has to be reclaimed. All changes happen under the device's `meta` lock.
 
-use urus_format::{GuestCluster, Geometry, L2Raw};
+use urus_format::{Geometry, GuestCluster, L2Raw};
 
 use crate::limits;
-use crate::sync::{AtomicBool, AtomicU32, AtomicU64, Ordering, OnceLock, fence};
+use crate::sync::{AtomicBool, AtomicU32, AtomicU64, OnceLock, Ordering, fence};
 use crate::to_usize;
 
 /// Tables per chunk of the directory.
@@ -65,8 +65,12 @@ impl Map {
         Self {
             geometry,
             slice_bits,
-            directory: (0..lots(to_usize(max_tables), CHUNK)).map(|_| OnceLock::new()).collect(),
-            frames: (0..lots(max_frames, FRAME_CHUNK)).map(|_| OnceLock::new()).collect(),
+            directory: (0..lots(to_usize(max_tables), CHUNK))
+                .map(|_| OnceLock::new())
+                .collect(),
+            frames: (0..lots(max_frames, FRAME_CHUNK))
+                .map(|_| OnceLock::new())
+                .collect(),
         }
     }
 
@@ -103,20 +107,29 @@ impl Map {
 
     fn slot(&self, l1_index: u64) -> Option<&TableSlot> {
         let index = to_usize(l1_index);
-        self.directory.get(index / CHUNK)?.get().map(|chunk| &chunk[index % CHUNK])
+        self.directory
+            .get(index / CHUNK)?
+            .get()
+            .map(|chunk| &chunk[index % CHUNK])
     }
 
     fn slot_or_new(&self, l1_index: u64) -> &TableSlot {
         let index = to_usize(l1_index);
         let chunk = self.directory[index / CHUNK].get_or_init(|| {
-            (0..CHUNK).map(|_| TableSlot { l1: AtomicU64::new(0), frames: OnceLock::new() }).collect()
+            (0..CHUNK)
+                .map(|_| TableSlot {
+                    l1: AtomicU64::new(0),
+                    frames: OnceLock::new(),
+                })
+                .collect()
         });
         &chunk[index % CHUNK]
     }
 
     /// The L1 entry, raw.
     pub(crate) fn l1(&self, l1_index: u64) -> u64 {
-        self.slot(l1_index).map_or(0, |slot| slot.l1.load(Ordering::Acquire))
+        self.slot(l1_index)
+            .map_or(0, |slot| slot.l1.load(Ordering::Acquire))
     }
 
     /// Sets the L1 entry. Under the `meta` lock, or before the layer is shared.
@@ -143,12 +156,16 @@ impl Map {
     /// Finds the entry of a guest cluster. Lock-free; a few nanoseconds on a hit.
     pub(crate) fn lookup(&self, cluster: GuestCluster) -> Lookup {
         let l1_index = self.geometry.l1_index(cluster);
-        let Some(slot) = self.slot(l1_index) else { return Lookup::NoTable };
+        let Some(slot) = self.slot(l1_index) else {
+            return Lookup::NoTable;
+        };
         if slot.l1.load(Ordering::Acquire) == 0 {
             return Lookup::NoTable;
         }
         let slice = self.slice_of(cluster);
-        let Some(frames) = slot.frames.get() else { return Lookup::Miss(slice) };
+        let Some(frames) = slot.frames.get() else {
+            return Lookup::Miss(slice);
+        };
         let slice_in_table = to_usize(slice.0 % self.slices_per_table());
         let index = to_usize(cluster.0 & (self.slice_entries() - 1));
         loop {
@@ -164,7 +181,10 @@ impl Map {
                 continue;
             }
             let raw = if self.geometry.l2_entry_bytes() == 8 {
-                L2Raw { entry: frame.words[index].load(Ordering::Acquire), subclusters: 0 }
+                L2Raw {
+                    entry: frame.words[index].load(Ordering::Acquire),
+                    subclusters: 0,
+                }
             } else {
                 L2Raw {
                     entry: frame.words[index * 2].load(Ordering::Acquire),
@@ -203,16 +223,26 @@ impl Map {
         frame.used.store(true, Ordering::Relaxed);
         frame.version.store(version + 2, Ordering::Release);
         let slot = self.slot_or_new(self.table_of(slice));
-        let frames = slot.frames.get_or_init(|| (0..self.slices_per_table()).map(|_| AtomicU32::new(0)).collect());
-        frames[to_usize(slice.0 % self.slices_per_table())].store(frame_number + 1, Ordering::Release);
+        let frames = slot.frames.get_or_init(|| {
+            (0..self.slices_per_table())
+                .map(|_| AtomicU32::new(0))
+                .collect()
+        });
+        frames[to_usize(slice.0 % self.slices_per_table())]
+            .store(frame_number + 1, Ordering::Release);
     }
 
     /// Takes a frame away from the slice that it holds. Under the `meta` lock.
     pub(crate) fn release(&self, frame_number: u32) {
         let frame = self.frame(frame_number);
         let owner = frame.owner.load(Ordering::Relaxed);
-        let Some(slice) = owner.checked_sub(1).map(SliceId) else { return };
-        if let Some(frames) = self.slot(self.table_of(slice)).and_then(|slot| slot.frames.get()) {
+        let Some(slice) = owner.checked_sub(1).map(SliceId) else {
+            return;
+        };
+        if let Some(frames) = self
+            .slot(self.table_of(slice))
+            .and_then(|slot| slot.frames.get())
+        {
             frames[to_usize(slice.0 % self.slices_per_table())].store(0, Ordering::Release);
         }
         let version = frame.version.load(Ordering::Relaxed);

@@ -48,7 +48,10 @@ impl Pins {
         // Pairs with the fence in `QueuePins::begin`: either the request's look-up sees the removal, or this
         // sees the request.
         fence(Ordering::SeqCst);
-        self.seats.lock().iter().all(|seat| seat.oldest.load(Ordering::SeqCst) > mark)
+        self.seats
+            .lock()
+            .iter()
+            .all(|seat| seat.oldest.load(Ordering::SeqCst) > mark)
     }
 
     /// Whom to nudge when requests end, while `set_waiting(true)`.
@@ -62,7 +65,12 @@ impl Pins {
 
     /// Makes every queue look again (a gate has opened).
     pub(crate) fn nudge_queues(&self) {
-        let inboxes: Vec<_> = self.seats.lock().iter().map(|seat| Arc::clone(&seat.inbox)).collect();
+        let inboxes: Vec<_> = self
+            .seats
+            .lock()
+            .iter()
+            .map(|seat| Arc::clone(&seat.inbox))
+            .collect();
         for inbox in inboxes {
             inbox.nudge();
         }
@@ -80,9 +88,17 @@ pub(crate) struct QueuePins {
 
 impl QueuePins {
     pub(crate) fn new(pins: Arc<Pins>, inbox: Arc<Inbox>) -> Self {
-        let seat = Arc::new(Seat { oldest: AtomicU64::new(OFFLINE), inbox });
+        let seat = Arc::new(Seat {
+            oldest: AtomicU64::new(OFFLINE),
+            inbox,
+        });
         pins.seats.lock().push(Arc::clone(&seat));
-        Self { pins, seat, counts: RefCell::new(VecDeque::with_capacity(64)), published: Cell::new(OFFLINE) }
+        Self {
+            pins,
+            seat,
+            counts: RefCell::new(VecDeque::with_capacity(64)),
+            published: Cell::new(OFFLINE),
+        }
     }
 
     /// A request begins, before its first look-up. Returns what to end it with.
@@ -103,7 +119,10 @@ impl QueuePins {
     /// A request has ended: the kernel is done with everything it submitted.
     pub(crate) fn end(&self, epoch: u64) {
         let mut counts = self.counts.borrow_mut();
-        let entry = counts.iter_mut().find(|(began, _)| *began == epoch).expect("the request has begun");
+        let entry = counts
+            .iter_mut()
+            .find(|(began, _)| *began == epoch)
+            .expect("the request has begun");
         entry.1 -= 1;
         while counts.front().is_some_and(|(_, count)| *count == 0) {
             counts.pop_front();
@@ -130,6 +149,9 @@ impl QueuePins {
 impl Drop for QueuePins {
     fn drop(&mut self) {
         self.publish(OFFLINE);
-        self.pins.seats.lock().retain(|seat| !Arc::ptr_eq(seat, &self.seat));
+        self.pins
+            .seats
+            .lock()
+            .retain(|seat| !Arc::ptr_eq(seat, &self.seat));
     }
 }

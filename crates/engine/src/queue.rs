@@ -55,7 +55,15 @@ struct Parts {
 
 impl Parts {
     fn new() -> Self {
-        Self { parts: [Part { file: IMAGE, host: 0, start: 0, len: 0 }; limits::DIRECT_PIECES], count: 0 }
+        Self {
+            parts: [Part {
+                file: IMAGE,
+                host: 0,
+                start: 0,
+                len: 0,
+            }; limits::DIRECT_PIECES],
+            count: 0,
+        }
     }
 
     /// Adds a part, joined to the last where both are adjacent; `false` when there are too many.
@@ -113,7 +121,10 @@ impl<S: Storage> Queue<S> {
             held: RefCell::new(VecDeque::new()),
             held_count: Cell::new(0),
         };
-        Self { core: Rc::new(core), depth }
+        Self {
+            core: Rc::new(core),
+            depth,
+        }
     }
 
     /// Takes a request; its operations start at the next [`kick`](Self::kick), [`complete`](Self::complete) or
@@ -154,7 +165,9 @@ impl<S: Storage> Queue<S> {
 
     fn turn(&mut self) {
         let core = &self.core;
-        core.worker.reactor.turn(|direct, result| core.direct_done(direct, result));
+        core.worker
+            .reactor
+            .turn(|direct, result| core.direct_done(direct, result));
         let shared = &core.worker.shared;
         if core.held_count.get() == 0 {
             return;
@@ -163,7 +176,9 @@ impl<S: Storage> Queue<S> {
             core.reject_held();
         } else if !shared.gate_closed.load(Ordering::SeqCst) {
             core.release_held();
-            core.worker.reactor.turn(|direct, result| core.direct_done(direct, result));
+            core.worker
+                .reactor
+                .turn(|direct, result| core.direct_done(direct, result));
         }
     }
 
@@ -179,7 +194,9 @@ impl<S: Storage> Queue<S> {
     /// Requests taken whose reply was not handed out yet.
     #[must_use]
     pub fn in_flight(&self) -> usize {
-        self.core.pending.borrow().len() + self.core.held_count.get() + self.core.replies.borrow().len()
+        self.core.pending.borrow().len()
+            + self.core.held_count.get()
+            + self.core.replies.borrow().len()
     }
 
     /// Whether a reply waits to be taken.
@@ -205,7 +222,11 @@ impl<S: Storage> Drop for Queue<S> {
         self.core.reject_held();
         while !self.core.pending.borrow().is_empty() || self.core.worker.reactor.task_count() > 0 {
             let core = Rc::clone(&self.core);
-            if !core.worker.reactor.turn(|direct, result| core.direct_done(direct, result)) {
+            if !core
+                .worker
+                .reactor
+                .turn(|direct, result| core.direct_done(direct, result))
+            {
                 core.worker.reactor.wait(None);
             }
         }
@@ -231,12 +252,25 @@ impl<S: Storage> Core<S> {
         let Request { token, kind } = request;
         match kind {
             RequestKind::Read { offset, memory } => self.begin_read(token, epoch, offset, memory),
-            RequestKind::Write { offset, memory, fua } => self.begin_write(token, epoch, offset, memory, fua),
+            RequestKind::Write {
+                offset,
+                memory,
+                fua,
+            } => self.begin_write(token, epoch, offset, memory, fua),
             RequestKind::Discard { offset, len } => {
                 self.begin_clear(token, epoch, (offset, len), Clearing::Discard, false);
             }
-            RequestKind::WriteZeroes { offset, len, unmap, fua } => {
-                let how = if unmap { Clearing::Unmap } else { Clearing::Keep };
+            RequestKind::WriteZeroes {
+                offset,
+                len,
+                unmap,
+                fua,
+            } => {
+                let how = if unmap {
+                    Clearing::Unmap
+                } else {
+                    Clearing::Keep
+                };
                 self.begin_clear(token, epoch, (offset, len), how, fua);
             }
             RequestKind::Flush => {
@@ -309,7 +343,9 @@ impl<S: Storage> Core<S> {
         if self.hit_for_read(offset, &memory, &mut parts) {
             self.submit_parts(request, &memory, &parts, false);
         } else {
-            self.spawn(request, move |core| async move { core.worker.read_guest(0, offset, memory).await });
+            self.spawn(request, move |core| async move {
+                core.worker.read_guest(0, offset, memory).await
+            });
         }
     }
 
@@ -318,11 +354,19 @@ impl<S: Storage> Core<S> {
         let len = memory.len();
         let mut done = 0;
         while done < len {
-            let (piece, bytes) = self.worker.shared.resolve(0, offset + done as u64, (len - done) as u64);
+            let (piece, bytes) =
+                self.worker
+                    .shared
+                    .resolve(0, offset + done as u64, (len - done) as u64);
             let bytes = to_usize(bytes);
             match piece {
                 Piece::Data { file, offset: host } => {
-                    let part = Part { file, host, start: done, len: bytes };
+                    let part = Part {
+                        file,
+                        host,
+                        start: done,
+                        len: bytes,
+                    };
                     if !parts.push(part) {
                         return false;
                     }
@@ -342,7 +386,9 @@ impl<S: Storage> Core<S> {
             align == 1
                 || (part.host % align == 0
                     && part.len as u64 % align == 0
-                    && memory.slice(part.start, part.len).is_aligned(properties.memory_alignment as usize))
+                    && memory
+                        .slice(part.start, part.len)
+                        .is_aligned(properties.memory_alignment as usize))
         })
     }
 
@@ -351,7 +397,8 @@ impl<S: Storage> Core<S> {
             return self.part_done(request, None);
         }
         // At most DIRECT_PIECES.
-        self.pending.borrow_mut()[request].remaining = u32::try_from(parts.count).unwrap_or(u32::MAX);
+        self.pending.borrow_mut()[request].remaining =
+            u32::try_from(parts.count).unwrap_or(u32::MAX);
         for part in parts.as_slice() {
             let direct = Direct {
                 request,
@@ -368,18 +415,37 @@ impl<S: Storage> Core<S> {
     fn submit_one(&self, direct: Direct<S::Memory>) {
         let memory = direct.memory.clone();
         let kind = if direct.write {
-            OpKind::Write { offset: direct.offset, memory, sync: false }
+            OpKind::Write {
+                offset: direct.offset,
+                memory,
+                sync: false,
+            }
         } else {
-            OpKind::Read { offset: direct.offset, memory }
+            OpKind::Read {
+                offset: direct.offset,
+                memory,
+            }
         };
-        self.worker.reactor.submit_direct(Op { file: direct.file, kind }, direct);
+        self.worker.reactor.submit_direct(
+            Op {
+                file: direct.file,
+                kind,
+            },
+            direct,
+        );
     }
 
     /// An operation of a hit has completed: whole, short, interrupted or failed.
     fn direct_done(&self, mut direct: Direct<S::Memory>, result: io::Result<usize>) {
         let name = if direct.write { "write" } else { "read" };
         let fail = |error: &io::Error| {
-            Some(self.worker.io_error(name, direct.file, direct.offset, direct.memory.len() as u64, error))
+            Some(self.worker.io_error(
+                name,
+                direct.file,
+                direct.offset,
+                direct.memory.len() as u64,
+                error,
+            ))
         };
         let outcome = match result {
             Ok(bytes) if bytes >= direct.memory.len() => None,
@@ -412,8 +478,13 @@ impl<S: Storage> Core<S> {
         }
         if direct.write {
             let error = io::Error::from_raw_os_error(5);
-            let error =
-                self.worker.io_error("write", direct.file, direct.offset, direct.memory.len() as u64, &error);
+            let error = self.worker.io_error(
+                "write",
+                direct.file,
+                direct.offset,
+                direct.memory.len() as u64,
+                &error,
+            );
             return self.part_done(direct.request, Some(error));
         }
         // A read that ends inside a block has met the end of the file.
@@ -421,15 +492,27 @@ impl<S: Storage> Core<S> {
         self.part_done(direct.request, None);
     }
 
-    fn begin_write(self: &Rc<Self>, token: u64, epoch: u64, offset: u64, memory: S::Memory, fua: bool) {
+    fn begin_write(
+        self: &Rc<Self>,
+        token: u64,
+        epoch: u64,
+        offset: u64,
+        memory: S::Memory,
+        fua: bool,
+    ) {
         let len = memory.len();
         let request = self.insert(token, epoch, Some(memory.clone()));
         let shared = &self.worker.shared;
-        if let Err(error) = shared.check_writable().and_then(|()| shared.check_range(offset, len as u64)) {
+        if let Err(error) = shared
+            .check_writable()
+            .and_then(|()| shared.check_range(offset, len as u64))
+        {
             return self.part_done(request, Some(error));
         }
         let mut parts = Parts::new();
-        if !fua && !shared.serialize_writes.load(Ordering::SeqCst) && self.hit_for_write(offset, &memory, &mut parts)
+        if !fua
+            && !shared.serialize_writes.load(Ordering::SeqCst)
+            && self.hit_for_write(offset, &memory, &mut parts)
         {
             return self.submit_parts(request, &memory, &parts, true);
         }
@@ -450,7 +533,12 @@ impl<S: Storage> Core<S> {
         let len = memory.len();
         let mut done = 0;
         let fits = match &shared.layers[0].kind {
-            LayerKind::Raw => parts.push(Part { file: IMAGE, host: offset, start: 0, len }),
+            LayerKind::Raw => parts.push(Part {
+                file: IMAGE,
+                host: offset,
+                start: 0,
+                len,
+            }),
             LayerKind::Qcow2(image) => loop {
                 if done == len {
                     break true;
@@ -459,8 +547,15 @@ impl<S: Storage> Core<S> {
                 let within = image.geometry.in_cluster(at);
                 let bytes = to_usize(image.geometry.cluster_bytes() - within).min(len - done);
                 match shared.layer_entry(0, at) {
-                    LayerEntry::Entry(L2Entry::Data { host, copied }) if writable_in_place(copied) => {
-                        let part = Part { file: IMAGE, host: host.0 + within, start: done, len: bytes };
+                    LayerEntry::Entry(L2Entry::Data { host, copied })
+                        if writable_in_place(copied) =>
+                    {
+                        let part = Part {
+                            file: IMAGE,
+                            host: host.0 + within,
+                            start: done,
+                            len: bytes,
+                        };
                         if !parts.push(part) {
                             break false;
                         }
@@ -473,10 +568,20 @@ impl<S: Storage> Core<S> {
         fits && self.aligned(parts, memory)
     }
 
-    fn begin_clear(self: &Rc<Self>, token: u64, epoch: u64, range: (u64, u64), how: Clearing, fua: bool) {
+    fn begin_clear(
+        self: &Rc<Self>,
+        token: u64,
+        epoch: u64,
+        range: (u64, u64),
+        how: Clearing,
+        fua: bool,
+    ) {
         let request = self.insert(token, epoch, None);
         let shared = &self.worker.shared;
-        if let Err(error) = shared.check_writable().and_then(|()| shared.check_range(range.0, range.1)) {
+        if let Err(error) = shared
+            .check_writable()
+            .and_then(|()| shared.check_range(range.0, range.1))
+        {
             return self.part_done(request, Some(error));
         }
         let align = u64::from(self.worker.reactor.properties(IMAGE).alignment);
@@ -497,7 +602,11 @@ impl<S: Storage> Core<S> {
         if shared.read_only() {
             return Ok(());
         }
-        shared.request_flush().receive().await.unwrap_or(Err(Error::Closed))
+        shared
+            .request_flush()
+            .receive()
+            .await
+            .unwrap_or(Err(Error::Closed))
     }
 
     /// O18: before the first write that is smaller than the file's alignment, every write in flight that took
@@ -510,7 +619,11 @@ impl<S: Storage> Core<S> {
         let moved = self.pins.begin();
         let before = std::mem::replace(&mut self.pending.borrow_mut()[request].epoch, moved);
         self.pins.end(before);
-        shared.wait_for_pins(mark).receive().await.ok_or(Error::Closed)
+        shared
+            .wait_for_pins(mark)
+            .receive()
+            .await
+            .ok_or(Error::Closed)
     }
 
     fn release_held(self: &Rc<Self>) {
@@ -534,7 +647,12 @@ impl<S: Storage> Core<S> {
             RequestKind::Read { memory, .. } | RequestKind::Write { memory, .. } => Some(memory),
             _ => None,
         };
-        let reply = Reply { token: request.token, result: Err(Error::Closed), memory, extents: Vec::new() };
+        let reply = Reply {
+            token: request.token,
+            result: Err(Error::Closed),
+            memory,
+            extents: Vec::new(),
+        };
         self.replies.borrow_mut().push_back(reply);
     }
 }

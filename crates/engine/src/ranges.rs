@@ -13,7 +13,9 @@ impl RangeSet {
             return;
         }
         let (mut first, mut end) = (start, start + count);
-        if let Some((before, before_end)) = self.0.range(..=start).next_back().map(|(a, b)| (*a, *b)) {
+        if let Some((before, before_end)) =
+            self.0.range(..=start).next_back().map(|(a, b)| (*a, *b))
+        {
             if before_end >= start {
                 first = before;
                 end = end.max(before_end);
@@ -29,7 +31,8 @@ impl RangeSet {
     /// Takes `[start, start + count)` out.
     pub(crate) fn remove(&mut self, start: u64, count: u64) {
         let end = start + count;
-        if let Some((before, before_end)) = self.0.range(..start).next_back().map(|(a, b)| (*a, *b)) {
+        if let Some((before, before_end)) = self.0.range(..start).next_back().map(|(a, b)| (*a, *b))
+        {
             if before_end > start {
                 self.0.insert(before, start);
                 if before_end > end {
@@ -47,7 +50,10 @@ impl RangeSet {
 
     /// Whether a number is in the set.
     pub(crate) fn contains(&self, value: u64) -> bool {
-        self.0.range(..=value).next_back().is_some_and(|(_, end)| *end > value)
+        self.0
+            .range(..=value)
+            .next_back()
+            .is_some_and(|(_, end)| *end > value)
     }
 }
 
@@ -61,7 +67,9 @@ mod tests {
     fn behaves_like_a_set() {
         let mut state = 7u64;
         let mut random = move |below: u64| {
-            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            state = state
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1);
             (state >> 33) % below
         };
         let mut ranges = RangeSet::default();
@@ -76,7 +84,11 @@ mod tests {
                 plain.retain(|value| !(start..start + count).contains(value));
             }
             for value in 0..115 {
-                assert_eq!(ranges.contains(value), plain.contains(&value), "{value} after [{start}, +{count})");
+                assert_eq!(
+                    ranges.contains(value),
+                    plain.contains(&value),
+                    "{value} after [{start}, +{count})"
+                );
             }
         }
     }

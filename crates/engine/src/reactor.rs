@@ -111,7 +111,10 @@ impl<S: Storage, D> Reactor<S, D> {
         let mut tasks = self.tasks.borrow_mut();
         let entry = tasks.vacant_entry();
         let id = entry.key();
-        let waker = Waker::from(Arc::new(TaskWaker { task: id, inbox: Arc::clone(&self.inbox) }));
+        let waker = Waker::from(Arc::new(TaskWaker {
+            task: id,
+            inbox: Arc::clone(&self.inbox),
+        }));
         entry.insert((Some(Box::pin(task)), waker));
         drop(tasks);
         self.inbox.push(id);
@@ -142,7 +145,10 @@ impl<S: Storage, D> Reactor<S, D> {
     /// Runs an operation to its completion. Dropping the future leaves the operation to end by itself.
     pub(crate) fn run(&self, file: FileId, kind: OpKind<S::Memory>) -> OpFuture<'_, S, D> {
         let slot = self.start(Op { file, kind }, SlotState::Waiting(None));
-        OpFuture { reactor: self, slot: Some(slot) }
+        OpFuture {
+            reactor: self,
+            slot: Some(slot),
+        }
     }
 
     /// Hands completions to tasks and to `direct`, runs what became ready, starts what was submitted. Never
@@ -154,7 +160,9 @@ impl<S: Storage, D> Reactor<S, D> {
             let mut round = false;
             loop {
                 let completion = self.storage.borrow_mut().complete();
-                let Some(Completion { slot, result }) = completion else { break };
+                let Some(Completion { slot, result }) = completion else {
+                    break;
+                };
                 round = true;
                 if let Some((what, result)) = self.settle(slot, result) {
                     direct(what, result);
@@ -173,7 +181,9 @@ impl<S: Storage, D> Reactor<S, D> {
 
     fn settle(&self, slot: Slot, result: io::Result<usize>) -> Option<(D, io::Result<usize>)> {
         let mut slots = self.slots.borrow_mut();
-        let state = slots.get_mut(slot).expect("completion of a slot that is not in flight");
+        let state = slots
+            .get_mut(slot)
+            .expect("completion of a slot that is not in flight");
         match std::mem::replace(state, SlotState::Abandoned) {
             SlotState::Waiting(waker) => {
                 *state = SlotState::Done(result);
@@ -198,7 +208,9 @@ impl<S: Storage, D> Reactor<S, D> {
     fn resubmit(&self) -> bool {
         let mut any = false;
         loop {
-            let Some((slot, op)) = self.deferred.borrow_mut().pop_front() else { return any };
+            let Some((slot, op)) = self.deferred.borrow_mut().pop_front() else {
+                return any;
+            };
             if let Err(op) = self.storage.borrow_mut().submit(op, slot) {
                 self.deferred.borrow_mut().push_front((slot, op));
                 return any;
@@ -211,14 +223,20 @@ impl<S: Storage, D> Reactor<S, D> {
         let mut any = false;
         while self.inbox.filled.swap(false, Ordering::SeqCst) {
             loop {
-                let Some(id) = self.inbox.ready.lock().pop_front() else { break };
+                let Some(id) = self.inbox.ready.lock().pop_front() else {
+                    break;
+                };
                 any = true;
                 let taken = {
                     let mut tasks = self.tasks.borrow_mut();
-                    tasks.get_mut(id).and_then(|(task, waker)| task.take().map(|task| (task, waker.clone())))
+                    tasks
+                        .get_mut(id)
+                        .and_then(|(task, waker)| task.take().map(|task| (task, waker.clone())))
                 };
                 // A wake for a task that has ended meanwhile.
-                let Some((mut task, waker)) = taken else { continue };
+                let Some((mut task, waker)) = taken else {
+                    continue;
+                };
                 match task.as_mut().poll(&mut Context::from_waker(&waker)) {
                     Poll::Ready(()) => {
                         self.tasks.borrow_mut().remove(id);
@@ -294,12 +312,16 @@ impl<S: Storage, D> Future for OpFuture<'_, S, D> {
                 Poll::Pending
             }
             SlotState::Done(_) => {
-                let SlotState::Done(result) = slots.remove(slot) else { unreachable!("matched above") };
+                let SlotState::Done(result) = slots.remove(slot) else {
+                    unreachable!("matched above")
+                };
                 drop(slots);
                 self.slot = None;
                 Poll::Ready(result)
             }
-            SlotState::Abandoned | SlotState::Direct(_) => unreachable!("a future's slot is its own"),
+            SlotState::Abandoned | SlotState::Direct(_) => {
+                unreachable!("a future's slot is its own")
+            }
         }
     }
 }

@@ -1,7 +1,5 @@
 //! Reads that need more than the ring: slices not cached, compressed clusters, many pieces.
 
-use std::rc::Rc;
-
 use urus_format::CompressedExtent;
 
 use crate::error::{Error, Result};
@@ -15,7 +13,12 @@ use crate::worker::Worker;
 impl<S: Storage> Worker<S> {
     /// Reads a range as the chain from `layer` downwards shows it. Neighbouring host ranges become one operation, separate
     /// ones run side by side.
-    pub(crate) async fn read_guest(&self, layer: usize, offset: u64, memory: S::Memory) -> Result<()> {
+    pub(crate) async fn read_guest(
+        &self,
+        layer: usize,
+        offset: u64,
+        memory: S::Memory,
+    ) -> Result<()> {
         let total = memory.len() as u64;
         let mut running: Vec<std::pin::Pin<Box<dyn Future<Output = Result<()>> + '_>>> = Vec::new();
         // (file, host offset, start in memory, bytes) that may still grow.
@@ -27,7 +30,9 @@ impl<S: Storage> Worker<S> {
             match piece {
                 Piece::Data { file, offset: host } => {
                     open = match open {
-                        Some((f, h, start, bytes)) if f == file && h + bytes == host && start + bytes == done => {
+                        Some((f, h, start, bytes))
+                            if f == file && h + bytes == host && start + bytes == done =>
+                        {
                             Some((f, h, start, bytes + len))
                         }
                         other => {
@@ -37,9 +42,15 @@ impl<S: Storage> Worker<S> {
                     };
                 }
                 Piece::Zero => memory.zero(to_usize(done), to_usize(len)),
-                Piece::Compressed { layer, extent, within } => {
+                Piece::Compressed {
+                    layer,
+                    extent,
+                    within,
+                } => {
                     let target = memory.slice(to_usize(done), to_usize(len));
-                    running.push(Box::pin(self.read_compressed(layer, extent, within, target)));
+                    running.push(Box::pin(
+                        self.read_compressed(layer, extent, within, target),
+                    ));
                 }
                 Piece::Miss { layer, slice } => {
                     // The request's pin keeps what was resolved before valid (O7), so nothing starts over.
@@ -84,14 +95,22 @@ impl<S: Storage> Worker<S> {
     }
 
     /// A compressed cluster's content, from the cache or decoded on another thread.
-    async fn decoded_cluster(&self, layer_index: usize, extent: CompressedExtent) -> Result<Arc<[u8]>> {
+    async fn decoded_cluster(
+        &self,
+        layer_index: usize,
+        extent: CompressedExtent,
+    ) -> Result<Arc<[u8]>> {
         if let Some(cluster) = self.shared.decoded.get(layer_index, extent.offset.0) {
             return Ok(cluster);
         }
         let layer = &self.shared.layers[layer_index];
-        let qcow2 = layer.qcow2().expect("only qcow2 layers have compressed clusters");
+        let qcow2 = layer
+            .qcow2()
+            .expect("only qcow2 layers have compressed clusters");
         // The last sector may pass the end of the file: it reads as zeroes there.
-        let source = self.read_bytes(layer.file, extent.offset.0, extent.bytes).await?;
+        let source = self
+            .read_bytes(layer.file, extent.offset.0, extent.bytes)
+            .await?;
         let compression = qcow2.compression;
         let cluster_bytes = to_usize(qcow2.geometry.cluster_bytes());
         let outcome = Arc::new(Mutex::new(None));
@@ -104,14 +123,18 @@ impl<S: Storage> Worker<S> {
         self.reactor
             .run(layer.file, OpKind::Job(job))
             .await
-            .map_err(|error| self.io_error("decode", layer.file, extent.offset.0, extent.bytes, &error))?;
+            .map_err(|error| {
+                self.io_error("decode", layer.file, extent.offset.0, extent.bytes, &error)
+            })?;
         let result = outcome.lock().take().expect("a job that completed has run");
         let cluster: Arc<[u8]> = result.map_err(|source| Error::Decompress {
             file: layer.name.clone(),
             offset: extent.offset.0,
             source,
         })?;
-        self.shared.decoded.insert(layer_index, extent.offset.0, Arc::clone(&cluster));
+        self.shared
+            .decoded
+            .insert(layer_index, extent.offset.0, Arc::clone(&cluster));
         Ok(cluster)
     }
 
@@ -129,9 +152,4 @@ impl<S: Storage> Worker<S> {
         }
         Ok(true)
     }
-}
-
-/// A request's read.
-pub(crate) async fn read_request<S: Storage>(worker: Rc<Worker<S>>, offset: u64, memory: S::Memory) -> Result<()> {
-    worker.read_guest(0, offset, memory).await
 }

@@ -88,13 +88,21 @@ impl Refcounts {
 
     /// Host offset of a block; 0 where there is none.
     pub(crate) fn block_offset(&self, block: u64) -> u64 {
-        self.table.borrow().get(to_usize(block)).copied().unwrap_or(0) & BLOCK_OFFSET_MASK
+        self.table
+            .borrow()
+            .get(to_usize(block))
+            .copied()
+            .unwrap_or(0)
+            & BLOCK_OFFSET_MASK
     }
 
     /// First cluster past everything that an existing block covers.
     pub(crate) fn covered_end(&self) -> u64 {
         let table = self.table.borrow();
-        let last = table.iter().rposition(|entry| *entry != 0).map_or(0, |last| last as u64 + 1);
+        let last = table
+            .iter()
+            .rposition(|entry| *entry != 0)
+            .map_or(0, |last| last as u64 + 1);
         last << self.geometry.refcount_block_bits()
     }
 
@@ -151,7 +159,14 @@ impl Refcounts {
         let mut slices = self.slices.borrow_mut();
         for id in block << bits..(block + 1) << bits {
             let bytes = vec![0; to_usize(self.slice_bytes())];
-            slices.insert(id, Slice { bytes, dirty: true, last_used: self.tick() });
+            slices.insert(
+                id,
+                Slice {
+                    bytes,
+                    dirty: true,
+                    last_used: self.tick(),
+                },
+            );
         }
     }
 
@@ -170,15 +185,26 @@ impl Refcounts {
         let slice = slices.get_mut(&self.slice_of(cluster))?;
         slice.last_used = now;
         let index = cluster & ((1 << self.slice_bits()) - 1);
-        Some(refcount::get(&slice.bytes, index, self.geometry.refcount_order()))
+        Some(refcount::get(
+            &slice.bytes,
+            index,
+            self.geometry.refcount_order(),
+        ))
     }
 
     /// Sets a cached refcount.
     pub(crate) fn set(&self, cluster: u64, value: u64) {
         let mut slices = self.slices.borrow_mut();
-        let slice = slices.get_mut(&self.slice_of(cluster)).expect("the slice was loaded by the caller");
+        let slice = slices
+            .get_mut(&self.slice_of(cluster))
+            .expect("the slice was loaded by the caller");
         let index = cluster & ((1 << self.slice_bits()) - 1);
-        refcount::set(&mut slice.bytes, index, self.geometry.refcount_order(), value);
+        refcount::set(
+            &mut slice.bytes,
+            index,
+            self.geometry.refcount_order(),
+            value,
+        );
         slice.dirty = true;
     }
 
@@ -201,19 +227,31 @@ impl Refcounts {
             // While a read is under way nothing is dropped from the cache: so what it brings is not older than
             // what a dropped slice was.
             self.loads.set(self.loads.get() + 1);
-            let bytes =
-                worker.read_bytes(IMAGE, block + in_block * self.slice_bytes(), self.slice_bytes()).await;
+            let bytes = worker
+                .read_bytes(
+                    IMAGE,
+                    block + in_block * self.slice_bytes(),
+                    self.slice_bytes(),
+                )
+                .await;
             self.loads.set(self.loads.get() - 1);
             let bytes = bytes?;
             let last_used = self.tick();
-            self.slices.borrow_mut().entry(id).or_insert(Slice { bytes, dirty: false, last_used });
+            self.slices.borrow_mut().entry(id).or_insert(Slice {
+                bytes,
+                dirty: false,
+                last_used,
+            });
             self.evict(id);
         }
     }
 
     fn evict(&self, keep: u64) {
         let mut slices = self.slices.borrow_mut();
-        if slices.len() <= limits::REFCOUNT_CACHE_SLICES || self.loads.get() > 0 || self.committing.get() {
+        if slices.len() <= limits::REFCOUNT_CACHE_SLICES
+            || self.loads.get() > 0
+            || self.committing.get()
+        {
             return;
         }
         let mut clean: Vec<(u64, u64)> = slices
@@ -264,7 +302,10 @@ impl Refcounts {
     pub(crate) fn thaw(&self, frozen: &[FrozenSlice]) {
         let mut slices = self.slices.borrow_mut();
         for part in frozen {
-            slices.get_mut(&part.id).expect("frozen slices of a failed commit stay cached").dirty = true;
+            slices
+                .get_mut(&part.id)
+                .expect("frozen slices of a failed commit stay cached")
+                .dirty = true;
         }
     }
 }

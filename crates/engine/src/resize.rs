@@ -16,7 +16,10 @@ impl<S: Storage> Device<S> {
         let old = self.shared().size();
         if size < old {
             return Err(Error::Unsupported {
-                what: format!("{} cannot shrink (from {old} to {size} bytes) while it is served", self.shared().image_name()),
+                what: format!(
+                    "{} cannot shrink (from {old} to {size} bytes) while it is served",
+                    self.shared().image_name()
+                ),
             });
         }
         if size == old {
@@ -25,7 +28,9 @@ impl<S: Storage> Device<S> {
         self.quiesce().await;
         self.flush().await?;
         if self.is_raw() {
-            self.worker.simple("resize", IMAGE, size, 0, || OpKind::SetLen { len: size }).await?;
+            self.worker
+                .simple("resize", IMAGE, size, 0, || OpKind::SetLen { len: size })
+                .await?;
             self.data_barrier().await?;
         } else {
             self.resize_mapped(old, size).await?;
@@ -38,7 +43,9 @@ impl<S: Storage> Device<S> {
         let geometry = self.worker.image().geometry;
         let entries = geometry.l1_entries_for(size);
         if entries * 8 > limits::L1_TABLE_BYTES || size > i64::MAX as u64 {
-            let most = (limits::L1_TABLE_BYTES / 8).saturating_mul(geometry.l2_coverage_bytes()).min(i64::MAX as u64);
+            let most = (limits::L1_TABLE_BYTES / 8)
+                .saturating_mul(geometry.l2_coverage_bytes())
+                .min(i64::MAX as u64);
             return Err(Error::Unsupported {
                 what: format!(
                     "{} cannot grow to {size} bytes: with clusters of {} bytes it ends at {most}",
@@ -51,7 +58,14 @@ impl<S: Storage> Device<S> {
             self.grow_l1(entries).await?;
         }
         // O20: what becomes visible is zero, durably, before the size changes.
-        let backing_end = self.shared().layers.iter().skip(1).map(crate::shared::Layer::size).next().unwrap_or(0);
+        let backing_end = self
+            .shared()
+            .layers
+            .iter()
+            .skip(1)
+            .map(crate::shared::Layer::size)
+            .next()
+            .unwrap_or(0);
         let cluster_end = old.next_multiple_of(geometry.cluster_bytes());
         let clear_to = backing_end.min(size).max(cluster_end);
         if clear_to > old {
@@ -66,10 +80,15 @@ impl<S: Storage> Device<S> {
         let image = self.image();
         let geometry = self.worker.image().geometry;
         let clusters = geometry.clusters_for(entries * 8);
-        let first = image.allocator.extend_contiguous(&self.worker, clusters).await?;
-        let (old_table, old_entries) = self.with_header(|header| (header.l1_table, u64::from(header.l1_entries)));
-        let mut bytes: Vec<u8> =
-            (0..old_entries).flat_map(|index| self.worker.image().map.l1(index).to_be_bytes()).collect();
+        let first = image
+            .allocator
+            .extend_contiguous(&self.worker, clusters)
+            .await?;
+        let (old_table, old_entries) =
+            self.with_header(|header| (header.l1_table, u64::from(header.l1_entries)));
+        let mut bytes: Vec<u8> = (0..old_entries)
+            .flat_map(|index| self.worker.image().map.l1(index).to_be_bytes())
+            .collect();
         bytes.resize(crate::to_usize(clusters << geometry.cluster_bits()), 0);
         {
             let mut meta = self.shared().meta.lock();
@@ -95,7 +114,11 @@ impl<S: Storage> Device<S> {
             }
             self.shared().pins.mark()
         };
-        self.settle_later(vec![Removed { first: old_first, count: old_clusters, mark }]);
+        self.settle_later(vec![Removed {
+            first: old_first,
+            count: old_clusters,
+            mark,
+        }]);
         Ok(())
     }
 }

@@ -67,14 +67,30 @@ impl Shared {
             }
             len = len.min(size - offset);
             let qcow2 = match &layer.kind {
-                LayerKind::Raw => return (Piece::Data { file: layer.file, offset }, len),
+                LayerKind::Raw => {
+                    return (
+                        Piece::Data {
+                            file: layer.file,
+                            offset,
+                        },
+                        len,
+                    );
+                }
                 LayerKind::Qcow2(qcow2) => qcow2,
             };
             let within = qcow2.geometry.in_cluster(offset);
             let rest = qcow2.geometry.cluster_bytes() - within;
             let entry = match self.layer_entry(index, offset) {
                 LayerEntry::Entry(entry) => entry,
-                LayerEntry::Miss(slice) => return (Piece::Miss { layer: index, slice }, len.min(rest)),
+                LayerEntry::Miss(slice) => {
+                    return (
+                        Piece::Miss {
+                            layer: index,
+                            slice,
+                        },
+                        len.min(rest),
+                    );
+                }
                 LayerEntry::Bad(error) => return (Piece::Bad(error), len.min(rest)),
             };
             len = len.min(rest);
@@ -82,10 +98,23 @@ impl Shared {
                 L2Entry::Unallocated => {}
                 L2Entry::Zero | L2Entry::ZeroAllocated { .. } => return (Piece::Zero, len),
                 L2Entry::Data { host, .. } => {
-                    return (Piece::Data { file: layer.file, offset: host.0 + within }, len);
+                    return (
+                        Piece::Data {
+                            file: layer.file,
+                            offset: host.0 + within,
+                        },
+                        len,
+                    );
                 }
                 L2Entry::Compressed(extent) => {
-                    return (Piece::Compressed { layer: index, extent, within }, len);
+                    return (
+                        Piece::Compressed {
+                            layer: index,
+                            extent,
+                            within,
+                        },
+                        len,
+                    );
                 }
             }
         }

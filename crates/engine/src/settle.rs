@@ -53,7 +53,9 @@ impl<S: Storage> Device<S> {
             let answered = {
                 let mut mail = self.shared().mail.lock();
                 mail.settler.register(cx.waker());
-                let (passed, waiting) = std::mem::take(&mut mail.pins).into_iter().partition(|(mark, _)| pins.passed(*mark));
+                let (passed, waiting) = std::mem::take(&mut mail.pins)
+                    .into_iter()
+                    .partition(|(mark, _)| pins.passed(*mark));
                 mail.pins = waiting;
                 let passed: Vec<_> = passed;
                 passed
@@ -123,11 +125,17 @@ impl<S: Storage> Device<S> {
                 _ => free.push((*cluster, 1)),
             }
         }
-        let punched = if planted::is(Bug::EarlyPunch) { vec![false; free.len()] } else { self.punch(&free).await };
+        let punched = if planted::is(Bug::EarlyPunch) {
+            vec![false; free.len()]
+        } else {
+            self.punch(&free).await
+        };
         let bits = refcounts.geometry.cluster_bits();
         for ((first, count), punched) in free.iter().zip(punched) {
             // O19: what was decoded from here is forgotten before anybody else writes here.
-            self.shared().decoded.invalidate(0, first << bits, (first + count) << bits);
+            self.shared()
+                .decoded
+                .invalidate(0, first << bits, (first + count) << bits);
             for cluster in *first..first + count {
                 refcounts.load(&self.worker, cluster).await?;
                 refcounts.set(cluster, 0);
@@ -151,7 +159,14 @@ impl<S: Storage> Device<S> {
             let (offset, len) = (first << bits, count << bits);
             let outcomes = &outcomes;
             running.push(Box::pin(async move {
-                match self.worker.simple("punch", IMAGE, offset, len, || OpKind::Punch { offset, len }).await {
+                match self
+                    .worker
+                    .simple("punch", IMAGE, offset, len, || OpKind::Punch {
+                        offset,
+                        len,
+                    })
+                    .await
+                {
                     Ok(()) => outcomes.borrow_mut()[index] = true,
                     Err(error) => {
                         // Not punched is no harm: the cluster is free all the same, and not taken for zero.
@@ -168,7 +183,10 @@ impl<S: Storage> Device<S> {
 
     /// The planted bug O5: punches before the removal is durable.
     pub(crate) async fn punch_early(&self, removed: &[Removed]) {
-        let ranges: Vec<_> = removed.iter().map(|removed| (removed.first, removed.count)).collect();
+        let ranges: Vec<_> = removed
+            .iter()
+            .map(|removed| (removed.first, removed.count))
+            .collect();
         self.punch(&ranges).await;
     }
 

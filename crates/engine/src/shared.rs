@@ -52,7 +52,11 @@ pub struct Options {
 
 impl Default for Options {
     fn default() -> Self {
-        Self { read_only: false, l2_cache_bytes: limits::DEFAULT_L2_CACHE_BYTES, discard: true }
+        Self {
+            read_only: false,
+            l2_cache_bytes: limits::DEFAULT_L2_CACHE_BYTES,
+            discard: true,
+        }
     }
 }
 
@@ -379,7 +383,9 @@ impl Shared {
             return Err(Error::ReadOnly);
         }
         if self.is_poisoned() {
-            return Err(Error::Poisoned { file: self.image_name().to_owned() });
+            return Err(Error::Poisoned {
+                file: self.image_name().to_owned(),
+            });
         }
         Ok(())
     }

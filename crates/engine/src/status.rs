@@ -18,9 +18,10 @@ impl<S: Storage> Worker<S> {
         while done < len {
             let extent = self.extent_at(offset + done, len - done).await?;
             done += extent.len;
+            let full = extents.len() == limits::STATUS_EXTENTS;
             match extents.last_mut() {
                 Some(last) if continues(last, &extent) => last.len += extent.len,
-                _ if extents.len() == limits::STATUS_EXTENTS => break,
+                _ if full => break,
                 _ => extents.push(extent),
             }
         }
@@ -59,9 +60,12 @@ impl<S: Storage> Worker<S> {
             };
             let geometry = &qcow2.geometry;
             // A whole missing L2 table is one answer, so that an empty terabyte is not asked by the cluster.
-            let l1_index = geometry.l1_index(geometry.guest_cluster(urus_format::GuestOffset(offset)));
+            let l1_index =
+                geometry.l1_index(geometry.guest_cluster(urus_format::GuestOffset(offset)));
             if qcow2.map.l1(l1_index) == 0 {
-                extent.len = extent.len.min(geometry.l2_coverage_bytes() - offset % geometry.l2_coverage_bytes());
+                extent.len = extent
+                    .len
+                    .min(geometry.l2_coverage_bytes() - offset % geometry.l2_coverage_bytes());
                 continue;
             }
             let within = geometry.in_cluster(offset);

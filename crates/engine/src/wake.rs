@@ -21,7 +21,11 @@ pub(crate) struct Receiver<T>(Arc<Mutex<Shot<T>>>);
 
 /// A value passed once between tasks.
 pub(crate) fn oneshot<T>() -> (Sender<T>, Receiver<T>) {
-    let shot = Arc::new(Mutex::new(Shot { value: None, waker: None, sender_gone: false }));
+    let shot = Arc::new(Mutex::new(Shot {
+        value: None,
+        waker: None,
+        sender_gone: false,
+    }));
     (Sender(Arc::clone(&shot)), Receiver(shot))
 }
 
@@ -78,14 +82,12 @@ impl WaitList {
     pub(crate) fn take(&mut self) -> VecDeque<Waker> {
         std::mem::take(&mut self.0)
     }
-
-    pub(crate) fn is_empty(&self) -> bool {
-        self.0.is_empty()
-    }
 }
 
 /// Runs futures side by side on one task; the first error, after all have ended.
-pub(crate) async fn join_all<E>(futures: Vec<Pin<Box<dyn Future<Output = Result<(), E>> + '_>>>) -> Result<(), E> {
+pub(crate) async fn join_all<E>(
+    futures: Vec<Pin<Box<dyn Future<Output = Result<(), E>> + '_>>>,
+) -> Result<(), E> {
     let mut running: Vec<Option<_>> = futures.into_iter().map(Some).collect();
     let mut first_error = None;
     poll_fn(move |cx| {
@@ -103,7 +105,11 @@ pub(crate) async fn join_all<E>(futures: Vec<Pin<Box<dyn Future<Output = Result<
                 }
             }
         }
-        if pending { Poll::Pending } else { Poll::Ready(first_error.take().map_or(Ok(()), Err)) }
+        if pending {
+            Poll::Pending
+        } else {
+            Poll::Ready(first_error.take().map_or(Ok(()), Err))
+        }
     })
     .await
 }

@@ -43,7 +43,10 @@ pub(crate) struct Worker<S: Storage> {
 
 /// Whether an interrupted operation deserves another try.
 pub(crate) fn interrupted(error: &io::Error) -> bool {
-    matches!(error.kind(), io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock)
+    matches!(
+        error.kind(),
+        io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock
+    )
 }
 
 impl<S: Storage> Worker<S> {
@@ -68,11 +71,26 @@ impl<S: Storage> Worker<S> {
         const ENOSPC: i32 = 28;
         const EDQUOT: i32 = 122;
         const EIO: i32 = 5;
-        let name =
-            self.shared.layers.iter().find(|layer| layer.file == file).map_or("file", |layer| &layer.name).to_owned();
+        let name = self
+            .shared
+            .layers
+            .iter()
+            .find(|layer| layer.file == file)
+            .map_or("file", |layer| &layer.name)
+            .to_owned();
         match error.raw_os_error() {
-            Some(ENOSPC | EDQUOT) => Error::OutOfSpace { operation, file: name, offset },
-            errno => Error::Io { operation, file: name, offset, bytes, errno: errno.unwrap_or(EIO) },
+            Some(ENOSPC | EDQUOT) => Error::OutOfSpace {
+                operation,
+                file: name,
+                offset,
+            },
+            errno => Error::Io {
+                operation,
+                file: name,
+                offset,
+                bytes,
+                errno: errno.unwrap_or(EIO),
+            },
         }
     }
 
@@ -99,7 +117,17 @@ impl<S: Storage> Worker<S> {
         while done < memory.len() {
             let at = offset + done as u64;
             let rest = memory.slice(done, memory.len() - done);
-            match self.reactor.run(file, OpKind::Read { offset: at, memory: rest }).await {
+            match self
+                .reactor
+                .run(
+                    file,
+                    OpKind::Read {
+                        offset: at,
+                        memory: rest,
+                    },
+                )
+                .await
+            {
                 Ok(0) => {
                     memory.zero(done, memory.len() - done);
                     return Ok(());
@@ -107,7 +135,13 @@ impl<S: Storage> Worker<S> {
                 Ok(bytes) => done += bytes,
                 Err(error) if interrupted(&error) && retries < limits::RETRIES => retries += 1,
                 Err(error) => {
-                    return Err(self.io_error("read", file, at, (memory.len() - done) as u64, &error));
+                    return Err(self.io_error(
+                        "read",
+                        file,
+                        at,
+                        (memory.len() - done) as u64,
+                        &error,
+                    ));
                 }
             }
         }
@@ -129,16 +163,39 @@ impl<S: Storage> Worker<S> {
         while done < memory.len() {
             let at = offset + done as u64;
             let rest = memory.slice(done, memory.len() - done);
-            match self.reactor.run(file, OpKind::Write { offset: at, memory: rest, sync: false }).await {
+            match self
+                .reactor
+                .run(
+                    file,
+                    OpKind::Write {
+                        offset: at,
+                        memory: rest,
+                        sync: false,
+                    },
+                )
+                .await
+            {
                 // A device that takes nothing and says no error is full.
                 Ok(0) => {
                     let full = io::Error::from_raw_os_error(28);
-                    return Err(self.io_error("write", file, at, (memory.len() - done) as u64, &full));
+                    return Err(self.io_error(
+                        "write",
+                        file,
+                        at,
+                        (memory.len() - done) as u64,
+                        &full,
+                    ));
                 }
                 Ok(bytes) => done += bytes,
                 Err(error) if interrupted(&error) && retries < limits::RETRIES => retries += 1,
                 Err(error) => {
-                    return Err(self.io_error("write", file, at, (memory.len() - done) as u64, &error));
+                    return Err(self.io_error(
+                        "write",
+                        file,
+                        at,
+                        (memory.len() - done) as u64,
+                        &error,
+                    ));
                 }
             }
         }
@@ -237,12 +294,19 @@ impl<S: Storage> Worker<S> {
                 None => Ok(vec![0; to_usize(map.slice_bytes() / 8)]),
                 Some(offset) => {
                     Shared::count(&self.shared.stats.slice_loads, 1);
-                    let bytes =
-                        self.read_bytes(layer.file, offset + map.offset_in_table(slice), map.slice_bytes()).await;
+                    let bytes = self
+                        .read_bytes(
+                            layer.file,
+                            offset + map.offset_in_table(slice),
+                            map.slice_bytes(),
+                        )
+                        .await;
                     bytes.map(|bytes| {
                         bytes
                             .chunks_exact(8)
-                            .map(|word| u64::from_be_bytes(word.try_into().expect("chunks of eight")))
+                            .map(|word| {
+                                u64::from_be_bytes(word.try_into().expect("chunks of eight"))
+                            })
                             .collect()
                     })
                 }
@@ -255,8 +319,12 @@ impl<S: Storage> Worker<S> {
                     }
                     Ok(words)
                 });
-                let outcome =
-                    meta.frames[layer_index].end_load(map, slice, ticket, words.as_ref().ok().map(Vec::as_slice));
+                let outcome = meta.frames[layer_index].end_load(
+                    map,
+                    slice,
+                    ticket,
+                    words.as_ref().ok().map(Vec::as_slice),
+                );
                 words?;
                 outcome
             };
@@ -270,32 +338,53 @@ impl<S: Storage> Worker<S> {
     /// Waits until a commit has cleaned some frames.
     async fn wait_for_frame(&self, layer: usize) -> Result<()> {
         if self.shared.is_poisoned() {
-            return Err(Error::Poisoned { file: self.shared.image_name().to_owned() });
+            return Err(Error::Poisoned {
+                file: self.shared.image_name().to_owned(),
+            });
         }
         let _ = layer;
-        self.shared.request_flush().receive().await.unwrap_or(Err(Error::Closed))
+        self.shared
+            .request_flush()
+            .receive()
+            .await
+            .unwrap_or(Err(Error::Closed))
     }
 
     /// Data entries must not lead into metadata, or a guest's write would land there.
-    fn check_slice(&self, owners: &crate::shared::Owners, slice: SliceId, words: &[u64]) -> Result<()> {
+    fn check_slice(
+        &self,
+        owners: &crate::shared::Owners,
+        slice: SliceId,
+        words: &[u64],
+    ) -> Result<()> {
         let layer = &self.shared.layers[0];
         let qcow2 = layer.qcow2().expect("a slice belongs to a qcow2 layer");
         let step = to_usize(qcow2.geometry.l2_entry_bytes() / 8);
         for (index, word) in words.iter().step_by(step).enumerate() {
-            let raw = urus_format::L2Raw { entry: *word, subclusters: 0 };
+            let raw = urus_format::L2Raw {
+                entry: *word,
+                subclusters: 0,
+            };
             let host = match urus_format::L2Entry::decode(raw, &qcow2.geometry) {
-                Ok(urus_format::L2Entry::Data { host, .. } | urus_format::L2Entry::ZeroAllocated { host, .. }) => host,
+                Ok(
+                    urus_format::L2Entry::Data { host, .. }
+                    | urus_format::L2Entry::ZeroAllocated { host, .. },
+                ) => host,
                 // Compressed clusters are never written in place; invalid entries fail when they are used.
                 _ => continue,
             };
             if let Some(owner) = owners.get(&qcow2.geometry.host_cluster(host).0) {
                 return Err(Error::Corrupt {
                     file: layer.name.clone(),
-                    what: format!("a guest cluster is mapped to {host}, which holds {}", owner.describe()),
+                    what: format!(
+                        "a guest cluster is mapped to {host}, which holds {}",
+                        owner.describe()
+                    ),
                     place: format!(
                         "L2 table {}, entry {}",
                         qcow2.map.table_of(slice),
-                        qcow2.map.offset_in_table(slice) / qcow2.geometry.l2_entry_bytes() + index as u64
+                        qcow2.map.offset_in_table(slice) / qcow2.geometry.l2_entry_bytes()
+                            + index as u64
                     ),
                 });
             }
@@ -329,9 +418,19 @@ impl<S: Storage> Worker<S> {
             if !mine {
                 continue;
             }
-            let cluster_bytes = self.shared.geometry().map_or(1, |geometry| geometry.cluster_bytes());
-            let want = (limits::RUN_BYTES / cluster_bytes).clamp(1, limits::RUN_CLUSTERS).max(count);
-            let result = self.shared.reserve(want).receive().await.unwrap_or(Err(Error::Closed));
+            let cluster_bytes = self
+                .shared
+                .geometry()
+                .map_or(1, |geometry| geometry.cluster_bytes());
+            let want = (limits::RUN_BYTES / cluster_bytes)
+                .clamp(1, limits::RUN_CLUSTERS)
+                .max(count);
+            let result = self
+                .shared
+                .reserve(want)
+                .receive()
+                .await
+                .unwrap_or(Err(Error::Closed));
             if let Ok(run) = result {
                 self.runs.borrow_mut().push(run);
             }
@@ -346,7 +445,10 @@ impl<S: Storage> Worker<S> {
     fn take_reserved(&self, count: u64) -> Option<Run> {
         let mut runs = self.runs.borrow_mut();
         let run = runs.last_mut()?;
-        let taken = Run { count: count.min(run.count), ..*run };
+        let taken = Run {
+            count: count.min(run.count),
+            ..*run
+        };
         run.first += taken.count;
         run.count -= taken.count;
         if run.count == 0 {

@@ -41,7 +41,10 @@ impl<S: Storage> Worker<S> {
     pub(crate) async fn write_guest(&self, offset: u64, memory: S::Memory) -> Result<()> {
         self.shared.check_writable()?;
         match &self.shared.layers[0].kind {
-            LayerKind::Raw => self.write_locked_in_place(RAW_LOCK_BITS, offset, offset, memory).await,
+            LayerKind::Raw => {
+                self.write_locked_in_place(RAW_LOCK_BITS, offset, offset, memory)
+                    .await
+            }
             LayerKind::Qcow2(_) => self.write_mapped(offset, memory).await,
         }
     }
@@ -69,7 +72,12 @@ impl<S: Storage> Worker<S> {
                 LayerEntry::Entry(L2Entry::Data { host, copied }) if writable_in_place(copied) => {
                     let part = memory.slice(to_usize(done), to_usize(in_cluster));
                     let host = host.0 + geometry.in_cluster(at);
-                    running.push(Box::pin(self.write_locked_in_place(geometry.cluster_bits(), at, host, part)));
+                    running.push(Box::pin(self.write_locked_in_place(
+                        geometry.cluster_bits(),
+                        at,
+                        host,
+                        part,
+                    )));
                     done += in_cluster;
                 }
                 LayerEntry::Entry(_) => {
@@ -91,7 +99,9 @@ impl<S: Storage> Worker<S> {
         let limit = len.min(limits::WRITE_STEP_CLUSTERS << geometry.cluster_bits());
         while bytes < limit {
             match self.shared.layer_entry(0, at + bytes) {
-                LayerEntry::Entry(L2Entry::Data { copied, .. }) if writable_in_place(copied) => break,
+                LayerEntry::Entry(L2Entry::Data { copied, .. }) if writable_in_place(copied) => {
+                    break;
+                }
                 LayerEntry::Entry(_) => bytes += geometry.cluster_bytes().min(limit - bytes),
                 LayerEntry::Miss(_) | LayerEntry::Bad(_) => break,
             }
@@ -101,11 +111,26 @@ impl<S: Storage> Worker<S> {
 
     /// Writes into clusters that are the image's own. Under O18 (a write was smaller than the file's alignment)
     /// every such write takes its range's lock, because a neighbour may be read, changed and written around it.
-    async fn write_locked_in_place(&self, lock_bits: u32, at: u64, host: u64, memory: S::Memory) -> Result<()> {
-        let _guard = if self.shared.serialize_writes.load(crate::sync::Ordering::SeqCst) {
+    async fn write_locked_in_place(
+        &self,
+        lock_bits: u32,
+        at: u64,
+        host: u64,
+        memory: S::Memory,
+    ) -> Result<()> {
+        let _guard = if self
+            .shared
+            .serialize_writes
+            .load(crate::sync::Ordering::SeqCst)
+        {
             let first = at >> lock_bits;
             let last = (at + memory.len() as u64 - 1) >> lock_bits;
-            Some(self.shared.locks.lock(GuestCluster(first), last - first + 1).await)
+            Some(
+                self.shared
+                    .locks
+                    .lock(GuestCluster(first), last - first + 1)
+                    .await,
+            )
         } else {
             None
         };
@@ -123,7 +148,11 @@ impl<S: Storage> Worker<S> {
         let end = (host + len).next_multiple_of(align);
         let blocks = self.reactor.allocate(end - start);
         self.read(file, start, blocks.clone()).await?;
-        copy(&memory, 0, &blocks.slice(to_usize(host - start), memory.len()));
+        copy(
+            &memory,
+            0,
+            &blocks.slice(to_usize(host - start), memory.len()),
+        );
         self.write(file, start, blocks).await
     }
 
@@ -142,7 +171,8 @@ impl<S: Storage> Worker<S> {
             let part = |bytes: u64| memory.slice(to_usize(done), to_usize(bytes));
             match self.loaded_entry(at).await? {
                 L2Entry::Data { host, copied } if writable_in_place(copied) => {
-                    self.write_widened(IMAGE, host.0 + geometry.in_cluster(at), part(in_cluster)).await?;
+                    self.write_widened(IMAGE, host.0 + geometry.in_cluster(at), part(in_cluster))
+                        .await?;
                     done += in_cluster;
                 }
                 L2Entry::ZeroAllocated { host, copied: true } => {
@@ -171,9 +201,18 @@ impl<S: Storage> Worker<S> {
         let geometry = self.image().geometry;
         let within = geometry.in_cluster(at);
         let after = geometry.cluster_bytes() - within - memory.len() as u64;
-        self.write_clusters(host.0 + within, Filler::Zero(within), memory, Filler::Zero(after)).await?;
+        self.write_clusters(
+            host.0 + within,
+            Filler::Zero(within),
+            memory,
+            Filler::Zero(after),
+        )
+        .await?;
         let cluster = geometry.guest_cluster(GuestOffset(at));
-        self.change(cluster, 1, None, &|_, _| Outcome::Set(L2Entry::Data { host, copied: true })).await
+        self.change(cluster, 1, None, &|_, _| {
+            Outcome::Set(L2Entry::Data { host, copied: true })
+        })
+        .await
     }
 
     /// Gives clusters from `at` on new host clusters, as many as are adjacent there; returns the bytes written.
@@ -204,7 +243,10 @@ impl<S: Storage> Worker<S> {
         let last = geometry.guest_cluster(GuestOffset(at + len - 1)).0;
         let mut count = 1;
         while first + count <= last {
-            match self.loaded_entry(geometry.guest_offset(GuestCluster(first + count)).0).await? {
+            match self
+                .loaded_entry(geometry.guest_offset(GuestCluster(first + count)).0)
+                .await?
+            {
                 L2Entry::Data { copied, .. } if writable_in_place(copied) => break,
                 L2Entry::ZeroAllocated { copied: true, .. } => break,
                 _ => count += 1,
@@ -221,7 +263,13 @@ impl<S: Storage> Worker<S> {
         let after = (run.count << geometry.cluster_bits()) - within - memory.len() as u64;
         let head = self.filler(at - within, within, run.zero).await?;
         let tail = self.filler(end, after, run.zero).await?;
-        self.write_clusters((run.first << geometry.cluster_bits()) + within, head, memory, tail).await
+        self.write_clusters(
+            (run.first << geometry.cluster_bits()) + within,
+            head,
+            memory,
+            tail,
+        )
+        .await
     }
 
     /// What has to be written at `[offset, offset + len)` so that the new cluster shows what the old place did.
@@ -230,7 +278,11 @@ impl<S: Storage> Worker<S> {
             return Ok(Filler::None);
         }
         if self.reads_zero(0, offset, len).await? {
-            return Ok(if already_zero { Filler::None } else { Filler::Zero(len) });
+            return Ok(if already_zero {
+                Filler::None
+            } else {
+                Filler::Zero(len)
+            });
         }
         let bytes = self.reactor.allocate(len);
         self.read_guest(0, offset, bytes.clone()).await?;
@@ -244,15 +296,24 @@ impl<S: Storage> Worker<S> {
         let mut done = 0;
         while done < run.count {
             let cluster = GuestCluster(first.0 + done);
-            let in_slice = image.map.slice_entries() - (cluster.0 & (image.map.slice_entries() - 1));
-            let part = Run { first: run.first + done, count: in_slice.min(run.count - done), ..run };
+            let in_slice =
+                image.map.slice_entries() - (cluster.0 & (image.map.slice_entries() - 1));
+            let part = Run {
+                first: run.first + done,
+                count: in_slice.min(run.count - done),
+                ..run
+            };
             let decide = |index: u64, _old: L2Entry| {
                 let host = image.geometry.host_offset(ClusterIndex(part.first + index));
                 Outcome::Set(L2Entry::Data { host, copied: true })
             };
             if let Err(error) = self.change(cluster, part.count, Some(part), &decide).await {
                 // O11: the rest was never referenced.
-                self.shared.give_back(Run { first: part.first, count: run.count - done, zero: false });
+                self.shared.give_back(Run {
+                    first: part.first,
+                    count: run.count - done,
+                    zero: false,
+                });
                 return Err(error);
             }
             done += part.count;
@@ -277,13 +338,19 @@ impl<S: Storage> Worker<S> {
                 && data_host % align == 0
                 && data_end % align == 0
         };
-        let (head, tail) = if planted::is(Bug::NoClearing) { (Filler::None, Filler::None) } else { (head, tail) };
+        let (head, tail) = if planted::is(Bug::NoClearing) {
+            (Filler::None, Filler::None)
+        } else {
+            (head, tail)
+        };
         let mut first = data_host;
         let mut parts = Vec::with_capacity(3);
         let mut running: Running<'_> = Vec::new();
         match head {
             Filler::None | Filler::Zero(0) => {}
-            Filler::Zero(bytes) if apart(bytes) => running.push(Box::pin(self.zero_range(data_host - bytes, bytes))),
+            Filler::Zero(bytes) if apart(bytes) => {
+                running.push(Box::pin(self.zero_range(data_host - bytes, bytes)))
+            }
             Filler::Zero(bytes) => {
                 first = data_host - bytes;
                 parts.push(self.reactor.allocate(bytes));
@@ -296,16 +363,26 @@ impl<S: Storage> Worker<S> {
         parts.push(memory);
         match tail {
             Filler::None | Filler::Zero(0) => {}
-            Filler::Zero(bytes) if apart(bytes) => running.push(Box::pin(self.zero_range(data_end, bytes))),
+            Filler::Zero(bytes) if apart(bytes) => {
+                running.push(Box::pin(self.zero_range(data_end, bytes)))
+            }
             Filler::Zero(bytes) => parts.push(self.reactor.allocate(bytes)),
             Filler::Bytes(bytes) => parts.push(bytes),
         }
-        let all = if parts.len() == 1 { parts.remove(0) } else { S::Memory::chain(parts) };
+        let all = if parts.len() == 1 {
+            parts.remove(0)
+        } else {
+            S::Memory::chain(parts)
+        };
         running.push(Box::pin(self.write_widened(IMAGE, first, all)));
         join_all(running).await
     }
 
     async fn zero_range(&self, offset: u64, len: u64) -> Result<()> {
-        self.simple("zero range", IMAGE, offset, len, || OpKind::ZeroRange { offset, len }).await
+        self.simple("zero range", IMAGE, offset, len, || OpKind::ZeroRange {
+            offset,
+            len,
+        })
+        .await
     }
 }

@@ -28,7 +28,11 @@ impl<S: Storage> Worker<S> {
         if len == 0 || (how == Clearing::Discard && !discard) {
             return Ok(());
         }
-        let how = if how == Clearing::Unmap && !discard { Clearing::Keep } else { how };
+        let how = if how == Clearing::Unmap && !discard {
+            Clearing::Keep
+        } else {
+            how
+        };
         match &self.shared.layers[0].kind {
             LayerKind::Raw => self.clear_raw(offset, len, how).await,
             LayerKind::Qcow2(_) => self.clear_mapped(offset, len, how).await,
@@ -38,7 +42,13 @@ impl<S: Storage> Worker<S> {
     async fn clear_raw(&self, offset: u64, len: u64, how: Clearing) -> Result<()> {
         let properties = self.reactor.properties(IMAGE);
         if how != Clearing::Keep && properties.can_punch {
-            match self.simple("punch", IMAGE, offset, len, || OpKind::Punch { offset, len }).await {
+            match self
+                .simple("punch", IMAGE, offset, len, || OpKind::Punch {
+                    offset,
+                    len,
+                })
+                .await
+            {
                 Err(error) if unsupported(&error) => {}
                 result => return result,
             }
@@ -47,7 +57,13 @@ impl<S: Storage> Worker<S> {
             return Ok(());
         }
         if properties.can_zero_range {
-            match self.simple("zero range", IMAGE, offset, len, || OpKind::ZeroRange { offset, len }).await {
+            match self
+                .simple("zero range", IMAGE, offset, len, || OpKind::ZeroRange {
+                    offset,
+                    len,
+                })
+                .await
+            {
                 Err(error) if unsupported(&error) => {}
                 result => return result,
             }
@@ -73,15 +89,24 @@ impl<S: Storage> Worker<S> {
         let end = offset + len;
         let first = offset.div_ceil(cluster_bytes);
         // The last cluster of the device may be partial: all of it is all there is.
-        let last = if end == self.shared.size() { end.div_ceil(cluster_bytes) } else { end / cluster_bytes };
+        let last = if end == self.shared.size() {
+            end.div_ceil(cluster_bytes)
+        } else {
+            end / cluster_bytes
+        };
         if first >= last {
-            return if how == Clearing::Discard { Ok(()) } else { self.clear_part(offset, len).await };
+            return if how == Clearing::Discard {
+                Ok(())
+            } else {
+                self.clear_part(offset, len).await
+            };
         }
         if how != Clearing::Discard {
             let head_end = first * cluster_bytes;
             self.clear_part(offset, head_end - offset).await?;
             let tail_start = last * cluster_bytes;
-            self.clear_part(tail_start.min(end), end.saturating_sub(tail_start)).await?;
+            self.clear_part(tail_start.min(end), end.saturating_sub(tail_start))
+                .await?;
         }
         let backed = self.shared.layers.len() > 1;
         if !geometry.has_zero_flag() && (backed || how == Clearing::Keep) {
@@ -106,13 +131,20 @@ impl<S: Storage> Worker<S> {
         let cluster_bytes = self.image().geometry.cluster_bytes();
         for cluster in first..last {
             let start = cluster * cluster_bytes;
-            self.clear_part(start, cluster_bytes.min(end - start)).await?;
+            self.clear_part(start, cluster_bytes.min(end - start))
+                .await?;
         }
         Ok(())
     }
 
     /// Whole clusters `[first, last)`.
-    async fn clear_clusters(&self, first: u64, last: u64, how: Clearing, backed: bool) -> Result<()> {
+    async fn clear_clusters(
+        &self,
+        first: u64,
+        last: u64,
+        how: Clearing,
+        backed: bool,
+    ) -> Result<()> {
         let image = self.image();
         let geometry = &image.geometry;
         let mut next = first;
@@ -125,14 +157,21 @@ impl<S: Storage> Worker<S> {
             }
             let in_slice = image.map.slice_entries() - (next & (image.map.slice_entries() - 1));
             let count = in_slice.min(last - next).min(limits::ZERO_STEP_CLUSTERS);
-            self.clear_step(GuestCluster(next), count, how, backed).await?;
+            self.clear_step(GuestCluster(next), count, how, backed)
+                .await?;
             next += count;
         }
         Ok(())
     }
 
     /// Clusters of one slice: only those that change are locked and changed.
-    async fn clear_step(&self, first: GuestCluster, count: u64, how: Clearing, backed: bool) -> Result<()> {
+    async fn clear_step(
+        &self,
+        first: GuestCluster,
+        count: u64,
+        how: Clearing,
+        backed: bool,
+    ) -> Result<()> {
         let geometry = &self.image().geometry;
         let decide = |old: L2Entry| cleared(old, how, backed, geometry.has_zero_flag());
         let mut index = 0;
@@ -142,7 +181,9 @@ impl<S: Storage> Worker<S> {
             while index < count {
                 let at = geometry.guest_offset(GuestCluster(first.0 + index));
                 match self.shared.layer_entry(0, at.0) {
-                    LayerEntry::Entry(entry) if matches!(decide(entry), Outcome::Set(_)) => index += 1,
+                    LayerEntry::Entry(entry) if matches!(decide(entry), Outcome::Set(_)) => {
+                        index += 1
+                    }
                     LayerEntry::Entry(_) => break,
                     LayerEntry::Miss(slice) => self.load(0, slice).await?,
                     LayerEntry::Bad(error) => return Err(error),
@@ -151,7 +192,8 @@ impl<S: Storage> Worker<S> {
             if index > start {
                 let from = GuestCluster(first.0 + start);
                 let _guard = self.shared.locks.lock(from, index - start).await;
-                self.change(from, index - start, None, &|_, old| decide(old)).await?;
+                self.change(from, index - start, None, &|_, old| decide(old))
+                    .await?;
             } else {
                 index += 1;
             }
@@ -166,11 +208,16 @@ impl<S: Storage> Worker<S> {
         if within != 0 {
             let part = len.min(geometry.cluster_bytes() - within);
             let entry = self.loaded_entry(GuestOffset(offset).0).await?;
-            if !matches!(entry, L2Entry::Unallocated | L2Entry::Zero | L2Entry::ZeroAllocated { .. }) {
-                self.write_guest(offset, self.reactor.allocate(part)).await?;
+            if !matches!(
+                entry,
+                L2Entry::Unallocated | L2Entry::Zero | L2Entry::ZeroAllocated { .. }
+            ) {
+                self.write_guest(offset, self.reactor.allocate(part))
+                    .await?;
             } else if matches!(entry, L2Entry::Unallocated) && self.shared.layers.len() > 1 {
                 // The old last cluster shows the backing file up to the old end: it becomes data.
-                self.write_guest(offset, self.reactor.allocate(part)).await?;
+                self.write_guest(offset, self.reactor.allocate(part))
+                    .await?;
             }
         }
         let first = offset.div_ceil(geometry.cluster_bytes());
@@ -178,7 +225,8 @@ impl<S: Storage> Worker<S> {
         if first < last {
             let backed = self.shared.layers.len() > 1;
             if geometry.has_zero_flag() || !backed {
-                self.clear_clusters(first, last, Clearing::Unmap, backed).await?;
+                self.clear_clusters(first, last, Clearing::Unmap, backed)
+                    .await?;
             } else {
                 return Err(Error::Unsupported {
                     what: "a version 2 image cannot grow beneath a longer backing file: convert it to version 3 \
@@ -193,11 +241,15 @@ impl<S: Storage> Worker<S> {
 
 /// The entry that clearing makes of an old one.
 fn cleared(old: L2Entry, how: Clearing, backed: bool, zero_flag: bool) -> Outcome {
-    let gone = if backed && zero_flag { L2Entry::Zero } else { L2Entry::Unallocated };
+    let gone = if backed && zero_flag {
+        L2Entry::Zero
+    } else {
+        L2Entry::Unallocated
+    };
     match (how, old) {
-        (_, L2Entry::Zero) | (Clearing::Discard, L2Entry::Unallocated) | (Clearing::Keep, L2Entry::ZeroAllocated { .. }) => {
-            Outcome::Keep
-        }
+        (_, L2Entry::Zero)
+        | (Clearing::Discard, L2Entry::Unallocated)
+        | (Clearing::Keep, L2Entry::ZeroAllocated { .. }) => Outcome::Keep,
         (_, L2Entry::Unallocated) if !backed => Outcome::Keep,
         (_, L2Entry::Unallocated) => Outcome::Set(L2Entry::Zero),
         (Clearing::Keep, L2Entry::Data { host, copied: true }) => {
@@ -211,5 +263,11 @@ fn cleared(old: L2Entry, how: Clearing, backed: bool, zero_flag: bool) -> Outcom
 fn unsupported(error: &Error) -> bool {
     const EOPNOTSUPP: i32 = 95;
     const EINVAL: i32 = 22;
-    matches!(error, Error::Io { errno: EOPNOTSUPP | EINVAL, .. })
+    matches!(
+        error,
+        Error::Io {
+            errno: EOPNOTSUPP | EINVAL,
+            ..
+        }
+    )
 }

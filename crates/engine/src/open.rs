@@ -1,0 +1,482 @@
+//! Opening: from headers and files to a device whose mapping can be looked up. Reads L1 and the refcount table, nothing else of
+//! the metadata: the cost is that of the tables that stay in memory.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::rc::Rc;
+
+use urus_format::{
+    ClusterIndex, Geometry, Header, HostOffset, L1Entry, autoclear, incompatible, snapshot,
+};
+
+use crate::alloc::{Allocator, TablePlace};
+use crate::check::{self, Repair};
+use crate::cluster_locks::ClusterLocks;
+use crate::decoded::DecodedCache;
+use crate::error::{Error, Result};
+use crate::frames::Frames;
+use crate::limits;
+use crate::maintenance::ImageState;
+use crate::map::Map;
+use crate::pins::Pins;
+use crate::refcounts::Refcounts;
+use crate::shared::{
+    Layer, LayerFormat, LayerKind, LayerSpec, Mail, Meta, Options, Owner, Owners, Qcow2Layer,
+    Shared, Stats,
+};
+use crate::storage::{IMAGE, Storage};
+use crate::sync::{Arc, AtomicBool, AtomicU64, Mutex, Ordering};
+use crate::to_usize;
+use crate::worker::Worker;
+
+type Opened<S> = (Rc<Worker<S>>, Option<ImageState>);
+
+/// Opens the chain.
+pub(crate) fn open<S: Storage>(
+    storage: S,
+    specs: Vec<LayerSpec>,
+    options: Options,
+) -> Result<Opened<S>> {
+    assert!(
+        specs.first().is_some_and(|spec| spec.file == IMAGE),
+        "the first layer is the image"
+    );
+    let mut headers = Vec::with_capacity(specs.len());
+    let mut layers = Vec::with_capacity(specs.len());
+    let frame_budget = options.l2_cache_bytes / specs.len() as u64;
+    let mut frames = Vec::with_capacity(specs.len());
+    for (index, spec) in specs.into_iter().enumerate() {
+        let writable = index == 0 && !options.read_only;
+        let (layer, layer_frames, header) = layer_of(spec, &storage, writable, frame_budget)?;
+        layers.push(layer);
+        frames.push(layer_frames);
+        headers.push(header);
+    }
+    let shared = Arc::new(Shared {
+        layers,
+        options,
+        pins: Arc::new(Pins::new()),
+        locks: Arc::new(ClusterLocks::new()),
+        meta: Mutex::new(Meta {
+            frames,
+            new_tables: BTreeMap::new(),
+            dirty_l1: BTreeSet::new(),
+            used: Vec::new(),
+            removed: Vec::new(),
+            owners: Owners::default(),
+        }),
+        mail: Mutex::new(Mail::default()),
+        decoded: DecodedCache::default(),
+        poisoned: AtomicBool::new(false),
+        gate_closed: AtomicBool::new(false),
+        closed: AtomicBool::new(false),
+        serialize_writes: AtomicBool::new(false),
+        stats: Stats::default(),
+    });
+    let worker = Worker::new(shared, storage);
+    let opener = Rc::clone(&worker);
+    let image = worker.reactor.block_on(async move {
+        let mut image = None;
+        for (index, header) in headers.into_iter().enumerate() {
+            let Some(header) = header else { continue };
+            if index == 0 {
+                image = open_image(&opener, *header).await?;
+            } else {
+                load_l1(&opener, index, &header).await?;
+            }
+        }
+        Ok(image)
+    })?;
+    Ok((worker, image))
+}
+
+fn layer_of<S: Storage>(
+    spec: LayerSpec,
+    storage: &S,
+    writable: bool,
+    frame_budget: u64,
+) -> Result<(Layer, Frames, Option<Box<Header>>)> {
+    let LayerSpec { file, name, format } = spec;
+    match format {
+        LayerFormat::Raw => {
+            let size = storage.file_len(file).map_err(|error| Error::Io {
+                operation: "find the length",
+                file: name.clone(),
+                offset: 0,
+                bytes: 0,
+                errno: error.raw_os_error().unwrap_or(5),
+            })?;
+            let layer = Layer {
+                file,
+                name,
+                size: AtomicU64::new(size),
+                kind: LayerKind::Raw,
+            };
+            Ok((layer, Frames::new(0), None))
+        }
+        LayerFormat::Qcow2(header) => {
+            let format_error = |source| Error::Format {
+                file: name.clone(),
+                source,
+            };
+            header.check_supported(writable).map_err(format_error)?;
+            let geometry = header.geometry();
+            let alignment = u64::from(storage.properties(file).alignment);
+            if alignment > geometry.cluster_bytes() {
+                return Err(Error::Unsupported {
+                    what: format!(
+                        "{name}: clusters of {} bytes are smaller than the {alignment} bytes that direct I/O needs \
+                         here; use buffered I/O",
+                        geometry.cluster_bytes()
+                    ),
+                });
+            }
+            let slice_bytes = limits::SLICE_BYTES.min(geometry.cluster_bytes());
+            let max_frames = to_usize(frame_budget / slice_bytes).max(limits::MIN_FRAMES);
+            let max_tables = if writable {
+                limits::L1_TABLE_BYTES / 8
+            } else {
+                u64::from(header.l1_entries)
+            };
+            let kind = LayerKind::Qcow2(Qcow2Layer {
+                geometry,
+                compression: header.compression,
+                map: Map::new(geometry, max_tables, max_frames),
+            });
+            let size = AtomicU64::new(usable_size(&header));
+            Ok((
+                Layer {
+                    file,
+                    name,
+                    size,
+                    kind,
+                },
+                Frames::new(max_frames),
+                Some(header),
+            ))
+        }
+    }
+}
+
+/// Bytes of the virtual disk: whole sectors.
+fn usable_size(header: &Header) -> u64 {
+    header.size & !511
+}
+
+async fn open_image<S: Storage>(
+    worker: &Rc<Worker<S>>,
+    mut header: Header,
+) -> Result<Option<ImageState>> {
+    let writable = !worker.shared.read_only();
+    if writable && header.incompatible & incompatible::DIRTY != 0 {
+        // O22: before the first allocation.
+        tracing::warn!(
+            image = worker.shared.image_name(),
+            "the image was not closed: repairing its refcounts"
+        );
+        let report = check::check(worker, &header, Repair::All).await?;
+        if report.corruptions > report.corruptions_fixed || report.check_errors > 0 {
+            return Err(Error::Corrupt {
+                file: worker.shared.image_name().to_owned(),
+                what: "it was not closed, and not all of it could be repaired".to_owned(),
+                place: report
+                    .messages
+                    .first()
+                    .map_or_else(|| "its tables".to_owned(), ToString::to_string),
+            });
+        }
+        header = read_header(worker).await?;
+    }
+    load_l1(worker, 0, &header).await?;
+    if !writable {
+        return Ok(None);
+    }
+    let image = writable_state(worker, &mut header).await?;
+    clear_unknown_autoclear(worker, &image).await?;
+    Ok(Some(image))
+}
+
+/// Reads the metadata again after a pause in which somebody else may have written the image.
+pub(crate) async fn reload<S: Storage>(
+    worker: &Rc<Worker<S>>,
+    header: Header,
+) -> Result<Option<ImageState>> {
+    let shared = &worker.shared;
+    let Some(image) = shared.layers[0].qcow2() else {
+        return Ok(None);
+    };
+    let file = shared.image_name().to_owned();
+    header
+        .check_supported(!shared.read_only())
+        .map_err(|source| Error::Format {
+            file: file.clone(),
+            source,
+        })?;
+    if header.geometry() != image.geometry || header.compression != image.compression {
+        return Err(Error::Unsupported {
+            what: format!(
+                "{file} became another image while it was paused: its cluster size or format differs; reopen it"
+            ),
+        });
+    }
+    {
+        let mut meta = shared.meta.lock();
+        meta.frames[0].forget_clean(&image.map);
+        meta.owners.clear();
+        for index in 0..image.map.max_tables() {
+            if image.map.l1(index) != 0 {
+                image.map.set_l1(index, 0);
+            }
+        }
+    }
+    shared.decoded.clear();
+    shared.layers[0]
+        .size
+        .store(usable_size(&header), Ordering::Release);
+    open_image(worker, header).await
+}
+
+/// The header as it stands on disk now.
+pub(crate) async fn read_header<S: Storage>(worker: &Worker<S>) -> Result<Header> {
+    let file = worker.shared.image_name().to_owned();
+    let bytes = worker
+        .reactor
+        .with_storage(|storage| storage.file_len(IMAGE));
+    let bytes = bytes.map_err(|error| worker.io_error("find the length", IMAGE, 0, 0, &error))?;
+    let cluster0 = worker
+        .read_bytes(IMAGE, 0, bytes.min(1 << urus_format::MAX_CLUSTER_BITS))
+        .await?;
+    Header::parse(&cluster0, bytes).map_err(|source| Error::Format { file, source })
+}
+
+/// Reads the active L1 table of a layer into its map.
+async fn load_l1<S: Storage>(
+    worker: &Worker<S>,
+    layer_index: usize,
+    header: &Header,
+) -> Result<()> {
+    let layer = &worker.shared.layers[layer_index];
+    let map = &layer.qcow2().expect("only qcow2 layers have a header").map;
+    if header.l1_entries == 0 {
+        return Ok(());
+    }
+    let bytes = worker
+        .read_bytes(
+            layer.file,
+            header.l1_table.0,
+            u64::from(header.l1_entries) * 8,
+        )
+        .await?;
+    for (index, entry) in bytes.chunks_exact(8).enumerate() {
+        let raw = u64::from_be_bytes(entry.try_into().expect("chunks of eight"));
+        if raw != 0 {
+            map.set_l1(index as u64, raw);
+        }
+    }
+    Ok(())
+}
+
+/// What writing needs: refcounts, allocator, and who owns which metadata cluster.
+async fn writable_state<S: Storage>(
+    worker: &Rc<Worker<S>>,
+    header: &mut Header,
+) -> Result<ImageState> {
+    let geometry = header.geometry();
+    let table_bytes = u64::from(header.refcount_table_clusters) << geometry.cluster_bits();
+    let bytes = worker
+        .read_bytes(IMAGE, header.refcount_table.0, table_bytes)
+        .await?;
+    let mut table: Vec<u64> = bytes
+        .chunks_exact(8)
+        .map(|entry| u64::from_be_bytes(entry.try_into().expect("chunks of eight")))
+        .collect();
+    while table.last() == Some(&0) {
+        table.pop();
+    }
+    let owners = collect_owners(worker, header, &geometry, &table).await?;
+    worker.shared.meta.lock().owners = owners;
+    let refcounts = Refcounts::new(geometry, table);
+    let place = TablePlace {
+        offset: header.refcount_table.0,
+        clusters: u64::from(header.refcount_table_clusters),
+    };
+    let file_bytes = worker
+        .reactor
+        .with_storage(|storage| storage.file_len(IMAGE))
+        .map_err(|error| worker.io_error("find the length", IMAGE, 0, 0, &error))?;
+    let regular = worker.reactor.properties(IMAGE).regular;
+    let allocator = Allocator::new(refcounts, place, file_bytes, regular);
+    Ok(ImageState {
+        header: std::cell::RefCell::new(header.clone()),
+        allocator,
+        uncounted: Default::default(),
+    })
+}
+
+/// Every metadata cluster with its owner; two owners for one cluster are corruption.
+async fn collect_owners<S: Storage>(
+    worker: &Rc<Worker<S>>,
+    header: &Header,
+    geometry: &Geometry,
+    refcount_table: &[u64],
+) -> Result<Owners> {
+    let name = worker.shared.image_name();
+    let mut owners = Owners::default();
+    let mut claim = |offset: u64, bytes: u64, owner: Owner, place: &dyn Fn() -> String| {
+        let first = geometry.host_cluster(HostOffset(offset)).0;
+        for cluster in first..first + geometry.clusters_for(bytes) {
+            if let Some(other) = owners.insert(cluster, owner) {
+                return Err(Error::Corrupt {
+                    file: name.to_owned(),
+                    what: format!(
+                        "host cluster {cluster} holds {} and {}",
+                        other.describe(),
+                        owner.describe()
+                    ),
+                    place: place(),
+                });
+            }
+        }
+        Ok(())
+    };
+    claim(0, geometry.cluster_bytes(), Owner::Header, &|| {
+        "the header".to_owned()
+    })?;
+    claim(
+        header.l1_table.0,
+        u64::from(header.l1_entries) * 8,
+        Owner::L1Table,
+        &|| "the header's L1 table".to_owned(),
+    )?;
+    let table_bytes = u64::from(header.refcount_table_clusters) << geometry.cluster_bits();
+    claim(
+        header.refcount_table.0,
+        table_bytes,
+        Owner::RefcountTable,
+        &|| "the header's refcount table".to_owned(),
+    )?;
+    for (index, entry) in refcount_table.iter().enumerate() {
+        let offset = entry & !0x1ff;
+        let place = || format!("refcount table entry {index}");
+        if geometry.in_cluster(offset) != 0 || entry & 0x1ff != 0 {
+            return Err(Error::Corrupt {
+                file: name.to_owned(),
+                what: format!("refcount block offset {entry:#x} is invalid"),
+                place: place(),
+            });
+        }
+        if offset != 0 {
+            claim(
+                offset,
+                geometry.cluster_bytes(),
+                Owner::RefcountBlock,
+                &place,
+            )?;
+        }
+    }
+    let map = &worker.image().map;
+    for index in 0..u64::from(header.l1_entries) {
+        let place = || format!("L1 table entry {index}");
+        let entry = L1Entry::decode(map.l1(index), geometry).map_err(|entry| Error::BadEntry {
+            file: name.to_owned(),
+            table: "L1 table, entry",
+            index,
+            entry,
+        })?;
+        if let Some(entry) = entry {
+            claim(
+                entry.table.0,
+                geometry.cluster_bytes(),
+                Owner::L2Table,
+                &place,
+            )?;
+        }
+    }
+    if header.snapshot_count > 0 {
+        let snapshots = read_snapshots(worker, header).await?;
+        let bytes = snapshot::encode_table(&snapshots)
+            .map_err(|source| Error::Format {
+                file: name.to_owned(),
+                source,
+            })?
+            .len();
+        claim(
+            header.snapshot_table.0,
+            bytes as u64,
+            Owner::Snapshots,
+            &|| "the header's snapshot table".to_owned(),
+        )?;
+        for (index, snapshot) in snapshots.iter().enumerate() {
+            snapshot
+                .check_l1(geometry)
+                .map_err(|source| Error::Format {
+                    file: name.to_owned(),
+                    source,
+                })?;
+            let place = || format!("L1 table of snapshot {index}");
+            claim(
+                snapshot.l1_table.0,
+                u64::from(snapshot.l1_entries) * 8,
+                Owner::L1Table,
+                &place,
+            )?;
+        }
+    }
+    let _ = ClusterIndex(0);
+    Ok(owners)
+}
+
+/// Reads the snapshot table, no more of it than there is.
+async fn read_snapshots<S: Storage>(
+    worker: &Worker<S>,
+    header: &Header,
+) -> Result<Vec<snapshot::Snapshot>> {
+    let file = worker.shared.image_name();
+    let format_error = |source| Error::Format {
+        file: file.to_owned(),
+        source,
+    };
+    let file_bytes = worker
+        .reactor
+        .with_storage(|storage| storage.file_len(IMAGE))
+        .map_err(|error| worker.io_error("find the length", IMAGE, 0, 0, &error))?;
+    let rest = file_bytes.saturating_sub(header.snapshot_table.0);
+    let mut step = 4096.min(rest);
+    loop {
+        let bytes = worker
+            .read_bytes(IMAGE, header.snapshot_table.0, step)
+            .await?;
+        match snapshot::table_bytes(&bytes, header.snapshot_count).map_err(format_error)? {
+            snapshot::TableBytes::Exactly(_) => {
+                return snapshot::parse_table(&bytes, header.snapshot_count).map_err(format_error);
+            }
+            snapshot::TableBytes::AtLeast(need_bytes) if need_bytes > rest => {
+                let source = urus_format::Error::Truncated {
+                    structure: "the snapshot table",
+                    need_bytes,
+                    have_bytes: rest,
+                };
+                return Err(format_error(source));
+            }
+            snapshot::TableBytes::AtLeast(bytes) => step = bytes.max(step * 2).min(rest),
+        }
+    }
+}
+
+/// Unknown autoclear bits promise something that this writer does not keep. Cleared only now, when the open is
+/// known to succeed.
+async fn clear_unknown_autoclear<S: Storage>(worker: &Worker<S>, image: &ImageState) -> Result<()> {
+    let mut header = image.header.borrow().clone();
+    if header.autoclear & !autoclear::KNOWN == 0 {
+        return Ok(());
+    }
+    header.autoclear &= autoclear::KNOWN;
+    let bytes = header.encode().map_err(|source| Error::Format {
+        file: worker.shared.image_name().to_owned(),
+        source,
+    })?;
+    let sector = worker.reactor.properties(IMAGE).alignment.max(512) as usize;
+    worker.write_bytes(IMAGE, 0, &bytes[..sector]).await?;
+    worker.barrier().await?;
+    *image.header.borrow_mut() = header;
+    Ok(())
+}
