@@ -8,9 +8,10 @@ use std::collections::{BTreeSet, HashSet};
 use std::ops::ControlFlow;
 
 use urus_engine::storage::{FileId, IMAGE, Op, OpKind, Storage};
-use urus_sim::contents::Keep;
+use urus_sim::contents::{Change, Contents, Keep};
 use urus_sim::crash::{Choice, Class, CrashCursor, Limits};
 use urus_sim::fault::{Action, Fault, Trigger};
+use urus_sim::log::{Event, Log, OpId};
 use urus_sim::memory::SimMemory;
 use urus_sim::rng::Rng;
 use urus_sim::storage::SimStorage;
@@ -55,7 +56,7 @@ fn cursor(world: &SimWorld) -> CrashCursor {
     cursor
 }
 
-fn no_class(_: FileId, _: &urus_sim::contents::Change) -> Class {
+fn no_class(_: FileId, _: &Change) -> Class {
     Class::Unknown
 }
 
@@ -242,6 +243,72 @@ fn older_data_never_comes_back_over_durable_data() {
     );
 }
 
+/// A write that takes effect in two parts: what its first part wrote and another write replaced durably does not come
+/// back with its second part.
+#[test]
+fn a_part_in_effect_is_not_written_again() {
+    let initial = Contents::new(vec![0; 1024]);
+    let (slow, other) = (OpId(1), OpId(2));
+    let change = |offset, len, byte: u8| Change::Write {
+        offset,
+        data: vec![byte; len].into(),
+    };
+    let part = |first: bool| Keep::Sectors {
+        mask: [first, !first].into(),
+        grown: first,
+    };
+    let submitted = |op, change| Event::Submitted {
+        op,
+        file: IMAGE,
+        change,
+        sync: true,
+    };
+    let events = vec![
+        submitted(slow, change(0, 1024, 1)),
+        submitted(other, change(0, 512, 2)),
+        Event::Applied {
+            op: slow,
+            change: change(0, 1024, 1),
+            keep: part(true),
+            left: Some(part(false)),
+        },
+        Event::Applied {
+            op: other,
+            change: change(0, 512, 2),
+            keep: Keep::All,
+            left: None,
+        },
+        Event::Synced {
+            op: other,
+            file: IMAGE,
+            ok: true,
+        },
+    ];
+    let log = Log {
+        initial: vec![initial],
+        events: (1..).zip(events).collect(),
+    };
+    let mut cursor = CrashCursor::new(&log);
+    cursor.advance_to_end(&log);
+    let limits = Limits { torn: 50, ..WHOLE };
+    let mut found = BTreeSet::new();
+    cursor.enumerate(
+        &mut Rng::new(1),
+        &limits,
+        &no_class,
+        (&mut HashSet::new(), 0),
+        &mut |state| {
+            found.insert(state.files[0].bytes().to_vec());
+            ControlFlow::Continue(())
+        },
+    );
+    let expected = [
+        [vec![2; 512], vec![0; 512]].concat(),
+        [vec![2; 512], vec![1; 512]].concat(),
+    ];
+    assert_eq!(found, expected.into());
+}
+
 #[test]
 fn lengths_and_torn_writes() {
     let world = SimWorld::new(1, calm(), vec![FileSpec::new(vec![7; 700])]);
@@ -380,7 +447,6 @@ fn assert_applied(cursor: &mut CrashCursor, world: &SimWorld, seed: u64) {
 
 /// Changes submitted and not wholly in effect, counted from the log.
 fn in_flight(world: &SimWorld) -> usize {
-    use urus_sim::log::Event;
     let mut open = BTreeSet::new();
     for (_, event) in &world.log().events {
         match event {

@@ -391,7 +391,8 @@ impl Walk<'_> {
     /// Sorts the references by cluster and sets them against the refcounts.
     fn compare(&mut self) {
         let mut references = std::mem::take(&mut self.references);
-        references.sort_unstable();
+        // Stable, so that the order of owners is that of the walk.
+        references.sort_by_key(|reference| reference.cluster);
         let refcounts = std::mem::take(&mut self.refcounts);
         let mut counted = refcounts.iter().copied().peekable();
         for group in references.chunk_by(|a, b| a.cluster == b.cluster) {
