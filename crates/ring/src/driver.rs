@@ -202,4 +202,58 @@ mod tests {
             DriverKind::IoUring
         );
     }
+
+    /// Every rung of the ladder of flags, as an older kernel would have it: reads, waiting, waking, watching, leaving.
+    #[test]
+    fn rings_of_older_kernels_work() {
+        use urus_engine::storage::{IMAGE, Memory, OpKind};
+        let path = std::env::current_exe().unwrap();
+        let builds: [fn(u32) -> io::Result<IoUring>; 4] = [
+            |entries| setup::build_step(0, entries),
+            |entries| setup::build_step(1, entries),
+            |entries| setup::build_step(2, entries),
+            |entries| setup::build_step(3, entries),
+        ];
+        for (step, build) in builds.into_iter().enumerate() {
+            let file = crate::OpenFile::open_image(&path, true, true).unwrap();
+            let mut driver =
+                Driver::open_with(FileSet::new(vec![file]), DriverKind::IoUring, 8, build).unwrap();
+            for round in 0..200 {
+                if round == 100 {
+                    driver.event_fd().unwrap();
+                }
+                let memory = driver.allocate(8 * 4096);
+                for slot in 0..8 {
+                    let memory = memory.slice(slot * 4096, 4096);
+                    let kind = OpKind::Read {
+                        offset: 4096 * (round % 20),
+                        memory,
+                    };
+                    assert!(driver.submit(Op { file: IMAGE, kind }, slot).is_ok());
+                }
+                if round == 199 {
+                    driver.kick();
+                    break; // dropped with operations in flight
+                }
+                let mut done = 0;
+                while done < 8 {
+                    driver.kick();
+                    while let Some(completion) = driver.complete() {
+                        assert_eq!(completion.result.unwrap(), 4096);
+                        done += 1;
+                    }
+                    if done < 8 {
+                        driver.wait(Some(Duration::from_secs(20)));
+                    }
+                }
+                let notifier = driver.notifier();
+                let start = std::time::Instant::now();
+                std::thread::spawn(move || notifier.notify())
+                    .join()
+                    .unwrap();
+                driver.wait(None);
+                assert!(start.elapsed() < Duration::from_secs(10), "step {step}");
+            }
+        }
+    }
 }

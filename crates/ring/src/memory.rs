@@ -1,6 +1,6 @@
 //! Memory that I/O reads into and writes from.
 //!
-//! Two roles share one allocation, a [`Block`]:
+//! Two roles share one allocation, a `Block`:
 //! * [`Buffer`] is what crosses threads: the only handle to its block, so it is `Send`.
 //! * [`RingMemory`] is what a driver and the engine work on: any number of views of a block, all on one thread.
 //!

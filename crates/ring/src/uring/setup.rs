@@ -34,9 +34,11 @@ pub(crate) fn build(entries: u32) -> io::Result<IoUring> {
     Ok(ring)
 }
 
+/// The last step of the ladder: flags that every kernel has.
 const LAST_STEP: u32 = 3;
 
-fn build_step(step: u32, entries: u32) -> io::Result<IoUring> {
+/// A ring with the flags of one step.
+pub(crate) fn build_step(step: u32, entries: u32) -> io::Result<IoUring> {
     let mut builder = IoUring::builder();
     builder.setup_clamp();
     match step {
