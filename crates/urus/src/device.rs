@@ -1,15 +1,31 @@
-//! An open image.
+//! An open image, and the thread that looks after its metadata.
 
+use std::fmt;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
 
-use crate::{BlockingIo, Error, Format, OpenOptions, Queue, Result};
+use urus_engine::storage::IMAGE;
+use urus_format::Header;
+use urus_ring::{Driver, DriverKind, FileSet, LockMode};
 
-/// An open image: cheap to clone, usable from every thread. Requests go through [`Queue`]s.
+use crate::chain::{self, ChainFile};
+use crate::pending::{Control, ControlReply, LayerSpec, Maintenance, Options, Shared};
+use crate::{
+    BlockingIo, DiscardPolicy, Error, Format, IoDriver, OpenOptions, QueueSeat, Result, limits,
+};
+
+/// An open image: cheap to clone, usable from every thread. Requests go through [`Queue`](crate::Queue)s.
 ///
-/// The last handle (queues and seats are handles too) closes it on drop: see [`close`](Self::close).
-#[derive(Clone, Debug)]
-pub struct Device {}
+/// The last handle closes it on drop (queues and seats are handles too): see [`close`](Self::close).
+#[derive(Clone)]
+pub struct Device {
+    core: Arc<Core>,
+}
 
 /// A layer of the chain that makes up a device.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -19,7 +35,7 @@ pub struct Layer {
     pub path: PathBuf,
     /// Its format.
     pub format: Format,
-    /// Its own virtual size in bytes.
+    /// Its own virtual size in bytes, when it was opened.
     pub size: u64,
 }
 
@@ -46,72 +62,169 @@ impl PauseOptions {
     }
 }
 
+/// What all handles share.
+struct Core {
+    shared: Arc<Shared>,
+    files: Arc<FileSet>,
+    layers: Vec<Layer>,
+    /// The header as it was, for raw `None`: what must not change while somebody else has the image.
+    header: Option<Box<Header>>,
+    name: String,
+    /// What was asked for, for the drivers of queues.
+    asked: DriverKind,
+    /// What the maintenance thread got.
+    driver: DriverKind,
+    queue_depth: u32,
+    uses_locks: bool,
+    /// Held while it changes, so that pause, resume, resize and close come one after the other.
+    state: Mutex<State>,
+    /// Set once `state` is `Closed`: for those who must not wait for a change of state.
+    closed: AtomicBool,
+    thread: Mutex<Option<JoinHandle<()>>>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    Running,
+    Paused { locks_released: bool },
+    Closed,
+}
+
 impl Device {
-    pub(crate) fn open(_options: &OpenOptions, _path: &Path) -> Result<Self> {
-        Err(pending())
+    pub(crate) fn open(options: &OpenOptions, path: &Path) -> Result<Self> {
+        options.check()?;
+        Self::start(options, chain::open_path(options, path)?)
     }
 
     pub(crate) fn open_fds(
-        _options: &OpenOptions,
-        _image: OwnedFd,
-        _backing: Vec<OwnedFd>,
+        options: &OpenOptions,
+        image: OwnedFd,
+        backing: Vec<OwnedFd>,
     ) -> Result<Self> {
-        Err(pending())
+        options.check()?;
+        Self::start(options, chain::open_fds(options, image, backing)?)
     }
 
-    /// Size of the virtual disk in bytes, a multiple of 512. Changes with [`resize`](Self::resize).
+    /// Starts the maintenance thread over an open chain.
+    fn start(options: &OpenOptions, chain: Vec<ChainFile>) -> Result<Self> {
+        let layers = chain
+            .iter()
+            .map(ChainFile::describe)
+            .collect::<Result<Vec<_>>>()?;
+        let header = chain[0].header.clone();
+        let name = options
+            .name
+            .clone()
+            .unwrap_or_else(|| layers[0].path.display().to_string());
+        let (files, specs): (Vec<_>, Vec<_>) = chain
+            .into_iter()
+            .enumerate()
+            .map(|(index, file)| {
+                let name = if index == 0 {
+                    name.clone()
+                } else {
+                    file.path.display().to_string()
+                };
+                file.into_parts(index, name)
+            })
+            .unzip();
+        let files = FileSet::new(files);
+        let asked = match options.io {
+            IoDriver::Auto => DriverKind::Auto,
+            IoDriver::IoUring => DriverKind::IoUring,
+            IoDriver::Blocking => DriverKind::Blocking,
+        };
+        let (thread, started) = spawn_maintenance(
+            &layers[0].path,
+            &files,
+            asked,
+            specs,
+            engine_options(options),
+        )?;
+        let device = Self {
+            core: Arc::new(Core {
+                shared: started.shared,
+                files,
+                layers,
+                header,
+                name,
+                asked,
+                driver: started.driver,
+                queue_depth: options.queue_depth,
+                uses_locks: options.lock,
+                state: Mutex::new(State::Running),
+                closed: AtomicBool::new(false),
+                thread: Mutex::new(Some(thread)),
+            }),
+        };
+        tracing::info!(
+            image = device.name(),
+            size_bytes = device.size(),
+            format = %device.format(),
+            layers = device.layers().len(),
+            driver = device.driver(),
+            read_only = device.read_only(),
+            "opened"
+        );
+        Ok(device)
+    }
+
+    /// Size of the virtual disk in bytes. Changes with [`resize`](Self::resize).
     #[must_use]
     pub fn size(&self) -> u64 {
-        0
+        self.core.shared.size()
     }
 
-    /// The block size to tell a guest, in bytes: 512, or 4096 where smaller writes cost a read first.
+    /// The block size to tell a guest, in bytes: 512, or 4096 where smaller writes would cost a read first.
     #[must_use]
     pub fn block_size(&self) -> u32 {
-        512
+        self.alignment().max(512)
     }
 
     /// Requests whose offset, length and memory are multiples of this (bytes) are served without copying. Any
     /// other is taken too.
     #[must_use]
     pub fn alignment(&self) -> u32 {
-        1
+        self.core.files.file(IMAGE).properties().alignment
     }
 
     /// Whether everything that changes the disk is refused.
     #[must_use]
     pub fn read_only(&self) -> bool {
-        true
+        self.core.shared.read_only()
     }
 
     /// Bytes of a cluster: the unit in which space is allocated and given back. None for raw.
     #[must_use]
     pub fn cluster_bytes(&self) -> Option<u64> {
-        None
+        self.core
+            .shared
+            .geometry()
+            .map(|geometry| geometry.cluster_bytes())
     }
 
     /// What logs and errors call the device.
     #[must_use]
     pub fn name(&self) -> &str {
-        ""
+        &self.core.name
     }
 
     /// The format of the image itself.
     #[must_use]
     pub fn format(&self) -> Format {
-        Format::Raw
+        self.layers()[0].format
     }
 
     /// What does the I/O: "io_uring" or "blocking".
     #[must_use]
     pub fn driver(&self) -> &'static str {
-        "blocking"
+        driver_name(self.core.driver)
     }
 
     /// The chain: the image itself, then its backing files, nearest first.
     #[must_use]
     pub fn layers(&self) -> &[Layer] {
-        &[]
+        &self.core.layers
     }
 
     /// A seat for one more queue, to be sent to the thread that will use it.
@@ -119,9 +232,8 @@ impl Device {
     /// # Errors
     /// [`Error::Closed`] after [`close`](Self::close).
     pub fn queue(&self) -> Result<QueueSeat> {
-        Ok(QueueSeat {
-            device: self.clone(),
-        })
+        self.core.check_open()?;
+        Ok(QueueSeat::new(self.clone()))
     }
 
     /// Plain reads and writes for tools and tests, over a queue of the calling thread.
@@ -129,75 +241,346 @@ impl Device {
     /// # Errors
     /// As [`queue`](Self::queue) and [`QueueSeat::activate`].
     pub fn blocking(&self) -> Result<BlockingIo> {
-        BlockingIo::new(self.queue()?.activate()?)
+        Ok(BlockingIo::new(self.queue()?.activate()?))
     }
 
-    /// Makes everything durable whose completion was seen before, on any queue. Blocks.
+    /// Makes everything durable whose completion was seen before, on any queue. Blocks: a thread with requests in flight on a queue of
+    /// its own submits [`Request::flush`](crate::Request::flush) there instead.
     ///
     /// # Errors
     /// As a flush request: after one has failed, nothing is written any more.
     pub fn flush(&self) -> Result<()> {
-        Err(pending())
+        self.core.check_open()?;
+        self.core.ask(Control::Flush)
     }
 
-    /// Holds new requests, waits for those in flight, makes everything durable, and clears the dirty bit; can let go of
-    /// the image locks. Requests submitted meanwhile wait for [`resume`](Self::resume). Blocks until then, so the thread that pauses
-    /// must not be the one whose queue has requests in flight.
+    /// Holds new requests, waits for those in flight on every queue, and makes everything durable; then the image on disk
+    /// is complete, and can be copied or opened elsewhere read-only. With [`PauseOptions::release_locks`] another process may write it until
+    /// [`resume`](Self::resume). Requests submitted meanwhile wait.
+    ///
+    /// Blocks, and needs the queues to be polled: not to be called from a thread whose own queue has requests in flight.
+    /// On a paused device it only adds the release of the locks.
     ///
     /// # Errors
-    /// As [`flush`](Self::flush). The device is not paused then.
-    pub fn pause(&self, _options: PauseOptions) -> Result<()> {
-        Err(pending())
+    /// As [`flush`](Self::flush); the device is not paused then.
+    pub fn pause(&self, options: PauseOptions) -> Result<()> {
+        let mut state = self.core.state();
+        let released = match *state {
+            State::Closed => return Err(Error::Closed),
+            State::Running => {
+                self.core.ask(Control::Pause)?;
+                *state = State::Paused {
+                    locks_released: false,
+                };
+                false
+            }
+            State::Paused { locks_released } => locks_released,
+        };
+        if options.release_locks && !released {
+            self.core.unlock();
+            *state = State::Paused {
+                locks_released: true,
+            };
+        }
+        tracing::info!(
+            image = self.name(),
+            release_locks = options.release_locks,
+            "paused"
+        );
+        Ok(())
     }
 
-    /// Goes on after [`pause`](Self::pause): takes the locks again where they were let go, re-reads all metadata then, and starts the
-    /// requests that have waited.
+    /// Goes on after [`pause`](Self::pause), with the requests that have waited. Where the locks were let go it takes them again and re-reads
+    /// the image's metadata. Does nothing on a device that is not paused.
     ///
     /// # Errors
-    /// [`Error::InUse`] when somebody else holds the image now; the device stays paused.
+    /// [`Error::InUse`] when somebody else holds the image now; [`Error::Invalid`] when its header was changed in a way that needs it to be
+    /// opened anew (another cluster size, another backing file). The device stays paused.
     pub fn resume(&self) -> Result<()> {
-        Err(pending())
+        let mut state = self.core.state();
+        match *state {
+            State::Closed => return Err(Error::Closed),
+            State::Running => return Ok(()),
+            State::Paused {
+                locks_released: false,
+            } => self.core.ask(|reply| Control::Resume(None, reply))?,
+            State::Paused {
+                locks_released: true,
+            } => {
+                let result = self.core.lock().and_then(|()| self.core.reread_header());
+                let result =
+                    result.and_then(|header| self.core.ask(|reply| Control::Resume(header, reply)));
+                if let Err(error) = result {
+                    self.core.unlock();
+                    return Err(error);
+                }
+            }
+        }
+        *state = State::Running;
+        tracing::info!(image = self.name(), "resumed");
+        Ok(())
     }
 
-    /// Changes the size of the virtual disk, in bytes. What is new reads as zeroes, also with a longer backing file. Durable on
-    /// return. Blocks.
+    /// Changes the size of the virtual disk, in bytes. What is new reads as zeroes, also with a longer backing file.
+    /// Durable on return. Blocks.
     ///
     /// # Errors
     /// What the format or the file cannot do; nothing has changed then.
-    pub fn resize(&self, _new_size: u64) -> Result<()> {
-        Err(pending())
+    pub fn resize(&self, new_size: u64) -> Result<()> {
+        let state = self.core.state();
+        match *state {
+            State::Closed => Err(Error::Closed),
+            State::Paused { .. } => Err(Error::invalid(
+                "a paused device cannot be resized: resume it first",
+            )),
+            State::Running => self.core.ask(|reply| Control::Resize(new_size, reply)),
+        }
     }
 
-    /// Ends the device: drains all queues, makes everything durable, clears the dirty bit, lets go of the locks, and says whether all
-    /// that worked. Requests submitted afterwards fail with [`Error::Closed`]. Closing again does nothing. Dropping the last
-    /// handle does the same, but can only log an error.
+    /// Ends the device: waits for the requests in flight on every queue, makes everything durable, clears the dirty bit, lets
+    /// go of the locks, and says whether all that worked. Requests submitted afterwards fail with
+    /// [`Error::Closed`]. Closing again does nothing. Dropping the last handle does the same, but can only log an error.
+    ///
+    /// Blocks, and needs the queues to be polled: not to be called from a thread whose own queue has requests in flight.
     ///
     /// # Errors
     /// What could not be made durable.
     pub fn close(&self) -> Result<()> {
-        Err(pending())
+        self.core.close()
+    }
+
+    /// A driver for a queue of the calling thread.
+    pub(crate) fn open_driver(&self) -> Result<Driver> {
+        let core = &self.core;
+        Driver::open(Arc::clone(&core.files), core.asked, core.queue_depth)
+            .map_err(Error::io("set up the I/O driver for", &core.layers[0].path))
+    }
+
+    pub(crate) fn shared(&self) -> Arc<Shared> {
+        Arc::clone(&self.core.shared)
+    }
+
+    pub(crate) fn queue_depth(&self) -> u32 {
+        self.core.queue_depth
     }
 }
 
-/// A place for a queue on a device, not yet bound to a thread.
-#[derive(Debug)]
-pub struct QueueSeat {
-    #[allow(dead_code, reason = "stand-in")]
-    device: Device,
-}
-
-impl QueueSeat {
-    /// The queue, bound to the calling thread: only that thread can use and drop it.
-    ///
-    /// # Errors
-    /// What the kernel says when it gives no ring (memory, descriptors).
-    pub fn activate(self) -> Result<Queue> {
-        Err(pending())
+impl fmt::Debug for Device {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Device")
+            .field("name", &self.name())
+            .field("size", &self.size())
+            .field("layers", &self.layers())
+            .field("driver", &self.driver())
+            .field("read_only", &self.read_only())
+            .finish_non_exhaustive()
     }
 }
 
-pub(crate) fn pending() -> Error {
-    Error::Engine(crate::pending::EngineError::Unsupported {
-        what: "the engine has not landed yet".into(),
-    })
+impl Core {
+    fn check_open(&self) -> Result<()> {
+        if self.closed.load(Ordering::SeqCst) {
+            Err(Error::Closed)
+        } else {
+            Ok(())
+        }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Asks something of the maintenance thread, and waits for the answer.
+    fn ask(&self, control: impl FnOnce(ControlReply) -> Control) -> Result<()> {
+        /// How often to see whether the thread that should answer is still there: another handle may close the device at this
+        /// moment.
+        const CHECK: Duration = Duration::from_secs(1);
+        let (sender, receiver) = mpsc::sync_channel(1);
+        let reply: ControlReply = Box::new(move |result| {
+            let _ = sender.send(result);
+        });
+        self.shared.control(control(reply));
+        loop {
+            match receiver.recv_timeout(CHECK) {
+                Ok(result) => return Ok(result?),
+                Err(RecvTimeoutError::Disconnected) => return Err(Error::Closed),
+                Err(RecvTimeoutError::Timeout) => {
+                    if self.thread().as_ref().is_none_or(JoinHandle::is_finished) {
+                        return Err(Error::Closed);
+                    }
+                }
+            }
+        }
+    }
+
+    fn thread(&self) -> MutexGuard<'_, Option<JoinHandle<()>>> {
+        self.thread.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn close(&self) -> Result<()> {
+        let mut state = self.state();
+        if *state == State::Closed {
+            return Ok(());
+        }
+        let result = self.ask(Control::Close);
+        *state = State::Closed;
+        self.closed.store(true, Ordering::SeqCst);
+        let thread = self.thread().take();
+        if let Some(thread) = thread
+            && thread.join().is_err()
+        {
+            tracing::error!(image = self.name, "the maintenance thread has panicked");
+        }
+        self.unlock();
+        match &result {
+            Ok(()) => tracing::info!(image = self.name, "closed"),
+            Err(error) => tracing::error!(image = self.name, %error, "closing has failed"),
+        }
+        result
+    }
+
+    /// Takes the image locks again, all or none.
+    fn lock(&self) -> Result<()> {
+        if !self.uses_locks {
+            return Ok(());
+        }
+        for (index, (file, layer)) in self.files.iter().zip(&self.layers).enumerate() {
+            let write = index == 0 && !self.shared.read_only();
+            let mode = if write {
+                LockMode::Write
+            } else {
+                LockMode::Read
+            };
+            if let Err(error) = file.lock(mode) {
+                self.unlock();
+                return Err(Error::lock(&layer.path)(error));
+            }
+        }
+        Ok(())
+    }
+
+    fn unlock(&self) {
+        if !self.uses_locks {
+            return;
+        }
+        for file in self.files.iter() {
+            if let Err(error) = file.unlock() {
+                tracing::warn!(image = self.name, file = file.name(), %error, "cannot unlock");
+            }
+        }
+    }
+
+    /// The header as it is now, if nothing has changed in it that the open files and tables depend on.
+    fn reread_header(&self) -> Result<Option<Box<Header>>> {
+        let Some(old) = &self.header else {
+            return Ok(None);
+        };
+        let path = &self.layers[0].path;
+        let new = chain::read_header(self.files.file(IMAGE), path)?;
+        new.check_supported(!self.shared.read_only())
+            .map_err(Error::format(path))?;
+        let same = new.geometry() == old.geometry()
+            && new.version == old.version
+            && new.compression == old.compression
+            && new.backing == old.backing;
+        if !same {
+            return Err(Error::invalid(format!(
+                "{}: while the device was paused its cluster size, refcount width, version, compression type or \
+                 backing file was changed; close it and open it again",
+                path.display()
+            )));
+        }
+        Ok(Some(Box::new(new)))
+    }
+}
+
+impl Drop for Core {
+    fn drop(&mut self) {
+        // An error was logged; there is nobody left to tell.
+        let _ = self.close();
+    }
+}
+
+/// What the maintenance thread tells once it runs.
+struct Started {
+    shared: Arc<Shared>,
+    driver: DriverKind,
+}
+
+/// Starts the thread that commits, allocates and punches for all queues. It opens the driver itself, since a ring belongs to the
+/// thread that made it.
+fn spawn_maintenance(
+    path: &Path,
+    files: &Arc<FileSet>,
+    kind: DriverKind,
+    layers: Vec<LayerSpec>,
+    options: Options,
+) -> Result<(JoinHandle<()>, Started)> {
+    let (sender, receiver) = mpsc::sync_channel(1);
+    let files = Arc::clone(files);
+    let path_there = path.to_owned();
+    let work = move || {
+        let opened = Driver::open(files, kind, limits::MAINTENANCE_DEPTH)
+            .map_err(Error::io("set up the I/O driver for", &path_there))
+            .and_then(|driver| {
+                let kind = driver.kind();
+                let maintenance = Maintenance::open(driver, layers, options)?;
+                Ok((
+                    Started {
+                        shared: maintenance.shared(),
+                        driver: kind,
+                    },
+                    maintenance,
+                ))
+            });
+        match opened {
+            Ok((started, mut maintenance)) => {
+                if sender.send(Ok(started)).is_ok() {
+                    maintenance.run();
+                }
+            }
+            Err(error) => {
+                let _ = sender.send(Err(error));
+            }
+        }
+    };
+    let thread = thread::Builder::new()
+        .name("urus-maint".into())
+        .spawn(work)
+        .map_err(Error::io("start a thread for", path))?;
+    match receiver.recv() {
+        Ok(Ok(started)) => Ok((thread, started)),
+        Ok(Err(error)) => {
+            let _ = thread.join();
+            Err(error)
+        }
+        Err(_) => {
+            let _ = thread.join();
+            Err(Error::invalid(format!(
+                "{}: opening has panicked; this is a bug of urus",
+                path.display()
+            )))
+        }
+    }
+}
+
+#[allow(
+    clippy::field_reassign_with_default,
+    reason = "only while the stand-in is in this crate"
+)]
+fn engine_options(options: &OpenOptions) -> Options {
+    let mut engine = Options::default();
+    engine.read_only = options.read_only;
+    engine.discard = options.discard == DiscardPolicy::Unmap;
+    if let Some(bytes) = options.l2_cache_bytes {
+        engine.l2_cache_bytes = bytes;
+    }
+    engine
+}
+
+pub(crate) fn driver_name(kind: DriverKind) -> &'static str {
+    match kind {
+        DriverKind::IoUring => "io_uring",
+        DriverKind::Blocking | DriverKind::Auto => "blocking",
+    }
 }

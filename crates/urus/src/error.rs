@@ -3,6 +3,10 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
+use urus_ring::LockError;
+
+use crate::EngineError;
+
 /// The facade's result.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
@@ -23,12 +27,12 @@ pub enum Error {
         /// What the operating system says.
         source: io::Error,
     },
-    /// Another process holds the image (QEMU, or another urus): they would damage each other's work.
-    #[error("{}: in use by another process ({detail}); stop it, or open the image read-only where that process only reads", path.display())]
+    /// Somebody else holds the image (QEMU, or another device of urus): they would damage each other's work.
+    #[error("{}: in use elsewhere ({detail}); close it there first: several may read an image, but a writer needs it alone", path.display())]
     InUse {
         /// The image.
         path: PathBuf,
-        /// Which use conflicts.
+        /// What both cannot have.
         detail: String,
     },
     /// The file is not in the format that the caller stated.
@@ -44,14 +48,6 @@ pub enum Error {
         path: PathBuf,
         /// Why.
         source: urus_format::Error,
-    },
-    /// Neither a regular file nor a block device.
-    #[error("{}: {what} cannot hold an image; only a regular file or a block device can", path.display())]
-    FileType {
-        /// The file.
-        path: PathBuf,
-        /// What it is: "a directory", "a socket", ...
-        what: &'static str,
     },
     /// The image names a backing file, and [`BackingPolicy::Forbid`](crate::BackingPolicy::Forbid) was asked for.
     #[error("{}: names the backing file {backing:?}, and backing files are forbidden here; allow them with --backing-dir DIR (BackingPolicy::Dir) if you trust this image", image.display())]
@@ -142,7 +138,7 @@ pub enum Error {
     },
     /// The engine refused or failed a request.
     #[error(transparent)]
-    Engine(#[from] crate::pending::EngineError),
+    Engine(EngineError),
     /// An option, or a combination of options, makes no sense.
     #[error("{what}")]
     Invalid {
@@ -169,7 +165,6 @@ impl Error {
             | Self::Format { .. }
             | Self::Invalid { .. }
             | Self::BackingCount { .. } => Errno::INVAL,
-            Self::FileType { .. } => Errno::NOTBLK,
             Self::BackingForbidden { .. }
             | Self::BackingOutside { .. }
             | Self::BackingName { .. } => Errno::ACCESS,
@@ -191,11 +186,59 @@ impl Error {
         }
     }
 
-    pub(crate) fn io(operation: &'static str, path: &Path, source: impl Into<io::Error>) -> Self {
-        Self::Io {
+    /// What the operating system refused about a file.
+    pub(crate) fn io(
+        operation: &'static str,
+        path: &Path,
+    ) -> impl FnOnce(io::Error) -> Self + use<> {
+        let path = path.to_owned();
+        move |source| Self::Io {
             operation,
-            path: path.to_owned(),
-            source: source.into(),
+            path,
+            source,
+        }
+    }
+
+    /// What a structure of an image is refused for.
+    pub(crate) fn format(path: &Path) -> impl FnOnce(urus_format::Error) -> Self + use<> {
+        let path = path.to_owned();
+        move |source| match source {
+            urus_format::Error::NotQcow2 => Self::NotQcow2 { path },
+            source => Self::Format { path, source },
+        }
+    }
+
+    /// Why an image could not be locked.
+    pub(crate) fn lock(path: &Path) -> impl FnOnce(LockError) -> Self + use<> {
+        let path = path.to_owned();
+        move |error| match error {
+            LockError::Held { permission, .. } => Self::InUse {
+                path,
+                detail: format!("both want \"{permission}\""),
+            },
+            LockError::Io { source, .. } => Self::Io {
+                operation: "lock",
+                path,
+                source,
+            },
+            other => Self::Io {
+                operation: "lock",
+                path,
+                source: io::Error::other(other),
+            },
+        }
+    }
+
+    pub(crate) fn invalid(what: impl Into<String>) -> Self {
+        Self::Invalid { what: what.into() }
+    }
+}
+
+impl From<EngineError> for Error {
+    fn from(error: EngineError) -> Self {
+        match error {
+            EngineError::Closed => Self::Closed,
+            error => Self::Engine(error),
         }
     }
 }

@@ -1,9 +1,18 @@
 //! Inspecting images: also those that cannot be opened. Never repairs, never writes, never opens another file.
 
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
-use crate::device::pending;
-use crate::{Compression, Format, Result};
+use urus_format::header::MAGIC;
+use urus_format::snapshot::{Snapshot, TableBytes};
+use urus_format::{
+    BackingName, Header, autoclear, bitmap, compatible, incompatible, names, snapshot,
+};
+use urus_ring::{LockMode, OpenFile};
+
+use crate::chain::{self, name_text};
+use crate::{Compression, Error, Format, Result, limits};
 
 /// How [`info`] looks at a file.
 #[derive(Clone, Debug)]
@@ -57,7 +66,7 @@ pub struct ImageInfo {
     /// Bytes that the file takes on its file system.
     pub actual_size: u64,
     /// What only a qcow2 image has.
-    pub qcow2: Option<Qcow2Info>,
+    pub qcow2: Option<Box<Qcow2Info>>,
 }
 
 /// What a qcow2 image says of itself.
@@ -82,7 +91,9 @@ pub struct Qcow2Info {
     pub extended_l2: bool,
     /// How it is encrypted.
     pub encryption: Option<Encryption>,
-    /// The external data file's name, as recorded; never opened here.
+    /// Guest data lies in another file.
+    pub external_data: bool,
+    /// That file's name, as recorded; never opened here.
     pub data_file: Option<String>,
     /// The external data file is a raw image by itself.
     pub data_file_raw: bool,
@@ -112,6 +123,8 @@ pub enum Encryption {
     Aes,
     /// LUKS.
     Luks,
+    /// A method that the specification does not define, by its number.
+    Unknown(u32),
 }
 
 /// The backing file that an image names.
@@ -165,7 +178,162 @@ pub struct BitmapInfo {
 /// Says what the image at `path` is. Reads the header and small tables; opens no other file and changes nothing.
 ///
 /// # Errors
-/// A file that cannot be read, that is not of the stated format, or whose header or tables no program may accept.
-pub fn info(_path: impl AsRef<Path>, _options: &InfoOptions) -> Result<ImageInfo> {
-    Err(pending())
+/// A file that cannot be read, that is not of the stated format, or whose header or tables no program may accept;
+/// [`Error::InUse`] where somebody writes it, unless [`InfoOptions::lock`] says not to care.
+pub fn info(path: impl AsRef<Path>, options: &InfoOptions) -> Result<ImageInfo> {
+    let path = path.as_ref();
+    let file = OpenFile::open_image(path, true, false).map_err(Error::io("open", path))?;
+    if options.lock {
+        file.lock(LockMode::Read).map_err(Error::lock(path))?;
+    }
+    let status =
+        rustix::fs::fstat(&file).map_err(|error| Error::io("inspect", path)(error.into()))?;
+    let file_size = file.file_len().map_err(Error::io("measure", path))?;
+    let format = match options.format {
+        Some(format) => format,
+        None => detect(&file, path)?,
+    };
+    let (virtual_size, qcow2) = match format {
+        Format::Raw => (file_size, None),
+        Format::Qcow2 => {
+            let header = chain::read_header(&file, path)?;
+            (
+                header.size,
+                Some(Box::new(qcow2_info(&file, path, &header)?)),
+            )
+        }
+    };
+    Ok(ImageInfo {
+        path: path.to_owned(),
+        format,
+        virtual_size,
+        file_size,
+        actual_size: u64::try_from(status.st_blocks).unwrap_or(0) * STAT_BLOCK_BYTES,
+        qcow2,
+    })
+}
+
+/// The unit of `st_blocks`, whatever the file system's block size.
+const STAT_BLOCK_BYTES: u64 = 512;
+
+fn detect(file: &OpenFile, path: &Path) -> Result<Format> {
+    let start = file
+        .read_prefix(MAGIC.len())
+        .map_err(Error::io("read the header", path))?;
+    Ok(if start == MAGIC {
+        Format::Qcow2
+    } else {
+        Format::Raw
+    })
+}
+
+fn qcow2_info(file: &OpenFile, path: &Path, header: &Header) -> Result<Qcow2Info> {
+    let geometry = header.geometry();
+    let has = |bit| header.incompatible & bit != 0;
+    Ok(Qcow2Info {
+        version: header.version,
+        cluster_bytes: geometry.cluster_bytes(),
+        refcount_bits: 1 << geometry.refcount_order(),
+        compression: header.compression,
+        lazy_refcounts: header.compatible & compatible::LAZY_REFCOUNTS != 0,
+        dirty: has(incompatible::DIRTY),
+        corrupt: has(incompatible::CORRUPT),
+        extended_l2: has(incompatible::EXTENDED_L2),
+        encryption: match header.crypt_method {
+            0 => None,
+            1 => Some(Encryption::Aes),
+            2 => Some(Encryption::Luks),
+            other => Some(Encryption::Unknown(other)),
+        },
+        external_data: has(incompatible::DATA_FILE),
+        data_file: header.data_file.as_deref().map(name_text),
+        data_file_raw: header.autoclear & autoclear::RAW_EXTERNAL != 0,
+        backing: header
+            .backing
+            .as_ref()
+            .map(|backing| backing_info(path, backing)),
+        snapshots: read_snapshots(file, path, header)?,
+        bitmaps: read_bitmaps(file, path, header)?,
+        unsupported: header
+            .check_supported(false)
+            .err()
+            .map(|error| error.to_string()),
+    })
+}
+
+fn backing_info(image: &Path, backing: &BackingName) -> BackingInfo {
+    let is_path = names::judge(&backing.name).is_ok();
+    let name = Path::new(OsStr::from_bytes(&backing.name));
+    BackingInfo {
+        name: name_text(&backing.name),
+        format: backing.format.clone(),
+        // As QEMU combines them: without resolving anything.
+        path: is_path.then(|| match image.parent() {
+            Some(dir) => dir.join(name),
+            None => name.to_owned(),
+        }),
+    }
+}
+
+fn read_snapshots(file: &OpenFile, path: &Path, header: &Header) -> Result<Vec<SnapshotInfo>> {
+    let count = header.snapshot_count;
+    let mut want = limits::SNAPSHOT_READ_BYTES;
+    let table = loop {
+        let bytes = file
+            .read_at(header.snapshot_table.0, want)
+            .map_err(Error::io("read the snapshot table", path))?;
+        match snapshot::table_bytes(&bytes, count).map_err(Error::format(path))? {
+            // At the end of file there is no more: parsing says what is missing.
+            TableBytes::AtLeast(_) if bytes.len() < want => break bytes,
+            TableBytes::AtLeast(more) => {
+                want = usize::try_from(more)
+                    .unwrap_or(usize::MAX)
+                    .max(want.saturating_mul(2));
+            }
+            TableBytes::Exactly(_) => break bytes,
+        }
+    };
+    let snapshots = snapshot::parse_table(&table, count).map_err(Error::format(path))?;
+    Ok(snapshots
+        .iter()
+        .map(|snapshot| snapshot_info(snapshot, header))
+        .collect())
+}
+
+fn snapshot_info(snapshot: &Snapshot, header: &Header) -> SnapshotInfo {
+    SnapshotInfo {
+        id: snapshot.id_text(),
+        name: snapshot.name_text(),
+        vm_state_bytes: snapshot.vm_state_bytes,
+        date_seconds: snapshot.date_seconds,
+        date_nanoseconds: snapshot.date_nanoseconds,
+        vm_clock_nanoseconds: snapshot.vm_clock_nanoseconds,
+        icount: snapshot.icount,
+        virtual_size: snapshot.disk_bytes.unwrap_or(header.size),
+    }
+}
+
+fn read_bitmaps(file: &OpenFile, path: &Path, header: &Header) -> Result<Vec<BitmapInfo>> {
+    let Some(extension) = &header.bitmaps else {
+        return Ok(Vec::new());
+    };
+    // At most 64 MiB, by the header's limits; a shorter file gives less, and parsing says so.
+    let bytes = usize::try_from(extension.directory_bytes).unwrap_or(usize::MAX);
+    let file_bytes = file.file_len().map_err(Error::io("measure", path))?;
+    let there =
+        usize::try_from(file_bytes.saturating_sub(extension.directory.0)).unwrap_or(usize::MAX);
+    let directory = file
+        .read_at(extension.directory.0, bytes.min(there))
+        .map_err(Error::io("read the bitmap directory", path))?;
+    let bitmaps = bitmap::parse_directory(&directory, extension.count, &header.geometry())
+        .map_err(Error::format(path))?;
+    Ok(bitmaps
+        .iter()
+        .map(|bitmap| BitmapInfo {
+            name: bitmap.name_text(),
+            granularity_bytes: 1 << bitmap.granularity_bits,
+            in_use: bitmap.flags & bitmap::flags::IN_USE != 0,
+            auto: bitmap.flags & bitmap::flags::AUTO != 0,
+        })
+        .collect())
 }

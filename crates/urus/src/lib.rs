@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 mod blocking;
+mod chain;
 mod create;
 mod device;
 mod error;
@@ -9,19 +10,22 @@ mod info;
 mod limits;
 mod options;
 mod pending;
+mod place;
 mod queue;
 mod request;
 
 pub use blocking::BlockingIo;
 pub use create::{CreateOptions, create};
-pub use device::{Device, Layer, PauseOptions, QueueSeat};
+pub use device::{Device, Layer, PauseOptions};
 pub use error::{Error, Result};
 pub use info::{
     BackingInfo, BitmapInfo, Encryption, ImageInfo, InfoOptions, Qcow2Info, SnapshotInfo, info,
 };
 pub use limits::MAX_QUEUE_DEPTH;
 pub use options::{BackingPolicy, CacheMode, DiscardPolicy, Format, IoDriver, OpenOptions};
-pub use pending::{Buffer, EngineError, Extent};
-pub use queue::Queue;
+pub use pending::error::Error as EngineError;
+pub use pending::request::Extent;
+pub use queue::{Queue, QueueSeat};
 pub use request::{Completion, Rejected, Request};
 pub use urus_format::Compression;
+pub use urus_ring::{BUFFER_ALIGNMENT, Buffer};

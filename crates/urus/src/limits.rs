@@ -3,17 +3,26 @@
 /// Layers of a chain, the image included.
 pub(crate) const MAX_CHAIN_LAYERS: usize = 64;
 
+/// How much of an image is read to find its header: all of the first cluster for the usual cluster sizes.
+pub(crate) const HEADER_READ_BYTES: usize = 64 << 10;
+
+/// How much of a snapshot table is read at first: it does not say how long it is.
+pub(crate) const SNAPSHOT_READ_BYTES: usize = 64 << 10;
+
 /// Requests in flight per queue, at most.
 pub const MAX_QUEUE_DEPTH: u32 = 4096;
 
 /// Requests in flight per queue, unless the caller says otherwise.
 pub(crate) const QUEUE_DEPTH: u32 = 128;
 
-/// Memory for L2 tables, unless the caller says otherwise: what QEMU takes too.
-pub(crate) const L2_CACHE_BYTES: u64 = 32 << 20;
-
 /// How [`BlockingIo`](crate::BlockingIo) cuts transfers.
-pub(crate) const BLOCKING_CHUNK_BYTES: usize = 1 << 20;
+pub(crate) const BLOCKING_CHUNK_BYTES: u64 = 1 << 20;
+
+/// Transfers that [`BlockingIo`](crate::BlockingIo) has in flight at once.
+pub(crate) const BLOCKING_CHUNKS: usize = 4;
+
+/// Operations that the maintenance thread has in flight at once.
+pub(crate) const MAINTENANCE_DEPTH: u32 = 128;
 
 const _: () = {
     assert!(QUEUE_DEPTH >= 1 && QUEUE_DEPTH <= MAX_QUEUE_DEPTH);

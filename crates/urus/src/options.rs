@@ -3,7 +3,7 @@
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
-use crate::{Device, Result, limits};
+use crate::{Device, Error, Result, limits};
 
 /// The format of an image file. Always stated, never guessed: a guest can write any bytes onto its disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -114,7 +114,7 @@ pub struct OpenOptions {
     pub(crate) io: IoDriver,
     pub(crate) discard: DiscardPolicy,
     pub(crate) backing: BackingPolicy,
-    pub(crate) l2_cache_bytes: u64,
+    pub(crate) l2_cache_bytes: Option<u64>,
     pub(crate) queue_depth: u32,
     pub(crate) lock: bool,
     pub(crate) name: Option<String>,
@@ -130,7 +130,7 @@ impl Default for OpenOptions {
             io: IoDriver::default(),
             discard: DiscardPolicy::default(),
             backing: BackingPolicy::default(),
-            l2_cache_bytes: limits::L2_CACHE_BYTES,
+            l2_cache_bytes: None,
             queue_depth: limits::QUEUE_DEPTH,
             lock: true,
             name: None,
@@ -188,10 +188,10 @@ impl OpenOptions {
         self
     }
 
-    /// Memory for cached L2 tables, in bytes, of the whole device. The default (32 MiB) maps 256 GiB at
-    /// 64 KiB clusters.
+    /// Memory for cached L2 tables, in bytes, of the whole device. The default (64 MiB) holds the map of 512 GiB with clusters of
+    /// 64 KiB.
     pub fn l2_cache_bytes(&mut self, bytes: u64) -> &mut Self {
-        self.l2_cache_bytes = bytes;
+        self.l2_cache_bytes = Some(bytes);
         self
     }
 
@@ -219,7 +219,7 @@ impl OpenOptions {
     /// Blocks on I/O: reads the headers, and repairs a dirty image unless it is opened read-only.
     ///
     /// # Errors
-    /// Whatever stands against it: see [`Error`](crate::Error). Nothing is changed on disk then.
+    /// Whatever stands against it: see [`Error`]. Nothing is changed on disk then.
     pub fn open(&self, path: impl AsRef<Path>) -> Result<Device> {
         Device::open(self, path.as_ref())
     }
@@ -229,8 +229,20 @@ impl OpenOptions {
     /// hold. `image` is open for reading and writing unless [`read_only`](Self::read_only).
     ///
     /// # Errors
-    /// As [`open`](Self::open), and [`Error::BackingCount`](crate::Error::BackingCount) unless there is exactly one descriptor per backing file.
+    /// As [`open`](Self::open), and [`Error::BackingCount`] unless there is exactly one descriptor per backing file.
     pub fn open_fds(&self, image: OwnedFd, backing: Vec<OwnedFd>) -> Result<Device> {
         Device::open_fds(self, image, backing)
+    }
+
+    /// Options that no image could satisfy.
+    pub(crate) fn check(&self) -> Result<()> {
+        if !(1..=limits::MAX_QUEUE_DEPTH).contains(&self.queue_depth) {
+            return Err(Error::invalid(format!(
+                "a queue depth of {} is not possible: 1 to {} are",
+                self.queue_depth,
+                limits::MAX_QUEUE_DEPTH
+            )));
+        }
+        Ok(())
     }
 }

@@ -1,62 +1,152 @@
 //! A queue: where one thread submits requests and reaps completions.
 
+use std::fmt;
 use std::marker::PhantomData;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
 
-use crate::{Completion, Device, Rejected, Request};
+use urus_ring::{Buffer, Driver, DriverKind, RingMemory};
+
+use crate::device::driver_name;
+use crate::pending;
+use crate::pending::request::{Reply, Request as EngineRequest, RequestKind};
+use crate::request::Kind;
+use crate::{Completion, Device, Error, Rejected, Request, Result};
+
+/// A place for a queue on a device, not yet bound to a thread.
+#[derive(Debug)]
+pub struct QueueSeat {
+    device: Device,
+}
+
+impl QueueSeat {
+    pub(crate) fn new(device: Device) -> Self {
+        Self { device }
+    }
+
+    /// The queue, bound to the calling thread: only that thread can use and drop it.
+    ///
+    /// # Errors
+    /// What the kernel says when it gives no ring (memory, descriptors).
+    pub fn activate(self) -> Result<Queue> {
+        let driver = self.device.open_driver()?;
+        let kind = driver.kind();
+        let depth = usize::try_from(self.device.queue_depth()).expect("32 bits fit a usize");
+        Ok(Queue {
+            engine: pending::Queue::new(self.device.shared(), driver, depth),
+            device: self.device,
+            event_fd: None,
+            kind,
+            depth,
+            thread_bound: PhantomData,
+        })
+    }
+}
 
 /// A queue of a [`Device`], with its own ring, bound to the thread that activated it.
 ///
-/// Submit any number of requests, then [`kick`](Self::kick) once. Completions come in any order.
-/// Dropping it waits for the requests in flight.
-#[derive(Debug)]
+/// Submit any number of requests, then [`kick`](Self::kick) once. Completions come in any order. The device's work advances
+/// in calls of [`completion`](Self::completion), so a queue with requests in flight is to be polled: after each kick and each event until it
+/// returns None.
+///
+/// Dropping it waits for the requests in flight, whose completions are lost.
 pub struct Queue {
+    // Dropped first: it drains, which needs the device.
+    engine: pending::Queue<Driver>,
     device: Device,
-    event_fd: OwnedFd,
+    event_fd: Option<OwnedFd>,
+    kind: DriverKind,
+    depth: usize,
+    /// Neither `Send` nor `Sync`: the kernel wants a ring used by one thread.
     thread_bound: PhantomData<*const ()>,
 }
 
 impl Queue {
-    /// Takes a request, to be started at the latest by [`kick`](Self::kick).
+    /// Takes a request, to be started at the latest by [`kick`](Self::kick). A request that makes no sense (a range past the end, a write
+    /// on a read-only device) is taken too, and completes with its error.
     ///
     /// # Errors
     /// The request itself, when as many as [`depth`](Self::depth) are in flight.
+    #[allow(
+        clippy::result_large_err,
+        reason = "handing the request back is the point; it is moved, not allocated"
+    )]
     pub fn submit(&mut self, request: Request) -> Result<(), Rejected> {
-        Err(Rejected { request })
+        if self.engine.in_flight() >= self.depth {
+            return Err(Rejected { request });
+        }
+        self.engine
+            .submit(into_engine(request))
+            .map_err(|request| Rejected {
+                request: from_engine(request),
+            })
     }
 
     /// Starts everything submitted: one system call for all of it.
-    pub fn kick(&mut self) {}
+    pub fn kick(&mut self) {
+        self.engine.kick();
+    }
 
     /// The next completion, without waiting.
     pub fn completion(&mut self) -> Option<Completion> {
-        None
+        let Reply {
+            token,
+            result,
+            memory,
+            extents,
+        } = self.engine.complete()?;
+        Some(Completion {
+            token,
+            result: result.map_err(Error::from),
+            buffer: memory.map(whole_buffer),
+            extents,
+        })
     }
 
-    /// Sleeps until [`completion`](Self::completion) may have something, or the time is over.
-    pub fn wait(&mut self, _timeout: Option<Duration>) {}
+    /// Sleeps until [`completion`](Self::completion) may have something, or the time is over. Starts what was submitted.
+    /// With nothing in flight and no time given it may sleep forever.
+    pub fn wait(&mut self, timeout: Option<Duration>) {
+        self.engine.wait(timeout);
+    }
 
-    /// An eventfd that becomes readable when [`completion`](Self::completion) may have something: for epoll, poll or another ring.
-    /// After it did, call [`consume_event`](Self::consume_event) first, then `completion` until it returns None.
-    #[must_use]
-    pub fn event_fd(&self) -> BorrowedFd<'_> {
-        self.event_fd.as_fd()
+    /// An eventfd that becomes readable when [`completion`](Self::completion) may have something, for epoll, poll or a ring of the caller's. It is
+    /// readable once right after the first call. When it is, call [`consume_event`](Self::consume_event), then `completion` until it
+    /// returns None: what is left is not announced again.
+    ///
+    /// A queue whose eventfd was never asked for does not pay for signalling it.
+    ///
+    /// # Errors
+    /// What the kernel says when it gives no eventfd (descriptors), on the first call.
+    pub fn event_fd(&mut self) -> Result<BorrowedFd<'_>> {
+        let fd = match self.event_fd.take() {
+            Some(fd) => fd,
+            None => self
+                .engine
+                .with_storage(|driver| driver.event_fd()?.try_clone_to_owned())
+                .map_err(Error::io(
+                    "set up an eventfd for",
+                    &self.device.layers()[0].path,
+                ))?,
+        };
+        let fd: &OwnedFd = self.event_fd.insert(fd);
+        Ok(fd.as_fd())
     }
 
     /// Makes [`event_fd`](Self::event_fd) unreadable until the next event.
-    pub fn consume_event(&mut self) {}
+    pub fn consume_event(&mut self) {
+        self.engine.with_storage(Driver::consume_event);
+    }
 
     /// Requests submitted whose completion was not yet taken.
     #[must_use]
     pub fn in_flight(&self) -> usize {
-        0
+        self.engine.in_flight()
     }
 
     /// Requests that can be in flight at once.
     #[must_use]
     pub fn depth(&self) -> usize {
-        0
+        self.depth
     }
 
     /// The device it belongs to.
@@ -64,4 +154,102 @@ impl Queue {
     pub fn device(&self) -> &Device {
         &self.device
     }
+
+    /// What does the I/O of this queue: "io_uring" or "blocking".
+    #[must_use]
+    pub fn driver(&self) -> &'static str {
+        driver_name(self.kind)
+    }
+}
+
+impl fmt::Debug for Queue {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Queue")
+            .field("device", &self.device.name())
+            .field("driver", &self.driver())
+            .field("depth", &self.depth)
+            .field("in_flight", &self.in_flight())
+            .finish_non_exhaustive()
+    }
+}
+
+fn into_engine(request: Request) -> EngineRequest<RingMemory> {
+    let kind = match request.kind {
+        Kind::Read { offset, buffer } => RequestKind::Read {
+            offset,
+            memory: buffer.into_memory(),
+        },
+        Kind::Write {
+            offset,
+            buffer,
+            fua,
+        } => RequestKind::Write {
+            offset,
+            memory: buffer.into_memory(),
+            fua,
+        },
+        Kind::Discard { offset, len } => RequestKind::Discard { offset, len },
+        Kind::WriteZeroes {
+            offset,
+            len,
+            unmap,
+            fua,
+        } => RequestKind::WriteZeroes {
+            offset,
+            len,
+            unmap,
+            fua,
+        },
+        Kind::Flush => RequestKind::Flush,
+        Kind::BlockStatus { offset, len } => RequestKind::BlockStatus { offset, len },
+    };
+    EngineRequest {
+        token: request.token,
+        kind,
+    }
+}
+
+fn from_engine(request: EngineRequest<RingMemory>) -> Request {
+    let kind = match request.kind {
+        RequestKind::Read { offset, memory } => Kind::Read {
+            offset,
+            buffer: whole_buffer(memory),
+        },
+        RequestKind::Write {
+            offset,
+            memory,
+            fua,
+        } => Kind::Write {
+            offset,
+            buffer: whole_buffer(memory),
+            fua,
+        },
+        RequestKind::Discard { offset, len } => Kind::Discard { offset, len },
+        RequestKind::WriteZeroes {
+            offset,
+            len,
+            unmap,
+            fua,
+        } => Kind::WriteZeroes {
+            offset,
+            len,
+            unmap,
+            fua,
+        },
+        RequestKind::Flush => Kind::Flush,
+        RequestKind::BlockStatus { offset, len } => Kind::BlockStatus { offset, len },
+    };
+    Request {
+        token: request.token,
+        kind,
+    }
+}
+
+/// The caller's buffer again.
+///
+/// The engine hands memory back when no operation and no task holds a view of it any more: so it is the last one.
+fn whole_buffer(memory: RingMemory) -> Buffer {
+    memory
+        .try_into_buffer()
+        .expect("the engine has let go of the request's memory")
 }
