@@ -48,6 +48,7 @@ mod zero;
 
 pub use error::Error;
 pub use maintenance::Maintenance;
+pub use open::check_image;
 pub use queue::Queue;
 pub use shared::{Control, ControlReply, Counters, LayerFormat, LayerSpec, Options, Shared};
 

@@ -9,7 +9,7 @@ use urus_format::{
 };
 
 use crate::alloc::{Allocator, TablePlace};
-use crate::check::{self, Repair};
+use crate::check::{self, CheckReport, Repair};
 use crate::cluster_locks::ClusterLocks;
 use crate::decoded::DecodedCache;
 use crate::error::{Error, Result};
@@ -51,7 +51,26 @@ pub(crate) fn open<S: Storage>(
         frames.push(layer_frames);
         headers.push(header);
     }
-    let shared = Arc::new(Shared {
+    let shared = share(layers, frames, options);
+    let worker = Worker::new(shared, storage);
+    let opener = Rc::clone(&worker);
+    let image = worker.reactor.block_on(async move {
+        let mut image = None;
+        for (index, header) in headers.into_iter().enumerate() {
+            let Some(header) = header else { continue };
+            if index == 0 {
+                image = open_image(&opener, *header).await?;
+            } else {
+                load_l1(&opener, index, &header).await?;
+            }
+        }
+        Ok(image)
+    })?;
+    Ok((worker, image))
+}
+
+fn share(layers: Vec<Layer>, frames: Vec<Frames>, options: Options) -> Arc<Shared> {
+    Arc::new(Shared {
         layers,
         options,
         pins: Arc::new(Pins::new()),
@@ -72,22 +91,37 @@ pub(crate) fn open<S: Storage>(
         serialize_writes: AtomicBool::new(false),
         generation: AtomicU64::new(0),
         stats: Stats::default(),
-    });
-    let worker = Worker::new(shared, storage);
-    let opener = Rc::clone(&worker);
-    let image = worker.reactor.block_on(async move {
-        let mut image = None;
-        for (index, header) in headers.into_iter().enumerate() {
-            let Some(header) = header else { continue };
-            if index == 0 {
-                image = open_image(&opener, *header).await?;
-            } else {
-                load_l1(&opener, index, &header).await?;
-            }
-        }
-        Ok(image)
-    })?;
-    Ok((worker, image))
+    })
+}
+
+/// Checks a qcow2 image that nobody has open, and repairs it as told. `header` is the header on disk; a repair
+/// keeps it so. Backing files are not looked at. Waits for I/O.
+///
+/// # Errors
+/// As the module [`check`](mod@crate::check) says: features that the check does not know, failed writes.
+pub fn check_image<S: Storage>(
+    storage: S,
+    name: String,
+    header: Header,
+    repair: Repair,
+) -> Result<CheckReport> {
+    // To the check the image is a file of bytes.
+    let spec = LayerSpec {
+        file: IMAGE,
+        name,
+        format: LayerFormat::Raw,
+    };
+    let (layer, frames, _) = layer_of(spec, &storage, false, 0)?;
+    let options = Options {
+        read_only: repair == Repair::None,
+        ..Options::default()
+    };
+    let worker = Worker::new(share(vec![layer], vec![frames], options), storage);
+    let checker = Rc::clone(&worker);
+    let mut header = header;
+    worker
+        .reactor
+        .block_on(async move { check::check(&checker, &mut header, repair).await })
 }
 
 fn layer_of<S: Storage>(
@@ -169,23 +203,12 @@ async fn open_image<S: Storage>(
 ) -> Result<Option<ImageState>> {
     let writable = !worker.shared.read_only();
     if writable && header.incompatible & incompatible::DIRTY != 0 {
-        // O22: before the first allocation.
         tracing::warn!(
             image = worker.shared.image_name(),
             "the image was not closed: repairing its refcounts"
         );
-        let report = check::check(worker, &header, Repair::All).await?;
-        if report.corruptions > report.corruptions_fixed || report.check_errors > 0 {
-            return Err(Error::Corrupt {
-                file: worker.shared.image_name().to_owned(),
-                what: "it was not closed, and not all of it could be repaired".to_owned(),
-                place: report
-                    .messages
-                    .first()
-                    .map_or_else(|| "its tables".to_owned(), ToString::to_string),
-            });
-        }
-        header = read_header(worker).await?;
+        // O22: before the first allocation.
+        check::repair_dirty(worker, &mut header).await?;
     }
     load_l1(worker, 0, &header).await?;
     if !writable {

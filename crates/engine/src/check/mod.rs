@@ -1,33 +1,225 @@
-//! stub
-use crate::error::Result;
-use crate::storage::Storage;
+//! Checking an image's metadata, and repairing it.
+//!
+//! - [`walk`] follows every table and counts who refers to which cluster ([`counts`]); [`entries`] judges the
+//!   entries of L1 and L2 tables, [`side_tables`] snapshots and bitmaps.
+//! - [`refcounts`] reads the refcount structures and sets them against the counts.
+//! - [`repair`] makes refcounts and COPIED flags right. [`relocate`] plans new refcount structures where the old
+//!   ones cannot be mended in place.
+//!
+//! What it finds is counted as `qemu-img check` counts it ([`CheckReport`]), with two additions: entries that
+//! urus cannot use though QEMU ignores their flags, and metadata clusters that something else uses too, even
+//! where their refcount agrees.
+//!
+//! A repair never makes the image worse, wherever it is cut off: the worst that it leaves behind is a leak more. It changes
+//! refcounts, COPIED flags and the header's refcount table and bits, and nothing else: what a broken entry
+//! pointed at stays lost, and as long as there is one no cluster is freed, because it may be one of those.
+//!
+//! Work and memory follow what the file holds. Each table is read once however often it is referred to; tables
+//! that overlap are noticed because together they are longer than the file.
+
+mod counts;
+mod entries;
+mod refcounts;
+mod relocate;
+mod repair;
+mod report;
+mod side_tables;
+#[cfg(test)]
+mod tests;
+mod walk;
+
+use urus_format::{Error as FormatError, Header, incompatible};
+
+use crate::error::{Error, Result};
+use crate::storage::{IMAGE, Storage};
 use crate::worker::Worker;
-/// stub
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+
+pub use report::{CheckReport, Finding, Severity};
+
+/// What to repair.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Repair {
-    /// n
+    /// Nothing: nothing is written.
+    #[default]
     None,
-    /// l
+    /// Refcounts that are too high.
     Leaks,
-    /// a
+    /// Refcounts and COPIED flags, where need be with new refcount structures.
     All,
 }
-/// stub
-#[derive(Clone, Debug, Default)]
-pub struct CheckReport {
-    /// c
-    pub corruptions: u64,
-    /// c
-    pub corruptions_fixed: u64,
-    /// c
-    pub check_errors: u64,
-    /// c
-    pub messages: Vec<String>,
+
+/// What a check may use.
+#[derive(Clone, Copy, Debug)]
+struct Limits {
+    /// Memory for counting references. The default lasts for 32 TiB of 64 KiB clusters.
+    counts_bytes: u64,
+    /// Bytes of tables read, holes in sparse files included: the L2 tables of 2 PiB of 64 KiB clusters.
+    tables_bytes: u64,
 }
+
+const LIMITS: Limits = Limits {
+    counts_bytes: 1 << 30,
+    tables_bytes: 512 << 30,
+};
+
+/// Tables are read in pieces of at most so many bytes (at least one cluster).
+const READ_BYTES: u64 = 1 << 20;
+/// What storage writes whole or not at all.
+const SECTOR_BYTES: usize = 512;
+
+/// The image file, as far as a check needs it. Nobody else uses it meanwhile.
+pub(crate) trait CheckIo {
+    /// Reads; what lies past the end of the file reads as zeroes.
+    async fn read(&self, offset: u64, len: u64) -> Result<Vec<u8>>;
+    /// Writes; grows the file where need be.
+    async fn write(&self, offset: u64, bytes: &[u8]) -> Result<()>;
+    /// Makes what was written durable.
+    async fn barrier(&self) -> Result<()>;
+    /// Length of the file in bytes.
+    fn file_len(&self) -> Result<u64>;
+    /// The file's name, for messages.
+    fn name(&self) -> &str;
+}
+
+impl<S: Storage> CheckIo for Worker<S> {
+    async fn read(&self, offset: u64, len: u64) -> Result<Vec<u8>> {
+        self.read_bytes(IMAGE, offset, len).await
+    }
+
+    async fn write(&self, offset: u64, bytes: &[u8]) -> Result<()> {
+        // O18: sectors smaller than the file's alignment are written with their neighbours. Nobody else writes.
+        let align = u64::from(self.reactor.properties(IMAGE).alignment);
+        let end = offset + bytes.len() as u64;
+        let (start, padded_end) = (offset - offset % align, end.next_multiple_of(align));
+        if (start, padded_end) == (offset, end) {
+            return self.write_bytes(IMAGE, offset, bytes).await;
+        }
+        let mut block = self.read_bytes(IMAGE, start, padded_end - start).await?;
+        let from = crate::to_usize(offset - start);
+        block[from..from + bytes.len()].copy_from_slice(bytes);
+        self.write_bytes(IMAGE, start, &block).await
+    }
+
+    async fn barrier(&self) -> Result<()> {
+        Self::barrier(self).await
+    }
+
+    fn file_len(&self) -> Result<u64> {
+        let len = self.reactor.with_storage(|storage| storage.file_len(IMAGE));
+        len.map_err(|error| self.io_error("reading the length", IMAGE, 0, 0, &error))
+    }
+
+    fn name(&self) -> &str {
+        self.shared.image_name()
+    }
+}
+
+/// Checks the image, and repairs it as told. Nobody else may use the image meanwhile.
+///
+/// `header` is the header on disk, before and after: a repair changes it where it moves the refcount table or
+/// clears feature bits. Read-only images are checked with [`Repair::None`].
+///
+/// # Errors
+/// Features that the check does not know; a failed write or barrier of the repair: what was wrong is then
+/// still marked as wrong. (What cannot be read counts in [`CheckReport::check_errors`].)
 pub(crate) async fn check<S: Storage>(
-    _w: &Worker<S>,
-    _h: &urus_format::Header,
-    _r: Repair,
+    worker: &Worker<S>,
+    header: &mut Header,
+    repair: Repair,
 ) -> Result<CheckReport> {
-    Ok(CheckReport::default())
+    run(worker, header, repair, LIMITS).await
+}
+
+/// Repairs an image that was not closed cleanly, before its first allocation (O22). Does nothing where the
+/// dirty bit is clear.
+///
+/// # Errors
+/// As [`check`]; [`Error::Corrupt`] where the repair leaves something wrong. The dirty bit stays set then.
+pub(crate) async fn repair_dirty<S: Storage>(
+    worker: &Worker<S>,
+    header: &mut Header,
+) -> Result<CheckReport> {
+    if header.incompatible & incompatible::DIRTY == 0 {
+        return Ok(CheckReport::default());
+    }
+    let report = check(worker, header, Repair::All).await?;
+    if report.is_sound() {
+        return Ok(report);
+    }
+    let worst = [Severity::Error, Severity::Corruption]
+        .into_iter()
+        .find_map(|severity| {
+            report
+                .messages
+                .iter()
+                .find(|finding| finding.severity == severity && !finding.repaired)
+        });
+    Err(Error::Corrupt {
+        file: CheckIo::name(worker).to_owned(),
+        what: format!(
+            "it was not closed cleanly, and the repair leaves {} corruptions and {} check errors",
+            report.corruptions, report.check_errors
+        ),
+        place: worst.map_or_else(|| "its metadata".to_owned(), |finding| finding.text.clone()),
+    })
+}
+
+async fn run<I: CheckIo>(
+    io: &I,
+    header: &mut Header,
+    repair: Repair,
+    limits: Limits,
+) -> Result<CheckReport> {
+    refuse_unknown(io, header)?;
+    let mut walked = walk::walk(io, header, limits).await?;
+    if repair == Repair::None {
+        return Ok(walked.report);
+    }
+    if walked.incomplete {
+        // Whatever was not seen may refer to any cluster.
+        walked
+            .report
+            .note(|| "nothing was repaired, because not everything could be checked".into());
+        return Ok(walked.report);
+    }
+    let mended = repair::repair(io, header, &mut walked, repair == Repair::All).await?;
+    let mut report = walked.report;
+    if mended.wrote {
+        let mut after = walk::walk(io, header, limits).await?;
+        after.report.leaks_fixed = report.leaks.saturating_sub(after.report.leaks);
+        // COPIED flags are judged by the refcounts that are on disk: the first check's verdict on them does
+        // not outlive the repair of the refcounts. So those changed are counted instead.
+        let before = report.corruptions.saturating_sub(walked.copied_findings);
+        let remaining = after
+            .report
+            .corruptions
+            .saturating_sub(after.copied_findings);
+        after.report.corruptions_fixed = before
+            .saturating_sub(remaining)
+            .saturating_add(mended.copied_changed);
+        report = after.report.after(report);
+    }
+    let bits = header.incompatible & (incompatible::DIRTY | incompatible::CORRUPT);
+    if report.is_sound() && bits != 0 {
+        // O12: last, and only now that everything else is known to be durable.
+        repair::clear_bits(io, header).await?;
+    }
+    Ok(report)
+}
+
+/// Refuses incompatible features that nobody knows: refcounts may have another meaning with them.
+fn refuse_unknown<I: CheckIo>(io: &I, header: &Header) -> Result<()> {
+    if header.incompatible & !incompatible::KNOWN == 0 {
+        return Ok(());
+    }
+    let source = header
+        .check_supported(false)
+        .err()
+        .unwrap_or_else(|| FormatError::Unsupported {
+            feature: "an unknown incompatible feature".into(),
+        });
+    Err(Error::Format {
+        file: io.name().to_owned(),
+        source,
+    })
 }
