@@ -15,9 +15,9 @@ const VERSION: &str = "urus-fixtures/v1";
 /// The least that the file system must hold.
 const ENOUGH: u64 = GIB;
 /// A directory that would lead past this is left out.
-const TOO_MUCH: u64 = GIB + 256 * MIB;
+const TOO_MUCH: u64 = GIB + 80 * MIB;
 /// Room that the file system keeps free, for tests that unpack something into it.
-const FREE: u64 = 640 * MIB;
+const FREE: u64 = 400 * MIB;
 
 /// How the clusters of a qcow2 fixture are stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

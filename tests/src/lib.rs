@@ -27,7 +27,7 @@ pub mod scratch;
 pub mod script;
 pub mod served;
 
-pub use program::{Finished, program, urus};
+pub use program::{Finished, program, urus, urus_within};
 pub use scratch::Scratch;
 pub use served::{Driver, Served};
 

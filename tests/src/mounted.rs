@@ -192,6 +192,38 @@ impl Drop for Mount {
     }
 }
 
+/// Some other server, killed when it is dropped.
+#[derive(Debug)]
+pub struct Background {
+    child: Child,
+}
+
+impl Background {
+    /// Starts it and waits until `socket` is there.
+    ///
+    /// # Panics
+    /// When it does not come up.
+    #[must_use]
+    pub fn start(program: Program, log: &Path, socket: &Path) -> Self {
+        let (child, line) = program.background(log);
+        let this = Self { child };
+        let up = poll(PATIENCE, || socket.exists().then_some(()));
+        assert!(
+            up.is_some(),
+            "{line}\n{}",
+            std::fs::read_to_string(log).unwrap_or_default()
+        );
+        this
+    }
+}
+
+impl Drop for Background {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
 fn require_root(what: &str) {
     assert!(
         rustix::process::geteuid().is_root(),

@@ -3,7 +3,7 @@
 //! A script is made from a seed, so that a failure can be repeated. It runs as qemu-io commands, through urus's NBD
 //! export or on the image file itself. The [`Model`] is a flat array that followed the same script.
 
-use crate::KIB;
+use crate::{KIB, Served};
 use std::fmt::Write as _;
 use std::path::Path;
 
@@ -90,6 +90,28 @@ pub fn commands(steps: &[Step]) -> Vec<String> {
             Step::Flush => "flush".to_owned(),
         })
         .collect()
+}
+
+/// The same script, so many bytes further on.
+#[must_use]
+pub fn shifted(steps: &[Step], by: u64) -> Vec<Step> {
+    let shift = |step: &Step| match *step {
+        Step::Write(offset, length, byte) => Step::Write(offset + by, length, byte),
+        Step::Zero(offset, length) => Step::Zero(offset + by, length),
+        Step::ZeroUnmap(offset, length) => Step::ZeroUnmap(offset + by, length),
+        Step::Discard(offset, length) => Step::Discard(offset + by, length),
+        Step::Flush => Step::Flush,
+    };
+    steps.iter().map(shift).collect()
+}
+
+/// Runs several scripts at the same time, each over a connection of its own.
+pub fn run_in_parallel(served: &Served, scripts: &[Vec<Step>]) {
+    std::thread::scope(|scope| {
+        for steps in scripts {
+            scope.spawn(move || served.qemu_io(&commands(steps)));
+        }
+    });
 }
 
 /// What an image must hold.

@@ -11,6 +11,34 @@ use std::time::{Duration, Instant};
 /// How long a server may take until clients can connect, and until it has gone after a polite signal.
 const PATIENCE: Duration = Duration::from_secs(60);
 
+/// See [`Served::nbdsh_with_connections`].
+const SEVERAL_HANDLES: &str = r"
+import nbd
+
+hs = [nbd.NBD() for _ in range(connections)]
+for h in hs:
+    h.connect_uri(uri)
+errors = []
+
+def put(n, offset, data):
+    buffer = nbd.Buffer.from_bytearray(bytearray(data))
+    def done(error):
+        if error.value:
+            errors.append((error.value, offset))
+        return 1
+    hs[n].aio_pwrite(buffer, offset, done)
+
+def settle():
+    while any(h.aio_in_flight() for h in hs):
+        for h in hs:
+            if h.aio_in_flight():
+                h.poll(1)
+    assert not errors, errors
+
+def flush(n):
+    hs[n].flush()
+";
+
 /// The value of `--io`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Driver {
@@ -271,6 +299,13 @@ impl Served {
         crate::qemu::io("raw", &self.uri(), commands)
     }
 
+    /// The same, where the export is read-only.
+    pub fn qemu_io_read_only<C: AsRef<str>>(&self, commands: &[C]) -> Finished {
+        crate::qemu::io_program("raw", &self.uri(), commands)
+            .arg("-r")
+            .ok()
+    }
+
     /// Runs a Python script with the connected handle `h`; it must end without an exception.
     pub fn nbdsh(&self, script: &str) -> Finished {
         self.nbdsh_program(script).ok()
@@ -284,6 +319,19 @@ impl Served {
             .arg(self.uri())
             .arg("-c")
             .arg(script)
+    }
+
+    /// Runs a Python script with so many connected handles in the list `hs`, and these helpers: `put(n, offset, bytes)`
+    /// starts a write on connection `n` and does not wait for it; `settle()` waits for all that was started and raises
+    /// the first error; `flush(n)`.
+    pub fn nbdsh_with_connections(&self, connections: usize, script: &str) -> Finished {
+        let uri = self.uri();
+        let prelude = format!("connections, uri = {connections}, '{uri}'\n{SEVERAL_HANDLES}");
+        program("nbdsh")
+            .arg("-n")
+            .arg("-c")
+            .arg(format!("{prelude}\n{script}"))
+            .ok()
     }
 
     /// Starts a Python script that prints `ready` and waits for a line of input: it holds its connection open, with

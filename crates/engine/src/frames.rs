@@ -167,12 +167,10 @@ impl Frames {
 
     /// Forgets every clean slice (the file may have changed while the device was paused).
     pub(crate) fn forget_clean(&mut self, map: &Map) {
-        for index in 0..self.states.len() {
-            let frame = u32::try_from(index).expect("the frame budget fits 32 bits");
-            if !self.states[index].dirty
-                && !self.states[index].committing
-                && !self.free.contains(&frame)
-            {
+        self.free.clear();
+        for (index, state) in self.states.iter().enumerate() {
+            if !state.dirty && !state.committing {
+                let frame = u32::try_from(index).expect("the frame budget fits 32 bits");
                 map.release(frame);
                 self.free.push(frame);
             }

@@ -21,6 +21,8 @@ impl<S: Storage> Device<S> {
     /// Changes the header on disk, durably. What changes lies in its first sector; the memory follows when it is
     /// durable.
     pub(crate) async fn switch_header(&self, change: impl FnOnce(&mut Header)) -> Result<()> {
+        // O13: a commit that moves the refcount table and a resize may both want to.
+        let _turn = self.header_turn.take().await;
         let image = self.image();
         let mut header = image.header.borrow().clone();
         change(&mut header);

@@ -16,7 +16,7 @@ use crate::pins::IDLE;
 use crate::shared::{Control, ControlReply, LayerSpec, Mail, Options, Removed, Run, Shared};
 use crate::storage::Storage;
 use crate::sync::{Arc, Ordering};
-use crate::wake::{Sender, WaitList};
+use crate::wake::{Sender, Turn, WaitList};
 use crate::worker::Worker;
 
 /// What maintenance knows of a qcow2 image beyond its mapping.
@@ -37,6 +37,8 @@ pub(crate) struct Device<S: Storage> {
     pub(crate) settler: RefCell<Option<Waker>>,
     pub(crate) settled: Cell<bool>,
     pub(crate) settled_waiters: RefCell<WaitList>,
+    /// One header write at a time.
+    pub(crate) header_turn: Turn,
     /// The file system cannot punch.
     pub(crate) no_punch: Cell<bool>,
 }
@@ -62,6 +64,7 @@ impl<S: Storage> Maintenance<S> {
             settler: RefCell::new(None),
             settled: Cell::new(true),
             settled_waiters: RefCell::default(),
+            header_turn: Turn::default(),
             no_punch: Cell::new(false),
         });
         worker

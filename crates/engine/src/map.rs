@@ -13,6 +13,8 @@ use crate::to_usize;
 
 /// Tables per chunk of the directory.
 const CHUNK: usize = 512;
+/// How often a look-up that meets a changing frame starts over before it counts as a miss.
+const LOOKUP_TRIES: u32 = 64;
 /// Frames per chunk of the pool.
 const FRAME_CHUNK: usize = 64;
 
@@ -168,7 +170,7 @@ impl Map {
         };
         let slice_in_table = to_usize(slice.0 % self.slices_per_table());
         let index = to_usize(cluster.0 & (self.slice_entries() - 1));
-        loop {
+        for _ in 0..LOOKUP_TRIES {
             let number = frames[slice_in_table].load(Ordering::Acquire);
             if number == 0 {
                 return Lookup::Miss(slice);
@@ -200,6 +202,8 @@ impl Map {
                 return Lookup::Entry(raw);
             }
         }
+        // Whoever changes the frame was interrupted in the middle: the slow way waits for the lock instead.
+        Lookup::Miss(slice)
     }
 
     /// The frame that holds a slice. Under the `meta` lock.

@@ -70,6 +70,7 @@ pub(crate) fn open<S: Storage>(
         gate_closed: AtomicBool::new(false),
         closed: AtomicBool::new(false),
         serialize_writes: AtomicBool::new(false),
+        generation: AtomicU64::new(0),
         stats: Stats::default(),
     });
     let worker = Worker::new(shared, storage);
@@ -229,6 +230,8 @@ pub(crate) async fn reload<S: Storage>(
         }
     }
     shared.decoded.clear();
+    shared.generation.fetch_add(1, Ordering::SeqCst);
+    shared.mail.lock().given_back.clear();
     shared.layers[0]
         .size
         .store(usable_size(&header), Ordering::Release);

@@ -130,19 +130,24 @@ impl QueuePins {
         let oldest = counts.front().map_or(OFFLINE, |(began, _)| *began);
         if oldest != self.published.get() {
             self.publish(oldest);
-            fence(Ordering::SeqCst);
-            if self.pins.waiting.load(Ordering::SeqCst) {
-                let waiter = self.pins.waiter.lock().clone();
-                if let Some(inbox) = waiter {
-                    inbox.nudge();
-                }
-            }
+            self.tell();
         }
     }
 
     fn publish(&self, oldest: u64) {
         self.published.set(oldest);
         self.seat.oldest.store(oldest, Ordering::SeqCst);
+    }
+
+    /// Tells who waits for requests to end.
+    fn tell(&self) {
+        fence(Ordering::SeqCst);
+        if self.pins.waiting.load(Ordering::SeqCst) {
+            let waiter = self.pins.waiter.lock().clone();
+            if let Some(inbox) = waiter {
+                inbox.nudge();
+            }
+        }
     }
 }
 
@@ -153,5 +158,6 @@ impl Drop for QueuePins {
             .seats
             .lock()
             .retain(|seat| !Arc::ptr_eq(seat, &self.seat));
+        self.tell();
     }
 }

@@ -115,6 +115,10 @@ impl<S: Storage> Device<S> {
                     references,
                     "a cluster lost more references than it had: run `urus check`"
                 );
+                if refcount == 0 {
+                    // It counted as free all along, so it may be somebody else's by now.
+                    continue;
+                }
             }
             if refcount > *references {
                 refcounts.set(*cluster, refcount - references);

@@ -221,6 +221,8 @@ pub struct Shared {
     pub(crate) closed: AtomicBool,
     /// O18: every write takes its cluster's lock, since one smaller than the file's alignment was seen.
     pub(crate) serialize_writes: AtomicBool,
+    /// Moves on when the metadata is read again: what was reserved before is nobody's.
+    pub(crate) generation: AtomicU64,
     /// Bytes of L2 slices and others read because they were not cached.
     pub(crate) stats: Stats,
 }

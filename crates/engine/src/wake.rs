@@ -1,5 +1,6 @@
 //! Small things that tasks on different executors wait for.
 
+use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::future::{Future, poll_fn};
 use std::pin::Pin;
@@ -81,6 +82,39 @@ impl WaitList {
     /// Takes the wakers out, to be woken after the lock around the list is let go.
     pub(crate) fn take(&mut self) -> VecDeque<Waker> {
         std::mem::take(&mut self.0)
+    }
+}
+
+/// A lock between tasks of one executor, held across awaits.
+#[derive(Default)]
+pub(crate) struct Turn {
+    taken: Cell<bool>,
+    waiting: RefCell<WaitList>,
+}
+
+/// Somebody's turn; over when dropped.
+pub(crate) struct TurnGuard<'a>(&'a Turn);
+
+impl Turn {
+    pub(crate) async fn take(&self) -> TurnGuard<'_> {
+        poll_fn(|cx| {
+            if self.taken.replace(true) {
+                self.waiting.borrow_mut().register(cx.waker());
+                return Poll::Pending;
+            }
+            Poll::Ready(())
+        })
+        .await;
+        TurnGuard(self)
+    }
+}
+
+impl Drop for TurnGuard<'_> {
+    fn drop(&mut self) {
+        self.0.taken.set(false);
+        for waker in self.0.waiting.borrow_mut().take() {
+            waker.wake();
+        }
     }
 }
 

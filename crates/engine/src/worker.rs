@@ -1,7 +1,7 @@
 //! What every task needs, on whichever executor it runs: storage operations carried to their end, slices
 //! brought into the cache, clusters to write into.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell, RefMut};
 use std::collections::BTreeMap;
 use std::future::poll_fn;
 use std::io;
@@ -15,7 +15,7 @@ use crate::map::SliceId;
 use crate::reactor::Reactor;
 use crate::shared::{Owner, Run, Shared};
 use crate::storage::{FileId, IMAGE, Memory, OpKind, Storage};
-use crate::sync::Arc;
+use crate::sync::{Arc, Ordering};
 use crate::to_usize;
 use crate::wake::WaitList;
 
@@ -36,6 +36,8 @@ pub(crate) struct Worker<S: Storage> {
     pub(crate) reactor: Reactor<S, Direct<S::Memory>>,
     /// Clusters reserved for this worker, and not used yet.
     runs: RefCell<Vec<Run>>,
+    /// The device's generation when they were reserved.
+    runs_generation: Cell<u64>,
     reserving: RefCell<Option<WaitList>>,
     /// Slices that a task of this worker reads just now: the others wait for it.
     loading: RefCell<BTreeMap<(usize, SliceId), WaitList>>,
@@ -55,6 +57,7 @@ impl<S: Storage> Worker<S> {
             shared,
             reactor: Reactor::new(storage),
             runs: RefCell::new(Vec::new()),
+            runs_generation: Cell::new(0),
             reserving: RefCell::new(None),
             loading: RefCell::new(BTreeMap::new()),
         })
@@ -432,7 +435,7 @@ impl<S: Storage> Worker<S> {
                 .await
                 .unwrap_or(Err(Error::Closed));
             if let Ok(run) = result {
-                self.runs.borrow_mut().push(run);
+                self.current_runs().push(run);
             }
             let waiters = self.reserving.borrow_mut().take();
             for waker in waiters.map(|mut list| list.take()).unwrap_or_default() {
@@ -443,7 +446,7 @@ impl<S: Storage> Worker<S> {
     }
 
     fn take_reserved(&self, count: u64) -> Option<Run> {
-        let mut runs = self.runs.borrow_mut();
+        let mut runs = self.current_runs();
         let run = runs.last_mut()?;
         let taken = Run {
             count: count.min(run.count),
@@ -460,15 +463,25 @@ impl<S: Storage> Worker<S> {
     /// Puts back clusters that were taken and not written to.
     pub(crate) fn put_back(&self, run: Run) {
         if run.count > 0 {
-            self.runs.borrow_mut().push(run);
+            self.current_runs().push(run);
         }
     }
 
     /// Gives everything reserved back to the allocator.
     pub(crate) fn release_runs(&self) {
-        for run in self.runs.borrow_mut().drain(..) {
+        for run in self.current_runs().drain(..) {
             self.shared.give_back(run);
         }
+    }
+
+    /// The reserved runs, less those of a generation that has passed.
+    fn current_runs(&self) -> RefMut<'_, Vec<Run>> {
+        let mut runs = self.runs.borrow_mut();
+        let generation = self.shared.generation.load(Ordering::SeqCst);
+        if self.runs_generation.replace(generation) != generation {
+            runs.clear();
+        }
+        runs
     }
 
     /// fdatasync of the image.

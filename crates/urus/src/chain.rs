@@ -12,10 +12,10 @@ use rustix::fs::OFlags;
 use urus_format::{BackingName, Header, names};
 use urus_ring::{LockMode, OpenFile};
 
-use crate::pending::{LayerFormat, LayerSpec};
 use crate::place::{Place, Refusal};
 use crate::{CacheMode, Error, Format, Layer, OpenOptions, Result, limits};
 use urus_engine::storage::FileId;
+use urus_engine::{LayerFormat, LayerSpec};
 
 /// A file of the chain, open, locked, and known to be usable.
 pub(crate) struct ChainFile {

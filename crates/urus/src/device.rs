@@ -14,10 +14,11 @@ use urus_format::Header;
 use urus_ring::{Driver, DriverKind, FileSet, LockMode};
 
 use crate::chain::{self, ChainFile};
-use crate::pending::{Control, ControlReply, LayerSpec, Maintenance, Options, Shared};
 use crate::{
-    BlockingIo, DiscardPolicy, Error, Format, IoDriver, OpenOptions, QueueSeat, Result, limits,
+    BlockingIo, Counters, DiscardPolicy, Error, Format, IoDriver, OpenOptions, QueueSeat, Result,
+    limits,
 };
+use urus_engine::{Control, ControlReply, LayerSpec, Maintenance, Options, Shared};
 
 /// An open image: cheap to clone, usable from every thread. Requests go through [`Queue`](crate::Queue)s.
 ///
@@ -225,6 +226,12 @@ impl Device {
     #[must_use]
     pub fn layers(&self) -> &[Layer] {
         &self.core.layers
+    }
+
+    /// Counters of the device at this moment, for metrics. They only grow.
+    #[must_use]
+    pub fn counters(&self) -> Counters {
+        self.core.shared.counters()
     }
 
     /// A seat for one more queue, to be sent to the thread that will use it.

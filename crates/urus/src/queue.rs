@@ -8,10 +8,9 @@ use std::time::Duration;
 use urus_ring::{Buffer, Driver, DriverKind, RingMemory};
 
 use crate::device::driver_name;
-use crate::pending;
-use crate::pending::request::{Reply, Request as EngineRequest, RequestKind};
 use crate::request::Kind;
 use crate::{Completion, Device, Error, Rejected, Request, Result};
+use urus_engine::request::{Reply, Request as EngineRequest, RequestKind};
 
 /// A place for a queue on a device, not yet bound to a thread.
 #[derive(Debug)]
@@ -33,7 +32,7 @@ impl QueueSeat {
         let kind = driver.kind();
         let depth = usize::try_from(self.device.queue_depth()).expect("32 bits fit a usize");
         Ok(Queue {
-            engine: pending::Queue::new(self.device.shared(), driver, depth),
+            engine: urus_engine::Queue::new(self.device.shared(), driver, depth),
             device: self.device,
             event_fd: None,
             kind,
@@ -52,7 +51,7 @@ impl QueueSeat {
 /// Dropping it waits for the requests in flight, whose completions are lost.
 pub struct Queue {
     // Dropped first: it drains, which needs the device.
-    engine: pending::Queue<Driver>,
+    engine: urus_engine::Queue<Driver>,
     device: Device,
     event_fd: Option<OwnedFd>,
     kind: DriverKind,

@@ -157,7 +157,10 @@ impl Uring {
             }
             (true, true) => {
                 self.ring.flush();
-                if !self.ring.has_completions() && !self.ring.has_deferred() {
+                if self.ring.has_deferred() {
+                    self.ring.run_deferred();
+                }
+                if !self.ring.has_completions() {
                     self.bell.sleep(timeout);
                 }
             }
@@ -187,15 +190,19 @@ impl Uring {
     /// entered: a later one signals the eventfd.
     #[inline]
     fn reap(&mut self) -> Option<Completion> {
+        let mut entered = false;
         loop {
             while let Some(entry) = self.ring.pop() {
                 if let Some(completion) = self.finish(&entry) {
                     return Some(completion);
                 }
             }
-            if !self.ring.has_deferred() || !self.ring.run_deferred() {
+            // Once: the kernel may set the flag for deferred work just after that work was run, and nothing clears
+            // it until there is some again. What is put off after the kernel was entered signals anew.
+            if entered || !self.ring.has_deferred() || !self.ring.run_deferred() {
                 return None;
             }
+            entered = true;
             if self.watched {
                 // What was deferred signalled when it was put off, and signals again now that it is completed; the
                 // caller is just taking it, and would be woken once more for nothing.

@@ -1,0 +1,589 @@
+//! One client: its socket, where it stands in the protocol, and what it holds of the server.
+//!
+//! A connection belongs to one worker. The worker reads ([`receive`](Connection::receive)), asks for what was understood
+//! ([`next`](Connection::next)) until there is no more, hands replies over ([`answer`](Connection::answer)), and sends
+//! ([`send`](Connection::send)).
+
+use std::io::IoSliceMut;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::time::{Duration, Instant};
+
+use rustix::event::epoll::EventFlags;
+use rustix::io::{Errno, readv};
+use rustix::net::Shutdown;
+use tracing::debug;
+use urus::Buffer;
+
+use crate::export::{ExportId, Exports};
+use crate::handshake::{Handshake, Progress, Session, greeting};
+use crate::input::Input;
+use crate::limits::{HANDSHAKE_OUTPUT_BYTES, LINGER_TIME, Load, RECEIVE_TURN_BYTES};
+use crate::pool::Pool;
+use crate::reply::{Output, Reply};
+use crate::transmission::{Command, Refusal, payload};
+use crate::wire::{ErrorCode, REQUEST_BYTES, RequestHeader};
+
+/// How long clients may take.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Times {
+    /// For the whole handshake.
+    pub(crate) handshake: Duration,
+    /// For the last replies.
+    pub(crate) drain: Duration,
+}
+
+/// One client.
+pub(crate) struct Connection {
+    /// For the log.
+    id: u64,
+    exports: Arc<Exports>,
+    /// None once closed.
+    socket: Option<OwnedFd>,
+    input: Input,
+    output: Output,
+    phase: Phase,
+    /// The payload of a write that is on its way.
+    incoming: Option<Incoming>,
+    load: Load,
+    /// Requests that the engine works on. The connection is kept until they are back, even when closed.
+    operations: usize,
+    /// More input may come: no end of stream, no disconnect.
+    reading: bool,
+    /// A request waits in the input until load has gone.
+    stalled: bool,
+    /// The socket did not take all of the output.
+    blocked: bool,
+    /// The server shuts down: what comes is refused.
+    stopping: bool,
+    times: Times,
+    deadline: Option<Instant>,
+    /// What epoll was asked to tell.
+    interest: EventFlags,
+    /// Whether the worker has it on its list.
+    pub(crate) listed: bool,
+    /// Counts the connection as long as it lives.
+    _permit: Permit,
+}
+
+enum Phase {
+    Handshake(Handshake),
+    Transmission(Session),
+    /// Nothing more is understood; what is in flight is finished and sent.
+    Ending {
+        /// The end is the server's doing, so the client may have sent what nobody will read.
+        linger: bool,
+    },
+    /// All is sent, and the client knows that nothing more comes. Waits for the client to close: closing before would
+    /// destroy replies that it has not yet taken.
+    Lingering,
+}
+
+enum Incoming {
+    Payload {
+        cookie: u64,
+        command: Command,
+        buffer: Buffer,
+        filled: usize,
+    },
+    /// The payload of a write that is refused.
+    Skip {
+        cookie: u64,
+        refusal: Refusal,
+        remaining: u64,
+    },
+}
+
+/// A request for the engine.
+#[derive(Debug)]
+pub(crate) struct Wanted {
+    pub(crate) export: ExportId,
+    pub(crate) cookie: u64,
+    pub(crate) structured: bool,
+    pub(crate) command: Command,
+    pub(crate) payload: Option<Buffer>,
+    pub(crate) load: Load,
+}
+
+/// A place among a server's connections; given back on drop.
+#[derive(Debug)]
+pub(crate) struct Permit([Arc<AtomicUsize>; 2]);
+
+impl Permit {
+    /// Counts one more in each of `counters`: the server's and the worker's.
+    pub(crate) fn new(counters: [Arc<AtomicUsize>; 2]) -> Self {
+        for counter in &counters {
+            counter.fetch_add(1, Relaxed);
+        }
+        Self(counters)
+    }
+}
+
+impl Drop for Permit {
+    fn drop(&mut self) {
+        for counter in &self.0 {
+            counter.fetch_sub(1, Relaxed);
+        }
+    }
+}
+
+impl Connection {
+    /// A connection just accepted, whose socket does not block. It is greeted with the first [`send`](Self::send).
+    pub(crate) fn new(
+        id: u64,
+        socket: OwnedFd,
+        exports: Arc<Exports>,
+        times: Times,
+        permit: Permit,
+    ) -> Self {
+        let mut output = Output::default();
+        output.push(Reply::handshake(greeting()));
+        Self {
+            id,
+            phase: Phase::Handshake(Handshake::new(Arc::clone(&exports))),
+            exports,
+            socket: Some(socket),
+            input: Input::new(),
+            output,
+            incoming: None,
+            load: Load::default(),
+            operations: 0,
+            reading: true,
+            stalled: false,
+            blocked: false,
+            stopping: false,
+            times,
+            deadline: Instant::now().checked_add(times.handshake),
+            interest: EventFlags::empty(),
+            listed: false,
+            _permit: permit,
+        }
+    }
+
+    pub(crate) fn socket(&self) -> Option<BorrowedFd<'_>> {
+        self.socket.as_ref().map(AsFd::as_fd)
+    }
+
+    /// When [`expire`](Self::expire) is due.
+    pub(crate) fn deadline(&self) -> Option<Instant> {
+        self.deadline
+    }
+
+    /// Closed, and nothing in flight: the connection can be forgotten.
+    pub(crate) fn is_over(&self) -> bool {
+        self.socket.is_none() && self.operations == 0
+    }
+
+    /// The events to ask epoll for, if they are others than before.
+    pub(crate) fn changed_interest(&mut self) -> Option<EventFlags> {
+        let mut wanted = EventFlags::empty();
+        wanted.set(EventFlags::IN, self.wants_input());
+        wanted.set(EventFlags::OUT, self.blocked);
+        let changed = wanted != self.interest;
+        self.interest = wanted;
+        changed.then_some(wanted)
+    }
+
+    fn wants_input(&self) -> bool {
+        match self.phase {
+            Phase::Handshake(_) | Phase::Transmission(_) => {
+                self.reading && !self.stalled && !self.input.is_full()
+            }
+            Phase::Ending { .. } => false,
+            Phase::Lingering => true,
+        }
+    }
+
+    /// The socket has something to tell. `gone`: the client can neither send nor receive any more.
+    pub(crate) fn receive(&mut self, gone: bool) {
+        if self.wants_input() {
+            self.receive_turn();
+        } else if gone {
+            // Nobody is left to take the replies, and what was not read was not asked for.
+            self.close("the client is gone");
+        }
+    }
+
+    fn receive_turn(&mut self) {
+        let mut turn = 0;
+        while self.wants_input() && turn < RECEIVE_TURN_BYTES {
+            match self.receive_once() {
+                Ok((0, _)) => {
+                    self.reading = false;
+                    if matches!(self.phase, Phase::Lingering) {
+                        self.close("the client has closed");
+                    }
+                    return;
+                }
+                Ok((count, offered)) => {
+                    turn += count;
+                    if count < offered {
+                        return;
+                    }
+                    if !self.fill_payload() {
+                        // The input must be understood before more is read.
+                        return;
+                    }
+                }
+                Err(Errno::INTR) => {}
+                Err(Errno::AGAIN) => return,
+                Err(error) => return self.close(&format!("cannot receive: {error}")),
+            }
+        }
+    }
+
+    /// Receives once, straight into the payload on its way, then into the input. The bytes received, and for how many there was room.
+    fn receive_once(&mut self) -> Result<(usize, usize), Errno> {
+        let Some(socket) = &self.socket else {
+            return Ok((0, 0));
+        };
+        if matches!(self.phase, Phase::Lingering) {
+            self.input.clear();
+        }
+        let mut payload: &mut [u8] = &mut [];
+        if let (true, Some(Incoming::Payload { buffer, filled, .. })) =
+            (self.input.data().is_empty(), &mut self.incoming)
+        {
+            payload = &mut buffer.as_mut_slice()[*filled..];
+        }
+        let wanted = payload.len();
+        let space = self.input.space();
+        let offered = wanted + space.len();
+        let mut slices = [IoSliceMut::new(payload), IoSliceMut::new(space)];
+        let used = if wanted == 0 {
+            &mut slices[1..]
+        } else {
+            &mut slices[..]
+        };
+        let count = readv(socket, used)?;
+        if let Some(Incoming::Payload { filled, .. }) = &mut self.incoming {
+            *filled += count.min(wanted);
+        }
+        self.input.received(count.saturating_sub(wanted));
+        Ok((count, offered))
+    }
+
+    /// Moves input into the payload on its way. True while the payload is not complete, so that more can be received at once.
+    fn fill_payload(&mut self) -> bool {
+        match &mut self.incoming {
+            Some(Incoming::Payload { buffer, filled, .. }) => {
+                let rest = &mut buffer.as_mut_slice()[*filled..];
+                let count = rest.len().min(self.input.data().len());
+                rest[..count].copy_from_slice(&self.input.data()[..count]);
+                let complete = count == rest.len();
+                *filled += count;
+                self.input.consume(count);
+                !complete
+            }
+            Some(Incoming::Skip { remaining, .. }) => {
+                let held = self.input.data().len();
+                let count = usize::try_from(*remaining).map_or(held, |rest| rest.min(held));
+                self.input.consume(count);
+                *remaining -= count as u64;
+                *remaining > 0
+            }
+            None => false,
+        }
+    }
+
+    /// The next request for the engine. None until there is more input, or less load; what can be answered without the engine is
+    /// answered on the way.
+    pub(crate) fn next(&mut self, pool: &mut Pool) -> Option<Wanted> {
+        self.stalled = false;
+        loop {
+            match &mut self.phase {
+                Phase::Handshake(_) => {
+                    if !self.handshake() {
+                        break;
+                    }
+                }
+                Phase::Transmission(session) => {
+                    let session = *session;
+                    match self.transmission(session, pool) {
+                        Ok(Some(wanted)) => return Some(wanted),
+                        Ok(None) => {}
+                        Err(Pause) => break,
+                    }
+                }
+                Phase::Ending { .. } | Phase::Lingering => break,
+            }
+        }
+        let open = matches!(self.phase, Phase::Handshake(_) | Phase::Transmission(_));
+        if open && !self.reading && !self.stalled {
+            // What is there is understood, and no more comes.
+            let linger = self.stopping && (self.operations > 0 || !self.output.is_empty());
+            self.end(linger, "the input has ended");
+        }
+        None
+    }
+
+    /// One step of the handshake. False when it has to wait.
+    fn handshake(&mut self) -> bool {
+        let Phase::Handshake(handshake) = &mut self.phase else {
+            return false;
+        };
+        if self.output.bytes() > HANDSHAKE_OUTPUT_BYTES {
+            self.stalled = true;
+            return false;
+        }
+        let mut bytes = Vec::new();
+        let progress = handshake.advance(&mut self.input, &mut bytes);
+        if !bytes.is_empty() {
+            self.output.push(Reply::handshake(bytes));
+        }
+        match progress {
+            Progress::Again => true,
+            Progress::More => false,
+            Progress::Enter(session) => {
+                let export = &self.exports.get(session.export).name;
+                debug!(
+                    connection = self.id,
+                    export,
+                    ?session,
+                    "the client has chosen an export"
+                );
+                self.deadline = None;
+                self.phase = Phase::Transmission(session);
+                true
+            }
+            Progress::Close(why) => {
+                self.end(true, why);
+                false
+            }
+        }
+    }
+
+    /// One step of the transmission phase.
+    fn transmission(&mut self, session: Session, pool: &mut Pool) -> Result<Option<Wanted>, Pause> {
+        if self.incoming.is_some() {
+            if self.fill_payload() {
+                return Err(Pause);
+            }
+            return Ok(self.payload_complete(session));
+        }
+        let Some(head) = self.input.head::<REQUEST_BYTES>() else {
+            return Err(Pause);
+        };
+        let Some(header) = RequestHeader::decode(head) else {
+            self.end(true, "a request does not begin with its magic number");
+            return Ok(None);
+        };
+        let command = if self.stopping {
+            Err(Refusal {
+                code: ErrorCode::Shutdown,
+                why: "the server is shutting down",
+            })
+        } else {
+            session.command(&header, self.exports.get(session.export))
+        };
+        let load = Load::request(command.as_ref().map_or(0, Command::held_bytes));
+        if !self.load.admits(load) {
+            self.stalled = true;
+            return Err(Pause);
+        }
+        self.input.consume(REQUEST_BYTES);
+        if matches!(command, Ok(Command::Disconnect)) {
+            self.end(false, "the client disconnects");
+            return Ok(None);
+        }
+        self.load.add(load);
+        match command {
+            Err(refusal) => self.refuse(session, &header, refusal),
+            Ok(command) if command.is_empty() => {
+                self.empty(session, header.cookie, command, load);
+            }
+            Ok(command @ Command::Write { len, .. }) => {
+                self.incoming = Some(Incoming::Payload {
+                    cookie: header.cookie,
+                    command,
+                    buffer: pool.take(len),
+                    filled: 0,
+                });
+            }
+            Ok(command) => return Ok(Some(wanted(session, header.cookie, command, None))),
+        }
+        Ok(None)
+    }
+
+    /// The payload on its way is complete.
+    fn payload_complete(&mut self, session: Session) -> Option<Wanted> {
+        match self.incoming.take()? {
+            Incoming::Payload {
+                cookie,
+                command,
+                buffer,
+                ..
+            } => Some(wanted(session, cookie, command, Some(buffer))),
+            Incoming::Skip {
+                cookie, refusal, ..
+            } => {
+                self.push_refusal(session, cookie, refusal);
+                None
+            }
+        }
+    }
+
+    fn refuse(&mut self, session: Session, header: &RequestHeader, refusal: Refusal) {
+        debug!(
+            connection = self.id,
+            ?header,
+            why = refusal.why,
+            "refused a request"
+        );
+        let remaining = header.payload_len();
+        if remaining == 0 {
+            self.push_refusal(session, header.cookie, refusal);
+        } else if payload(remaining).is_some() {
+            self.incoming = Some(Incoming::Skip {
+                cookie: header.cookie,
+                refusal,
+                remaining,
+            });
+        } else {
+            // It would take too long to read a payload that nobody wants.
+            self.push_refusal(session, header.cookie, refusal);
+            self.end(true, "a write is longer than the maximum block size");
+        }
+    }
+
+    fn push_refusal(&mut self, session: Session, cookie: u64, refusal: Refusal) {
+        self.output.push(Reply::error(
+            cookie,
+            session.structured,
+            refusal.code,
+            refusal.why,
+            Load::request(0),
+        ));
+    }
+
+    fn empty(&mut self, session: Session, cookie: u64, command: Command, load: Load) {
+        self.output.push(match command {
+            Command::Read { offset, .. } => {
+                Reply::data(cookie, session.structured, offset, None, load)
+            }
+            _ => Reply::done(cookie, load),
+        });
+    }
+
+    /// The engine was asked for one more request of this connection.
+    pub(crate) fn begin_operation(&mut self) {
+        self.operations += 1;
+    }
+
+    /// The engine is done with one.
+    pub(crate) fn answer(&mut self, reply: Reply) {
+        debug_assert!(self.operations > 0);
+        self.operations -= 1;
+        if self.socket.is_some() {
+            self.output.push(reply);
+        }
+    }
+
+    /// Sends what the socket takes. True when that has made room for a request that waits.
+    pub(crate) fn send(&mut self, pool: &mut Pool) -> bool {
+        let Some(socket) = &self.socket else {
+            return false;
+        };
+        let mut room = false;
+        if !self.output.is_empty() {
+            match self.output.send(socket.as_fd(), pool) {
+                Ok(sent) => {
+                    self.load.remove(sent.freed);
+                    self.blocked = sent.blocked;
+                    room = self.stalled && (sent.freed.requests > 0 || self.output.is_empty());
+                }
+                Err(error) => {
+                    self.close(&format!("cannot send: {error}"));
+                    return false;
+                }
+            }
+        }
+        if let Phase::Ending { linger } = self.phase
+            && self.operations == 0
+            && self.output.is_empty()
+        {
+            self.finish(linger);
+        }
+        room
+    }
+
+    /// The server shuts down. What was read is answered, what is in flight finished; nothing more is read.
+    pub(crate) fn stop(&mut self) {
+        self.stopping = true;
+        self.reading = false;
+        self.deadline = Instant::now().checked_add(self.times.drain);
+        if matches!(self.phase, Phase::Handshake(_)) {
+            self.close("the server is shutting down");
+        }
+    }
+
+    /// The deadline has come.
+    pub(crate) fn expire(&mut self) {
+        match self.phase {
+            Phase::Handshake(_) => self.close("the client did not finish the handshake in time"),
+            // The engine takes its time, not the client.
+            Phase::Ending { .. } if self.operations > 0 => {
+                self.deadline = Instant::now().checked_add(self.times.drain);
+            }
+            _ => self.close("the client did not take its replies in time"),
+        }
+    }
+
+    /// Nothing more is understood. In flight requests finish, and their replies are sent.
+    fn end(&mut self, linger: bool, why: &str) {
+        debug!(connection = self.id, why, "the connection ends");
+        self.reading = false;
+        self.stalled = false;
+        self.incoming = None;
+        self.input.clear();
+        self.phase = Phase::Ending { linger };
+        self.deadline = self
+            .deadline
+            .or_else(|| Instant::now().checked_add(self.times.drain));
+    }
+
+    /// All is done and sent.
+    fn finish(&mut self, linger: bool) {
+        if !linger {
+            return self.close("done");
+        }
+        if let Some(socket) = &self.socket
+            && rustix::net::shutdown(socket, Shutdown::Write).is_ok()
+        {
+            self.phase = Phase::Lingering;
+            self.deadline = Instant::now().checked_add(LINGER_TIME);
+        } else {
+            self.close("the client is gone");
+        }
+    }
+
+    /// Closes at once. The connection is kept until what is in flight has come back.
+    pub(crate) fn close(&mut self, why: &str) {
+        if self.socket.take().is_some() {
+            debug!(connection = self.id, why, "closed");
+        }
+        self.reading = false;
+        self.stalled = false;
+        self.blocked = false;
+        self.incoming = None;
+        self.input.clear();
+        self.output = Output::default();
+        self.deadline = None;
+        self.phase = Phase::Ending { linger: false };
+    }
+}
+
+/// Nothing can be done until there is more input, or less load.
+struct Pause;
+
+fn wanted(session: Session, cookie: u64, command: Command, payload: Option<Buffer>) -> Wanted {
+    Wanted {
+        export: session.export,
+        cookie,
+        structured: session.structured,
+        command,
+        payload,
+        load: Load::request(command.held_bytes()),
+    }
+}

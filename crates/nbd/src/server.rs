@@ -1,0 +1,502 @@
+//! The server: its threads, and how it starts and ends.
+//!
+//! One thread accepts clients and hands each to the worker that has fewest; the workers do everything else.
+
+use std::fmt;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::sync::{Arc, mpsc};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
+use rustix::io::Errno;
+use rustix::net::{AddressFamily, SocketFlags, accept_with, sockopt};
+use tracing::{Span, debug, error, info, info_span, warn};
+use urus::{Device, QueueSeat};
+
+use crate::Error;
+use crate::connection::{Permit, Times};
+use crate::export::{Export, Exports};
+use crate::limits::{
+    ACCEPT_REST, CONNECTIONS, DRAIN_TIME, HANDSHAKE_TIME, QUEUES, SOCKET_BUFFER_BYTES,
+    STATUS_STEP_CLUSTERS, STATUS_STEP_MIN_BYTES, STRING_BYTES,
+};
+use crate::listen::{Address, Listen, Listener};
+use crate::worker::{Inbox, Message, Worker};
+
+/// What to serve, and how. Made by [`Server::builder`].
+#[derive(Debug)]
+pub struct ServerBuilder {
+    device: Device,
+    export_name: String,
+    description: Option<String>,
+    queues: usize,
+    listen: Vec<Listen>,
+    listeners: Vec<Listener>,
+    max_connections: usize,
+    times: Times,
+}
+
+impl ServerBuilder {
+    /// The name that clients ask for, at most 4096 bytes. The default is the empty name, and whatever the name, clients that ask for none
+    /// get this export too.
+    #[must_use]
+    pub fn export_name(mut self, name: impl Into<String>) -> Self {
+        self.export_name = name.into();
+        self
+    }
+
+    /// What clients may show to people about the export, at most 4096 bytes.
+    #[must_use]
+    pub fn description(mut self, description: impl Into<String>) -> Self {
+        self.description = Some(description.into());
+        self
+    }
+
+    /// Queues, each with its own thread: 1 (default) to 256. Connections are spread over them.
+    #[must_use]
+    pub fn queues(mut self, queues: usize) -> Self {
+        self.queues = queues;
+        self
+    }
+
+    /// Where to listen, bound by [`start`](Self::start). Can be given several times.
+    #[must_use]
+    pub fn listen(mut self, listen: Listen) -> Self {
+        self.listen.push(listen);
+        self
+    }
+
+    /// Sockets that listen already. Can be given several times.
+    #[must_use]
+    pub fn listener(mut self, listener: Listener) -> Self {
+        self.listeners.push(listener);
+        self
+    }
+
+    /// Connections at once (default 128). One more is closed as soon as it is accepted. Each can hold 64 MiB of payload.
+    #[must_use]
+    pub fn max_connections(mut self, connections: usize) -> Self {
+        self.max_connections = connections;
+        self
+    }
+
+    /// How long a client may take to choose an export (default 30 s).
+    #[must_use]
+    pub fn handshake_time(mut self, time: Duration) -> Self {
+        self.times.handshake = time;
+        self
+    }
+
+    /// How long a client may take for its last replies when its connection ends, above all on [`Server::shutdown`] (default 10 s).
+    #[must_use]
+    pub fn drain_time(mut self, time: Duration) -> Self {
+        self.times.drain = time;
+        self
+    }
+
+    /// Starts to serve.
+    ///
+    /// # Errors
+    /// What stands against listening, or a device or system that gives no queue or thread. Nothing runs then.
+    pub fn start(self) -> Result<Server, Error> {
+        self.check()?;
+        let mut listeners = self.listeners;
+        for listen in self.listen {
+            listeners.push(Listener::bind(listen)?);
+        }
+        let span = info_span!("nbd", image = self.device.name());
+        let _entered = span.enter();
+        let seats = (0..self.queues)
+            .map(|_| self.device.queue())
+            .collect::<Result<Vec<_>, _>>()?;
+        let exports = Arc::new(Exports::one(export(
+            self.device,
+            self.export_name.clone(),
+            self.description,
+        )));
+
+        let mut server = Server {
+            addresses: listeners
+                .iter()
+                .flat_map(Listener::addresses)
+                .cloned()
+                .collect(),
+            export_name: self.export_name,
+            connections: Arc::default(),
+            stop: Arc::new(
+                eventfd(0, EventfdFlags::CLOEXEC)
+                    .map_err(|error| Error::system("make an eventfd", error))?,
+            ),
+            acceptor: None,
+            workers: Vec::new(),
+            span: span.clone(),
+        };
+        // Dropped on failure, the server stops the workers that have started.
+        server.start_workers(seats, &exports, self.times)?;
+        server.start_acceptor(listeners, self.max_connections)?;
+        for address in &server.addresses {
+            info!(%address, export = server.export_name, "listening");
+        }
+        Ok(server)
+    }
+
+    fn check(&self) -> Result<(), Error> {
+        let invalid = |what: String| Err(Error::Invalid { what });
+        if self.listen.is_empty() && self.listeners.is_empty() {
+            return invalid("an NBD server needs an address to listen on".into());
+        }
+        if !(1..=QUEUES).contains(&self.queues) {
+            return invalid(format!(
+                "{} queues: an NBD server can have 1 to {QUEUES}",
+                self.queues
+            ));
+        }
+        let longest = self
+            .export_name
+            .len()
+            .max(self.description.as_ref().map_or(0, String::len));
+        if longest > STRING_BYTES {
+            return invalid(format!(
+                "an export's name or description has {longest} bytes; NBD allows {STRING_BYTES}"
+            ));
+        }
+        Ok(())
+    }
+}
+
+fn export(device: Device, name: String, description: Option<String>) -> Export {
+    let step = device.cluster_bytes().map_or(0, |cluster_bytes| {
+        cluster_bytes.saturating_mul(STATUS_STEP_CLUSTERS)
+    });
+    let mut export = Export::new(name, device.read_only(), move || device.size());
+    export.description = description;
+    export.status_step_bytes = step.max(STATUS_STEP_MIN_BYTES);
+    export
+}
+
+/// A running NBD server.
+///
+/// Dropping it is a [`shutdown`](Self::shutdown) whose outcome is only logged.
+pub struct Server {
+    addresses: Vec<Address>,
+    export_name: String,
+    connections: Arc<AtomicUsize>,
+    stop: Arc<OwnedFd>,
+    acceptor: Option<JoinHandle<()>>,
+    workers: Vec<RunningWorker>,
+    span: Span,
+}
+
+struct RunningWorker {
+    inbox: Arc<Inbox>,
+    thread: JoinHandle<Result<(), Errno>>,
+}
+
+impl fmt::Debug for Server {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Server")
+            .field("addresses", &self.addresses)
+            .field("export_name", &self.export_name)
+            .field("queues", &self.workers.len())
+            .field("connections", &self.connections())
+            .finish_non_exhaustive()
+    }
+}
+
+impl Server {
+    /// A server of `device`, to be configured.
+    #[must_use]
+    pub fn builder(device: Device) -> ServerBuilder {
+        ServerBuilder {
+            device,
+            export_name: String::new(),
+            description: None,
+            queues: 1,
+            listen: Vec::new(),
+            listeners: Vec::new(),
+            max_connections: CONNECTIONS,
+            times: Times {
+                handshake: HANDSHAKE_TIME,
+                drain: DRAIN_TIME,
+            },
+        }
+    }
+
+    /// The addresses listened on, with the ports that are really used.
+    #[must_use]
+    pub fn addresses(&self) -> &[Address] {
+        &self.addresses
+    }
+
+    /// An NBD URI for each address that has one.
+    #[must_use]
+    pub fn uris(&self) -> Vec<String> {
+        self.addresses
+            .iter()
+            .filter_map(|address| address.uri(&self.export_name))
+            .collect()
+    }
+
+    /// Clients connected at this moment.
+    #[must_use]
+    pub fn connections(&self) -> usize {
+        self.connections.load(Relaxed)
+    }
+
+    /// Ends the server: takes no more clients and removes its socket files, refuses requests that were received but not started
+    /// (`ESHUTDOWN`), finishes those in flight, sends the replies, closes all connections, and ends its threads. Clients that do not take
+    /// their replies are waited for as [`drain_time`](ServerBuilder::drain_time) says, the device as long as it takes.
+    ///
+    /// Nothing is flushed by this: a client that wanted its writes durable has flushed, and [`Device::close`] makes
+    /// everything durable.
+    ///
+    /// # Errors
+    /// [`Error::ThreadFailed`] when a thread had failed before.
+    pub fn shutdown(mut self) -> Result<(), Error> {
+        self.end()
+    }
+
+    fn start_workers(
+        &mut self,
+        seats: Vec<QueueSeat>,
+        exports: &Arc<Exports>,
+        times: Times,
+    ) -> Result<(), Error> {
+        let (started, results) = mpsc::channel();
+        for (index, seat) in seats.into_iter().enumerate() {
+            let inbox = Inbox::new().map_err(|error| Error::system("make an eventfd", error))?;
+            let (started, exports, span) =
+                (started.clone(), Arc::clone(exports), self.span.clone());
+            let ours = Arc::clone(&inbox);
+            let work = move || {
+                let _entered = span.enter();
+                run_worker(ours, seat, exports, times, &started)
+            };
+            let thread = std::thread::Builder::new()
+                .name(format!("urus-nbd-{index}"))
+                .spawn(work)
+                .map_err(|error| Error::system("start a thread", error))?;
+            self.workers.push(RunningWorker { inbox, thread });
+        }
+        drop(started);
+        for _ in &self.workers {
+            results.recv().map_err(|_| Error::ThreadFailed)??;
+        }
+        Ok(())
+    }
+
+    fn start_acceptor(
+        &mut self,
+        listeners: Vec<Listener>,
+        max_connections: usize,
+    ) -> Result<(), Error> {
+        let acceptor = Acceptor {
+            listeners,
+            stop: Arc::clone(&self.stop),
+            inboxes: self
+                .workers
+                .iter()
+                .map(|worker| Arc::clone(&worker.inbox))
+                .collect(),
+            connections: Arc::clone(&self.connections),
+            max_connections,
+            next_id: 0,
+            full: false,
+        };
+        let span = self.span.clone();
+        let thread = std::thread::Builder::new()
+            .name("urus-nbd-accept".into())
+            .spawn(move || {
+                let _entered = span.enter();
+                acceptor.run();
+            })
+            .map_err(|error| Error::system("start a thread", error))?;
+        self.acceptor = Some(thread);
+        Ok(())
+    }
+
+    /// Stops all threads and waits for them. Doing it again does nothing.
+    fn end(&mut self) -> Result<(), Error> {
+        let span = self.span.clone();
+        let _entered = span.enter();
+        let mut result = Ok(());
+        if let Some(acceptor) = self.acceptor.take() {
+            let _ = rustix::io::write(&self.stop, &1u64.to_ne_bytes());
+            if acceptor.join().is_err() {
+                result = Err(Error::ThreadFailed);
+            }
+        }
+        for worker in &self.workers {
+            worker.inbox.send(Message::Stop);
+        }
+        for worker in self.workers.drain(..) {
+            match worker.thread.join() {
+                Ok(Ok(())) => {}
+                Ok(Err(_)) | Err(_) => result = Err(Error::ThreadFailed),
+            }
+        }
+        result
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        if let Err(error) = self.end() {
+            error!(%error, "the NBD server did not end well");
+        }
+    }
+}
+
+/// The life of a worker's thread. Says through `started` whether it could begin.
+fn run_worker(
+    inbox: Arc<Inbox>,
+    seat: QueueSeat,
+    exports: Arc<Exports>,
+    times: Times,
+    started: &mpsc::Sender<Result<(), Error>>,
+) -> Result<(), Errno> {
+    /// Closes the inbox when the thread ends, in whatever way.
+    struct Closing(Arc<Inbox>);
+    impl Drop for Closing {
+        fn drop(&mut self) {
+            self.0.close();
+        }
+    }
+    let _closing = Closing(Arc::clone(&inbox));
+    let worker = seat
+        .activate()
+        .map_err(Error::from)
+        .and_then(|queue| Worker::new(inbox, exports, vec![queue], times));
+    match worker {
+        Ok(worker) => {
+            let _ = started.send(Ok(()));
+            worker
+                .run()
+                .inspect_err(|error| error!(%error, "a worker of the NBD server has failed"))
+        }
+        Err(error) => {
+            let _ = started.send(Err(error));
+            Ok(())
+        }
+    }
+}
+
+/// Takes clients.
+struct Acceptor {
+    listeners: Vec<Listener>,
+    stop: Arc<OwnedFd>,
+    inboxes: Vec<Arc<Inbox>>,
+    connections: Arc<AtomicUsize>,
+    max_connections: usize,
+    next_id: u64,
+    /// The last client was turned away.
+    full: bool,
+}
+
+impl Acceptor {
+    fn run(mut self) {
+        loop {
+            let sockets = self.listeners.iter().flat_map(|listener| &listener.sockets);
+            let mut polled: Vec<PollFd<'_>> = std::iter::once(&*self.stop)
+                .chain(sockets.map(|bound| &bound.socket))
+                .map(|fd| PollFd::from_borrowed_fd(fd.as_fd(), PollFlags::IN))
+                .collect();
+            match poll(&mut polled, None) {
+                Ok(_) | Err(Errno::INTR) => {}
+                Err(error) => {
+                    error!(%error, "cannot wait for clients; no more are accepted");
+                    return;
+                }
+            }
+            let ready: Vec<bool> = polled
+                .iter()
+                .map(|polled| !polled.revents().is_empty())
+                .collect();
+            if ready[0] {
+                return;
+            }
+            let mut accepted = Vec::new();
+            let sockets = self.listeners.iter().flat_map(|listener| &listener.sockets);
+            for (bound, _) in sockets.zip(&ready[1..]).filter(|(_, ready)| **ready) {
+                let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+                match accept_with(&bound.socket, flags) {
+                    Ok(socket) => accepted.push(socket),
+                    Err(error) => accept_failed(error),
+                }
+            }
+            for socket in accepted {
+                self.admit(socket);
+            }
+        }
+    }
+
+    fn admit(&mut self, socket: OwnedFd) {
+        let id = self.next_id;
+        self.next_id += 1;
+        if self.connections.load(Relaxed) >= self.max_connections {
+            if !self.full {
+                warn!(
+                    limit = self.max_connections,
+                    "as many clients as are allowed; more are turned away"
+                );
+            }
+            self.full = true;
+            return;
+        }
+        self.full = false;
+        let peer = prepare(&socket);
+        let fewest = self
+            .inboxes
+            .iter()
+            .filter(|inbox| inbox.is_open())
+            .min_by_key(|inbox| inbox.connections.load(Relaxed));
+        let Some(inbox) = fewest else {
+            error!("no worker is left; the client is turned away");
+            return;
+        };
+        debug!(connection = id, peer, "a client has connected");
+        let permit = Permit::new([
+            Arc::clone(&self.connections),
+            Arc::clone(&inbox.connections),
+        ]);
+        inbox.send(Message::Client { id, socket, permit });
+    }
+}
+
+fn accept_failed(error: Errno) {
+    match error {
+        // The client has thought better of it.
+        Errno::AGAIN | Errno::INTR | Errno::CONNABORTED => {}
+        _ => {
+            warn!(%error, "cannot accept a client");
+            let rest = Timespec::try_from(ACCEPT_REST).ok();
+            // As a rule descriptors or memory are short; others get some time to give theirs back.
+            let _ = poll(&mut [], rest.as_ref());
+        }
+    }
+}
+
+/// Sets what a connection's socket needs, as far as it goes, and says who the client is.
+fn prepare(socket: &OwnedFd) -> String {
+    if sockopt::socket_domain(socket) == Ok(AddressFamily::UNIX) {
+        // The default of some 200 KiB makes large transfers stutter.
+        let _ = sockopt::set_socket_send_buffer_size(socket, SOCKET_BUFFER_BYTES);
+        return match sockopt::socket_peercred(socket) {
+            Ok(peer) => format!(
+                "process {}, user {}",
+                peer.pid.as_raw_nonzero(),
+                peer.uid.as_raw()
+            ),
+            Err(_) => "a process".into(),
+        };
+    }
+    let _ = sockopt::set_tcp_nodelay(socket, true);
+    // A client whose machine is gone must not hold its place for ever.
+    let _ = sockopt::set_socket_keepalive(socket, true);
+    match rustix::net::getpeername(socket) {
+        Ok(Some(peer)) => format!("{peer:?}"),
+        _ => "unknown".into(),
+    }
+}

@@ -1,0 +1,484 @@
+//! A worker: one thread with one queue per export, and the connections it was given.
+//!
+//! It sleeps in one epoll, over its sockets, its queues' eventfds, and an eventfd of its own for what other threads send it. All requests
+//! found in one wake-up are submitted before the queue is kicked once, and all replies that are ready then go out with as few
+//! system calls as they take.
+
+use std::collections::VecDeque;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use rustix::buffer::spare_capacity;
+use rustix::event::{EventfdFlags, Timespec, epoll, eventfd};
+use rustix::io::Errno;
+use slab::Slab;
+use tracing::{debug, warn};
+use urus::{Error, Queue, Request};
+
+use crate::connection::{Connection, Permit, Times, Wanted};
+use crate::export::{ExportId, Exports};
+use crate::limits::POOL_BYTES;
+use crate::operation::{Operation, Origin, Step};
+use crate::pool::Pool;
+
+/// What other threads send a worker.
+#[derive(Debug)]
+pub(crate) enum Message {
+    /// A client, accepted elsewhere.
+    Client {
+        id: u64,
+        socket: OwnedFd,
+        permit: Permit,
+    },
+    /// Finish what is in flight, and end.
+    Stop,
+}
+
+/// Where other threads leave messages.
+#[derive(Debug)]
+pub(crate) struct Inbox {
+    messages: Mutex<Vec<Message>>,
+    bell: OwnedFd,
+    /// The worker's thread is there to take messages.
+    open: AtomicBool,
+    /// Connections that the worker has.
+    pub(crate) connections: Arc<AtomicUsize>,
+}
+
+impl Inbox {
+    pub(crate) fn new() -> Result<Arc<Self>, Errno> {
+        Ok(Arc::new(Self {
+            messages: Mutex::new(Vec::new()),
+            bell: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
+            open: AtomicBool::new(true),
+            connections: Arc::default(),
+        }))
+    }
+
+    /// Whether somebody takes messages.
+    pub(crate) fn is_open(&self) -> bool {
+        self.open.load(Relaxed)
+    }
+
+    pub(crate) fn send(&self, message: Message) {
+        self.messages
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .push(message);
+        // A full counter rings as well.
+        let _ = rustix::io::write(&self.bell, &1u64.to_ne_bytes());
+    }
+
+    /// The worker's thread ends: clients that were sent to it are let go.
+    pub(crate) fn close(&self) {
+        self.open.store(false, Relaxed);
+        self.take();
+    }
+
+    fn take(&self) -> Vec<Message> {
+        let _ = rustix::io::read(&self.bell, &mut [0; 8]);
+        std::mem::take(&mut *self.messages.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+/// A queue of one export, and the requests that it could not take yet.
+struct Lane {
+    queue: Queue,
+    waiting: VecDeque<Request>,
+    /// Something was submitted and not yet kicked.
+    submitted: bool,
+}
+
+impl Lane {
+    fn submit(&mut self, request: Request) {
+        self.submitted = true;
+        if !self.waiting.is_empty() {
+            self.waiting.push_back(request);
+        } else if let Err(rejected) = self.queue.submit(request) {
+            self.waiting.push_back(rejected.request);
+        }
+    }
+
+    /// Submits what had to wait, as far as there is room now.
+    fn resubmit(&mut self) {
+        while let Some(request) = self.waiting.pop_front() {
+            self.submitted = true;
+            if let Err(rejected) = self.queue.submit(request) {
+                self.waiting.push_front(rejected.request);
+                break;
+            }
+        }
+    }
+
+    fn kick(&mut self) -> bool {
+        if self.submitted {
+            self.queue.kick();
+        }
+        std::mem::take(&mut self.submitted)
+    }
+}
+
+/// Who an event of epoll is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Source {
+    Inbox,
+    Lane(ExportId),
+    Connection(usize),
+}
+
+impl Source {
+    fn data(self) -> epoll::EventData {
+        let (kind, index) = match self {
+            Self::Inbox => (0, 0),
+            Self::Lane(index) => (1, index),
+            Self::Connection(index) => (2, index),
+        };
+        epoll::EventData::new_u64((index as u64) << 2 | kind)
+    }
+
+    fn of(data: epoll::EventData) -> Self {
+        let data = data.u64();
+        let index =
+            usize::try_from(data >> 2).expect("made from an index that fits an address space");
+        match data & 3 {
+            0 => Self::Inbox,
+            1 => Self::Lane(index),
+            _ => Self::Connection(index),
+        }
+    }
+}
+
+const EVENTS: usize = 256;
+
+pub(crate) struct Worker {
+    epoll: OwnedFd,
+    inbox: Arc<Inbox>,
+    exports: Arc<Exports>,
+    times: Times,
+    connections: Slab<Connection>,
+    operations: Slab<Operation>,
+    pool: Pool,
+    /// Connections with something to do in this round.
+    ready: Vec<usize>,
+    /// A queue may have completions.
+    look_again: bool,
+    stopping: bool,
+    complaints: Complaints,
+    /// One per export. Declared last: queues drain when dropped.
+    lanes: Vec<Lane>,
+}
+
+impl Worker {
+    /// On the thread that is to run it.
+    pub(crate) fn new(
+        inbox: Arc<Inbox>,
+        exports: Arc<Exports>,
+        mut queues: Vec<Queue>,
+        times: Times,
+    ) -> Result<Self, crate::Error> {
+        let failed = |error| crate::Error::system("watch for events", error);
+        let epoll = epoll::create(epoll::CreateFlags::CLOEXEC).map_err(failed)?;
+        epoll::add(
+            &epoll,
+            &inbox.bell,
+            Source::Inbox.data(),
+            epoll::EventFlags::IN,
+        )
+        .map_err(failed)?;
+        for (index, queue) in queues.iter_mut().enumerate() {
+            epoll::add(
+                &epoll,
+                queue.event_fd()?,
+                Source::Lane(index).data(),
+                epoll::EventFlags::IN,
+            )
+            .map_err(failed)?;
+        }
+        Ok(Self {
+            epoll,
+            inbox,
+            exports,
+            times,
+            connections: Slab::new(),
+            operations: Slab::new(),
+            pool: Pool::new(POOL_BYTES),
+            ready: Vec::new(),
+            look_again: false,
+            stopping: false,
+            complaints: Complaints::default(),
+            lanes: queues
+                .into_iter()
+                .map(|queue| Lane {
+                    queue,
+                    waiting: VecDeque::new(),
+                    submitted: false,
+                })
+                .collect(),
+        })
+    }
+
+    /// Serves until it is told to stop, and then until nothing is in flight.
+    pub(crate) fn run(mut self) -> Result<(), Errno> {
+        let mut events = Vec::with_capacity(EVENTS);
+        while !(self.stopping && self.connections.is_empty() && self.operations.is_empty()) {
+            self.sleep(&mut events)?;
+            for event in events.drain(..) {
+                self.event(event);
+            }
+            self.expire();
+            if std::mem::take(&mut self.look_again) {
+                self.complete();
+            }
+            self.work();
+        }
+        Ok(())
+    }
+
+    /// Waits for events, or for the next deadline.
+    fn sleep(&mut self, events: &mut Vec<epoll::Event>) -> Result<(), Errno> {
+        let timeout = if self.look_again {
+            Some(Duration::ZERO)
+        } else {
+            let next = self
+                .connections
+                .iter()
+                .filter_map(|(_, connection)| connection.deadline())
+                .min();
+            next.map(|deadline| deadline.saturating_duration_since(Instant::now()))
+        };
+        let timeout = timeout.and_then(|timeout| Timespec::try_from(timeout).ok());
+        match epoll::wait(&self.epoll, spare_capacity(events), timeout.as_ref()) {
+            Ok(_) | Err(Errno::INTR) => Ok(()),
+            Err(error) => Err(error),
+        }
+    }
+
+    fn event(&mut self, event: epoll::Event) {
+        match Source::of(event.data) {
+            Source::Inbox => {
+                for message in self.inbox.take() {
+                    self.message(message);
+                }
+            }
+            Source::Lane(index) => {
+                self.lanes[index].queue.consume_event();
+                self.look_again = true;
+            }
+            Source::Connection(index) => {
+                let flags = event.flags;
+                let gone = flags.intersects(epoll::EventFlags::HUP | epoll::EventFlags::ERR);
+                if let Some(connection) = self.connections.get_mut(index)
+                    && (gone || flags.contains(epoll::EventFlags::IN))
+                {
+                    connection.receive(gone);
+                }
+                self.list(index);
+            }
+        }
+    }
+
+    fn message(&mut self, message: Message) {
+        match message {
+            Message::Client { id, socket, permit } => {
+                if self.stopping {
+                    return;
+                }
+                let entry = self.connections.vacant_entry();
+                let index = entry.key();
+                let source = Source::Connection(index).data();
+                let nothing = epoll::EventFlags::empty();
+                if let Err(error) = epoll::add(&self.epoll, socket.as_fd(), source, nothing) {
+                    warn!(connection = id, %error, "cannot watch the connection; it is closed");
+                    return;
+                }
+                entry.insert(Connection::new(
+                    id,
+                    socket,
+                    Arc::clone(&self.exports),
+                    self.times,
+                    permit,
+                ));
+                self.list(index);
+            }
+            Message::Stop => {
+                self.stopping = true;
+                for (index, connection) in &mut self.connections {
+                    connection.stop();
+                    list(&mut self.ready, index, connection);
+                }
+            }
+        }
+    }
+
+    fn expire(&mut self) {
+        let mut now = None;
+        for (index, connection) in &mut self.connections {
+            if let Some(deadline) = connection.deadline()
+                && deadline <= *now.get_or_insert_with(Instant::now)
+            {
+                connection.expire();
+                list(&mut self.ready, index, connection);
+            }
+        }
+    }
+
+    fn list(&mut self, index: usize) {
+        if let Some(connection) = self.connections.get_mut(index) {
+            list(&mut self.ready, index, connection);
+        }
+    }
+
+    /// Goes on with the connections that are listed, until none has anything to do.
+    fn work(&mut self) {
+        while !self.ready.is_empty() {
+            let round = std::mem::take(&mut self.ready);
+            for &index in &round {
+                self.submit(index);
+            }
+            if self.kick() {
+                // What was in the page cache is there already.
+                self.complete();
+            }
+            // The connections of this round stay listed until here, so that no connection is twice in the two lists.
+            let answered = std::mem::take(&mut self.ready);
+            for &index in round.iter().chain(&answered) {
+                self.send(index);
+            }
+        }
+        self.look_again |= self.kick();
+    }
+
+    /// Submits what a connection wants of the engine.
+    fn submit(&mut self, index: usize) {
+        let Some(connection) = self.connections.get_mut(index) else {
+            return;
+        };
+        while let Some(wanted) = connection.next(&mut self.pool) {
+            let Wanted {
+                export,
+                cookie,
+                structured,
+                command,
+                payload,
+                load,
+            } = wanted;
+            let entry = self.operations.vacant_entry();
+            let (operation, request) = Operation::begin(
+                entry.key() as u64,
+                Origin {
+                    connection: index,
+                    cookie,
+                    structured,
+                    load,
+                },
+                command,
+                payload,
+                self.exports.get(export).status_step_bytes,
+                &mut self.pool,
+            );
+            entry.insert(operation);
+            connection.begin_operation();
+            self.lanes[export].submit(request);
+        }
+    }
+
+    fn kick(&mut self) -> bool {
+        let mut kicked = false;
+        for lane in &mut self.lanes {
+            kicked |= lane.kick();
+        }
+        kicked
+    }
+
+    /// Takes what the queues have completed, and lists the connections that get replies.
+    fn complete(&mut self) {
+        for lane in &mut self.lanes {
+            while let Some(completion) = lane.queue.completion() {
+                let key = usize::try_from(completion.token).ok();
+                let Some(operation) = key.and_then(|key| self.operations.get_mut(key)) else {
+                    debug_assert!(false, "a completion for nobody");
+                    continue;
+                };
+                let reply = match operation.advance(completion, &mut self.pool) {
+                    Step::Ask(request) => {
+                        lane.submit(request);
+                        continue;
+                    }
+                    Step::Answer(reply) => reply,
+                    Step::Fail(error) => {
+                        self.complaints.request_failed(operation, &error);
+                        operation.failure(&error)
+                    }
+                };
+                let index = operation.connection;
+                if let Some(key) = key {
+                    self.operations.remove(key);
+                }
+                if let Some(connection) = self.connections.get_mut(index) {
+                    connection.answer(reply);
+                    list(&mut self.ready, index, connection);
+                }
+            }
+            lane.resubmit();
+        }
+    }
+
+    /// Sends what a connection has, and settles what becomes of it.
+    fn send(&mut self, index: usize) {
+        let Some(connection) = self.connections.get_mut(index) else {
+            return;
+        };
+        connection.listed = false;
+        if connection.send(&mut self.pool) {
+            list(&mut self.ready, index, connection);
+        }
+        if connection.is_over() {
+            self.connections.remove(index);
+            return;
+        }
+        let Some(interest) = connection.changed_interest() else {
+            return;
+        };
+        if let Some(socket) = connection.socket() {
+            let source = Source::Connection(index).data();
+            if let Err(error) = epoll::modify(&self.epoll, socket, source, interest) {
+                connection.close(&format!("cannot watch it: {error}"));
+                list(&mut self.ready, index, connection);
+            }
+        }
+    }
+}
+
+fn list(ready: &mut Vec<usize>, index: usize, connection: &mut Connection) {
+    if !connection.listed {
+        connection.listed = true;
+        ready.push(index);
+    }
+}
+
+/// Logs failures, at most one a second: a full disk fails thousands.
+#[derive(Debug, Default)]
+struct Complaints {
+    last: Option<Instant>,
+    silent: u64,
+}
+
+impl Complaints {
+    fn request_failed(&mut self, operation: &Operation, error: &Error) {
+        let now = Instant::now();
+        let command = operation.command;
+        if self
+            .last
+            .is_some_and(|last| now.duration_since(last) < Duration::from_secs(1))
+        {
+            self.silent += 1;
+            debug!(?command, %error, "a request failed");
+            return;
+        }
+        let unmentioned = std::mem::take(&mut self.silent);
+        self.last = Some(now);
+        warn!(?command, %error, unmentioned, "a request failed");
+    }
+}

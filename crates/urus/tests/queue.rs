@@ -1,0 +1,380 @@
+//! The contract of queues and devices. Guards against requests that are lost, completed twice, or left without their buffer, and
+//! against devices that go away under their queues.
+
+mod common;
+
+use std::os::fd::AsFd;
+use std::sync::mpsc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use common::{Scratch, open, refuse};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use urus::{
+    Buffer, CacheMode, Device, DiscardPolicy, Error, Format, IoDriver, OpenOptions, PauseOptions,
+    Queue, Request,
+};
+
+const SIZE: u64 = 4 << 20;
+const DRIVERS: [IoDriver; 2] = [IoDriver::IoUring, IoDriver::Blocking];
+
+fn raw(io: IoDriver) -> OpenOptions {
+    let mut options = OpenOptions::new();
+    options.io(io).format(Format::Raw);
+    options
+}
+
+fn disk(scratch: &Scratch, options: &OpenOptions) -> Device {
+    let path = scratch.path("disk.raw");
+    std::fs::write(&path, vec![3; usize::try_from(SIZE).unwrap()]).unwrap();
+    open(options, &path)
+}
+
+fn queue(device: &Device) -> Queue {
+    device.queue().unwrap().activate().unwrap()
+}
+
+fn next(queue: &mut Queue) -> urus::Completion {
+    loop {
+        if let Some(completion) = queue.completion() {
+            return completion;
+        }
+        queue.wait(Some(Duration::from_secs(10)));
+    }
+}
+
+fn is_readable(fd: impl AsFd, timeout: Duration) -> bool {
+    let timeout = Timespec::try_from(timeout).unwrap();
+    poll(&mut [PollFd::new(&fd, PollFlags::IN)], Some(&timeout)).unwrap() == 1
+}
+
+#[test]
+fn a_full_queue_hands_the_request_back() {
+    for io in DRIVERS {
+        let scratch = Scratch::new();
+        let device = disk(&scratch, raw(io).queue_depth(2));
+        let mut queue = queue(&device);
+        assert_eq!((queue.depth(), queue.driver()), (2, device.driver()));
+        for token in 0..2 {
+            queue
+                .submit(Request::read(token, 0, Buffer::new(512)))
+                .unwrap();
+        }
+        let mut buffer = Buffer::new(1024);
+        buffer.as_mut_slice().fill(9);
+        let rejected = queue.submit(Request::write(7, 0, buffer)).unwrap_err();
+        assert_eq!(rejected.request.token(), 7);
+        assert_eq!(
+            rejected.request.into_buffer().unwrap().as_slice(),
+            [9; 1024]
+        );
+        queue.kick();
+        let first = next(&mut queue);
+        assert_eq!(first.buffer.unwrap().as_slice(), [3; 512]);
+        queue.submit(Request::flush(8)).unwrap();
+        queue.kick();
+        let mut rest = [next(&mut queue).token, next(&mut queue).token];
+        rest.sort_unstable();
+        assert_eq!(rest, [1 - first.token, 8]);
+    }
+}
+
+#[test]
+fn errors_come_with_the_buffer() {
+    for io in DRIVERS {
+        let scratch = Scratch::new();
+        let device = disk(&scratch, raw(io).read_only(true));
+        assert!(device.read_only());
+        let mut queue = queue(&device);
+        queue
+            .submit(Request::read(0, SIZE - 511, Buffer::new(512)))
+            .unwrap();
+        queue
+            .submit(Request::read(1, u64::MAX, Buffer::new(512)))
+            .unwrap();
+        queue
+            .submit(Request::write(2, 0, Buffer::new(512)))
+            .unwrap();
+        queue.submit(Request::discard(3, 0, 512)).unwrap();
+        queue.submit(Request::write_zeroes(4, 0, 512)).unwrap();
+        queue
+            .submit(Request::read(5, SIZE - 512, Buffer::new(512)))
+            .unwrap();
+        queue.kick();
+        for _ in 0..6 {
+            let completion = next(&mut queue);
+            let expected = [Some(22), Some(22), Some(1), Some(1), Some(1), None]
+                [usize::try_from(completion.token).unwrap()];
+            assert_eq!(
+                completion.result.err().map(|error| error.errno()),
+                expected,
+                "{}",
+                completion.token
+            );
+            assert_eq!(
+                completion.buffer.is_some(),
+                ![3, 4].contains(&completion.token)
+            );
+        }
+    }
+}
+
+#[test]
+fn the_eventfd_announces_completions() {
+    for io in DRIVERS {
+        let scratch = Scratch::new();
+        let device = disk(&scratch, &raw(io));
+        let mut queue = queue(&device);
+        let event = queue.event_fd().unwrap().try_clone_to_owned().unwrap();
+        for token in 0..100 {
+            queue.consume_event();
+            while queue.completion().is_some() {}
+            queue
+                .submit(Request::read(token, 0, Buffer::new(4096)))
+                .unwrap();
+            queue.kick();
+            let started = Instant::now();
+            let completion = loop {
+                assert!(
+                    is_readable(&event, Duration::from_secs(10)),
+                    "request {token} was never announced"
+                );
+                queue.consume_event();
+                if let Some(completion) = queue.completion() {
+                    break completion;
+                }
+                assert!(started.elapsed() < Duration::from_secs(10));
+            };
+            assert_eq!(completion.token, token);
+        }
+        queue.consume_event();
+        assert!(queue.completion().is_none());
+        assert!(!is_readable(&event, Duration::ZERO));
+    }
+}
+
+#[test]
+fn waiting_ends_with_the_time() {
+    for io in DRIVERS {
+        let scratch = Scratch::new();
+        let device = disk(&scratch, &raw(io));
+        let mut queue = queue(&device);
+        let started = Instant::now();
+        while started.elapsed() < Duration::from_millis(20) {
+            queue.wait(Some(Duration::from_millis(20)));
+        }
+        assert!(queue.completion().is_none());
+        assert!(started.elapsed() < Duration::from_secs(5));
+    }
+}
+
+#[test]
+fn dropping_drains() {
+    for io in DRIVERS {
+        let scratch = Scratch::new();
+        let device = disk(&scratch, &raw(io));
+        let mut queue = queue(&device);
+        for index in 0..32 {
+            let mut buffer = Buffer::new(65536);
+            buffer.as_mut_slice().fill(u8::try_from(index).unwrap());
+            queue
+                .submit(Request::write(index, index * 65536, buffer))
+                .unwrap();
+        }
+        // The queue is the last handle: it drains, then closes the device.
+        drop(device);
+        drop(queue);
+        let bytes = std::fs::read(scratch.path("disk.raw")).unwrap();
+        assert!((0..32).all(|index| {
+            bytes[index * 65536..][..65536]
+                .iter()
+                .all(|&byte| usize::from(byte) == index)
+        }));
+        drop(open(&raw(io), &scratch.path("disk.raw")));
+    }
+}
+
+#[test]
+fn queues_on_threads() {
+    for io in DRIVERS {
+        let scratch = Scratch::new();
+        let device = disk(&scratch, &raw(io));
+        let threads: Vec<_> = (0..4_u8)
+            .map(|number| {
+                let seat = device.queue().unwrap();
+                thread::spawn(move || {
+                    let mut queue = seat.activate().unwrap();
+                    let base = u64::from(number) << 20;
+                    for round in 0..16_u64 {
+                        let mut buffer = Buffer::new(65536);
+                        buffer.as_mut_slice().fill(number + 100);
+                        queue
+                            .submit(Request::write(0, base + round * 65536, buffer))
+                            .unwrap();
+                        queue.kick();
+                        let buffer = next(&mut queue).buffer.unwrap();
+                        queue
+                            .submit(Request::read(1, base + round * 65536, buffer))
+                            .unwrap();
+                        queue.kick();
+                        let completion = next(&mut queue);
+                        completion.result.unwrap();
+                        assert_eq!(completion.buffer.unwrap().as_slice(), [number + 100; 65536]);
+                    }
+                })
+            })
+            .collect();
+        device.flush().unwrap();
+        threads
+            .into_iter()
+            .for_each(|thread| thread.join().unwrap());
+        device.close().unwrap();
+        let bytes = std::fs::read(scratch.path("disk.raw")).unwrap();
+        assert!((0..4).all(|number| {
+            bytes[number << 20..][..1 << 20]
+                .iter()
+                .all(|&byte| usize::from(byte) == number + 100)
+        }));
+    }
+}
+
+#[test]
+fn after_close_requests_fail_and_come_back() {
+    for io in DRIVERS {
+        let scratch = Scratch::new();
+        let device = disk(&scratch, &raw(io));
+        let mut queue = queue(&device);
+        device.close().unwrap();
+        device.close().unwrap();
+        queue
+            .submit(Request::write(5, 0, Buffer::new(512)))
+            .unwrap();
+        queue.kick();
+        let completion = next(&mut queue);
+        assert!(
+            matches!(completion.result, Err(Error::Closed)),
+            "{:?}",
+            completion.result
+        );
+        assert!(completion.buffer.is_some());
+        assert!(matches!(device.resize(SIZE * 2), Err(Error::Closed)));
+        assert!(matches!(
+            device.pause(PauseOptions::new()),
+            Err(Error::Closed)
+        ));
+        assert!(matches!(device.resume(), Err(Error::Closed)));
+    }
+}
+
+#[test]
+fn resizing_shows_zeroes() {
+    for io in DRIVERS {
+        let scratch = Scratch::new();
+        let device = disk(&scratch, &raw(io));
+        let mut blocking = device.blocking().unwrap();
+        let mut bytes = [1; 512];
+        assert!(blocking.read_at(&mut bytes, SIZE).is_err());
+        device.resize(SIZE + 4096).unwrap();
+        assert_eq!(device.size(), SIZE + 4096);
+        blocking.read_at(&mut bytes, SIZE).unwrap();
+        assert_eq!(bytes, [0; 512]);
+        blocking.write_at(&[5; 512], SIZE + 4096 - 512).unwrap();
+        device.pause(PauseOptions::new()).unwrap();
+        assert!(matches!(device.resize(SIZE), Err(Error::Invalid { .. })));
+        device.resume().unwrap();
+    }
+}
+
+#[test]
+fn requests_wait_while_paused() {
+    for io in DRIVERS {
+        let scratch = Scratch::new();
+        let device = disk(&scratch, &raw(io));
+        device.pause(PauseOptions::new()).unwrap();
+        let (ended, end) = mpsc::channel();
+        let seat = device.queue().unwrap();
+        let user = thread::spawn(move || {
+            let mut queue = seat.activate().unwrap();
+            queue
+                .submit(Request::write(0, 0, Buffer::new(512)))
+                .unwrap();
+            queue.kick();
+            next(&mut queue).result.unwrap();
+            ended.send(()).unwrap();
+        });
+        assert!(
+            end.recv_timeout(Duration::from_millis(100)).is_err(),
+            "a request went through while paused"
+        );
+        device.resume().unwrap();
+        end.recv_timeout(Duration::from_secs(10)).unwrap();
+        user.join().unwrap();
+    }
+}
+
+#[test]
+fn options_that_make_no_sense_are_refused() {
+    let scratch = Scratch::new();
+    drop(disk(&scratch, &raw(IoDriver::Auto)));
+    let path = scratch.path("disk.raw");
+    for depth in [0, urus::MAX_QUEUE_DEPTH + 1] {
+        let error = refuse(raw(IoDriver::Auto).queue_depth(depth), &path);
+        assert!(matches!(error, Error::Invalid { .. }), "{error:?}");
+    }
+    assert_eq!(
+        open(
+            raw(IoDriver::Auto).queue_depth(urus::MAX_QUEUE_DEPTH),
+            &path
+        )
+        .size(),
+        SIZE
+    );
+    let device = open(
+        raw(IoDriver::Auto)
+            .name("boot disk")
+            .discard(DiscardPolicy::Ignore),
+        &path,
+    );
+    assert_eq!(device.name(), "boot disk");
+    assert!(format!("{device:?}").contains("boot disk"));
+}
+
+#[test]
+fn direct_io_takes_any_alignment() {
+    for io in DRIVERS {
+        let scratch = Scratch::new();
+        let device = disk(&scratch, raw(io).cache(CacheMode::None));
+        let alignment = device.alignment();
+        assert!(
+            alignment >= 512 && device.block_size() >= 512,
+            "{alignment}"
+        );
+        let mut blocking = device.blocking().unwrap();
+        blocking.write_at(&[8; 700], 1001).unwrap();
+        let mut bytes = [0; 702];
+        blocking.read_at(&mut bytes, 1000).unwrap();
+        assert_eq!((bytes[0], bytes[1], bytes[700], bytes[701]), (3, 8, 8, 3));
+    }
+}
+
+/// The smallest clusters, on a file system whose blocks are larger, cannot be had past the page cache.
+#[test]
+fn direct_io_falls_back_where_clusters_are_smaller_than_blocks() {
+    let scratch = Scratch::new();
+    let path = scratch.path("disk.qcow2");
+    common::make(&path, "1M", &["-o", "cluster_size=512"]);
+    let device = open(OpenOptions::new().cache(CacheMode::None), &path);
+    assert!(device.alignment() <= 512, "{}", device.alignment());
+}
+
+#[test]
+fn handles_cross_threads() {
+    fn is_send_and_sync<T: Send + Sync>() {}
+    fn is_send<T: Send>() {}
+    is_send_and_sync::<Device>();
+    is_send_and_sync::<OpenOptions>();
+    is_send_and_sync::<Error>();
+    is_send::<urus::QueueSeat>();
+    is_send::<Request>();
+    is_send::<urus::Completion>();
+}
