@@ -1,2 +1,87 @@
-//! The urus command.
-fn main() {}
+//! The urus command. One file per subcommand; what they share is in `common`, `failure`, `logging`, `output` and `size`.
+#![forbid(unsafe_code)]
+
+mod bench;
+mod check;
+mod common;
+mod create;
+mod failure;
+mod info;
+mod logging;
+mod map;
+mod option_list;
+mod output;
+mod serve;
+mod signals;
+mod size;
+
+use std::process::ExitCode;
+
+use clap::{ArgAction, Parser, Subcommand};
+
+/// Fast, crash-safe QCOW2 images: serve, create and inspect them.
+#[derive(Debug, Parser)]
+#[command(name = "urus", version, propagate_version = true, max_term_width = 100)]
+#[command(after_help = "To begin:  urus serve demo.qcow2 --create 8G\n\
+                        Image commands take qemu-img's flags and print what it prints.")]
+struct Cli {
+    /// Say more on standard error: -v what happens, -vv details, -vvv everything
+    #[arg(short, long, global = true, action = ArgAction::Count)]
+    verbose: u8,
+
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    Serve(serve::Args),
+    Create(create::Args),
+    Info(info::Args),
+    Check(check::Args),
+    Map(map::Args),
+    Bench(bench::Args),
+}
+
+impl Command {
+    /// The image that it is about, for logs.
+    fn image(&self) -> &std::path::Path {
+        match self {
+            Self::Serve(args) => &args.image,
+            Self::Create(args) => args.file.as_deref().unwrap_or_else(|| "".as_ref()),
+            Self::Info(args) => &args.file,
+            Self::Check(args) => &args.file,
+            Self::Map(args) => &args.file,
+            Self::Bench(args) => &args.image,
+        }
+    }
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let image = cli.command.image().to_owned();
+    logging::start(cli.verbose, &image);
+    let result = match cli.command {
+        Command::Serve(args) => serve::run(args),
+        Command::Create(args) => create::run(args),
+        Command::Info(args) => info::run(args),
+        Command::Check(args) => check::run(args),
+        Command::Map(args) => map::run(args),
+        Command::Bench(args) => bench::run(args),
+    };
+    result.unwrap_or_else(|failure| {
+        failure.print(&image);
+        failure.code()
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    //! Guards against a command line that clap itself finds contradictory.
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        super::Cli::command().debug_assert();
+    }
+}

@@ -106,6 +106,12 @@ impl<S: Storage> Maintenance<S> {
         self.device.worker.reactor.turn(|_, _| {})
     }
 
+    /// Announces that the owner is about to sleep; `false` where it has to [`poll`](Self::poll) once more first. From
+    /// here on whoever wakes maintenance notifies its thread.
+    pub fn prepare_sleep(&mut self) -> bool {
+        self.device.worker.reactor.prepare_sleep()
+    }
+
     /// Sleeps until something can go on, or the time is over.
     pub fn wait(&mut self, timeout: Option<Duration>) {
         self.device.worker.reactor.wait(timeout);
@@ -131,6 +137,22 @@ impl<S: Storage> Maintenance<S> {
     /// Works with the storage.
     pub fn with_storage<R>(&mut self, f: impl FnOnce(&mut S) -> R) -> R {
         self.device.worker.reactor.with_storage(f)
+    }
+}
+
+impl<S: Storage> Drop for Maintenance<S> {
+    /// The services hold the device, and the device's reactor holds the services: without this nothing of them, the
+    /// storage included, would ever be let go of. Queues that outlive maintenance get [`Error::Closed`].
+    fn drop(&mut self) {
+        let shared = self.device.shared();
+        shared.closed.store(true, Ordering::SeqCst);
+        shared.gate_closed.store(true, Ordering::SeqCst);
+        let mail = std::mem::take(&mut *shared.mail.lock());
+        shared.mail.lock().closed = true;
+        // Not under the lock: dropped senders wake those who wait.
+        drop(mail);
+        self.device.worker.reactor.abandon_tasks();
+        shared.pins.nudge_queues();
     }
 }
 

@@ -124,6 +124,13 @@ impl<S: Storage, D> Reactor<S, D> {
         self.tasks.borrow().len()
     }
 
+    /// Drops every task where it stands. Operations in flight end by themselves.
+    pub(crate) fn abandon_tasks(&self) {
+        // Taken out first: what a task drops may look at the tasks.
+        let tasks: Vec<_> = self.tasks.borrow_mut().drain().collect();
+        drop(tasks);
+    }
+
     /// Starts an operation whose completion `turn` hands to the owner.
     pub(crate) fn submit_direct(&self, op: Op<S::Memory>, what: D) {
         self.start(op, SlotState::Direct(what));

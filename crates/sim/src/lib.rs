@@ -7,14 +7,18 @@
 #![forbid(unsafe_code)]
 
 pub mod checker;
+pub mod config;
 pub mod contents;
 pub mod crash;
 pub mod fault;
 pub mod log;
+pub mod machine;
 pub mod memory;
 pub mod model;
 mod op;
 pub mod rng;
+pub mod runner;
 pub mod stamp;
 pub mod storage;
+pub mod workload;
 pub mod world;

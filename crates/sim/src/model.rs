@@ -199,6 +199,15 @@ impl Model {
         self.requests.iter().filter(promise).count() as u64
     }
 
+    /// As [`promises`](Self::promises), of what was acknowledged by `now`.
+    #[must_use]
+    pub fn promises_at(&self, now: u64) -> u64 {
+        let promise = |request: &&Request| {
+            (request.what == What::Flush || request.fua) && request.succeeded_before(now + 1)
+        };
+        self.requests.iter().filter(promise).count() as u64
+    }
+
     /// What a sector may hold, when the changes that `settled` names have certainly happened and all those issued up
     /// to `now` may have.
     fn legal(&self, lba: u64, now: u64, settled: impl Fn(&Request) -> bool) -> Vec<Content> {

@@ -303,6 +303,14 @@ impl SimWorld {
         !handle.ready.is_empty() || handle.flag.is_set()
     }
 
+    /// Clears a handle's notification, as a poll of its owner's event loop does; whether there was one.
+    pub fn take_notification(&self, handle: usize) -> bool {
+        self.0.borrow().handles[handle]
+            .flag
+            .0
+            .swap(false, Ordering::SeqCst)
+    }
+
     /// The moment of the last event.
     #[must_use]
     pub fn now(&self) -> u64 {

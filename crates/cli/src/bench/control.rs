@@ -1,0 +1,102 @@
+//! The raw file that an image is measured against: same size, same content, fully allocated.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
+use urus::{Device, Extent, Format};
+
+use super::Args;
+use crate::failure::Failure;
+use crate::signals::Stop;
+
+/// How much is copied at once.
+const STEP_BYTES: u64 = 4 << 20;
+
+/// Copies the first `span` bytes of the image into a file without a name and opens that. Also returns how many bytes of the span the
+/// image stores as data. None when a signal came.
+pub(super) fn raw_copy(
+    args: &Args,
+    image: &Device,
+    span: u64,
+    stop: &mut Stop,
+) -> Result<Option<(Device, u64)>, Failure> {
+    let dir = match args.image.parent() {
+        Some(dir) if !dir.as_os_str().is_empty() => dir,
+        _ => Path::new("."),
+    };
+    let fail = |what: &str| {
+        let text = format!(
+            "cannot {what} a raw file of {span} bytes in {}",
+            dir.display()
+        );
+        move |error: std::io::Error| {
+            Failure::new(format!("{text}: {error}; --span makes it smaller"))
+        }
+    };
+    check_space(dir, span)?;
+    // Without a name: nothing is left, whatever happens.
+    let file = tempfile::tempfile_in(dir).map_err(fail("create"))?;
+    let mut io = image.blocking()?;
+    let mut bytes = vec![0; usize::try_from(STEP_BYTES.min(span)).expect("a few MiB")];
+    let (mut at, mut data_bytes) = (0, 0);
+    while at < span {
+        if stop.has_come() {
+            return Ok(None);
+        }
+        let len = STEP_BYTES.min(span - at);
+        let part = &mut bytes[..usize::try_from(len).expect("a few MiB")];
+        io.read_at(part, at)?;
+        // Zeroes too: holes would make reads of the raw file cheaper than reads are.
+        file.write_all_at(part, at).map_err(fail("write"))?;
+        data_bytes += stored(&io.block_status(at, len)?, at + len);
+        at += len;
+    }
+    // Nothing of it is to be written back while slices run.
+    file.sync_all().map_err(fail("sync"))?;
+    drop(io);
+    Ok(Some((open(args, file)?, data_bytes)))
+}
+
+/// Bytes before `end` that are stored as data, in whichever layer.
+fn stored(extents: &[Extent], end: u64) -> u64 {
+    extents
+        .iter()
+        .filter(|extent| extent.data && !extent.zero)
+        .map(|extent| extent.len.min(end.saturating_sub(extent.start)))
+        .sum()
+}
+
+fn check_space(dir: &Path, span: u64) -> Result<(), Failure> {
+    let Ok(status) = rustix::fs::statvfs(dir) else {
+        return Ok(());
+    };
+    let free = status.f_bavail.saturating_mul(status.f_frsize);
+    if free < span {
+        return Err(Failure::new(format!(
+            "a raw file of {span} bytes is needed beside the image, and {} has {free} bytes free; --span SIZE measures a part",
+            dir.display()
+        )));
+    }
+    Ok(())
+}
+
+fn open(args: &Args, file: File) -> Result<Device, Failure> {
+    let device = super::options(args)
+        .format(Format::Raw)
+        .read_only(!args.mode.writes())
+        .name("raw control")
+        .open_fds(file.into(), Vec::new())?;
+    if args.cache == crate::common::CacheArg::Writeback {
+        // It was written with large pages of the cache at hand; read as it will be read.
+        let mut io = device.blocking()?;
+        let mut bytes = vec![0; usize::try_from(STEP_BYTES).expect("a few MiB")];
+        let mut at = 0;
+        while at < device.size() {
+            let len = STEP_BYTES.min(device.size() - at);
+            io.read_at(&mut bytes[..usize::try_from(len).expect("a few MiB")], at)?;
+            at += len;
+        }
+    }
+    Ok(device)
+}

@@ -1,0 +1,253 @@
+//! What the pairs say: medians of paired ratios, with their range.
+
+use std::time::Duration;
+
+use serde::Serialize;
+use urus::Device;
+
+use super::Args;
+use crate::common::CacheArg;
+use crate::size::human;
+
+/// One slice, all threads together.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Slice {
+    pub(super) operations: u64,
+    pub(super) iops: f64,
+    pub(super) cpu: Duration,
+}
+
+impl Slice {
+    #[allow(clippy::cast_precision_loss, reason = "far below 2^52")]
+    fn cpu_microseconds(&self) -> f64 {
+        self.cpu.as_secs_f64() * 1e6 / self.operations.max(1) as f64
+    }
+}
+
+/// Two slices, one after the other.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Pair {
+    pub(super) image: Slice,
+    pub(super) raw: Slice,
+}
+
+/// A median with what surrounds it.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+struct Spread {
+    median: f64,
+    min: f64,
+    max: f64,
+    /// The 95 % interval of the median, from order statistics; the whole range for fewer than six values.
+    low: f64,
+    high: f64,
+}
+
+impl Spread {
+    fn of(values: impl Iterator<Item = f64>) -> Self {
+        let mut values: Vec<f64> = values.collect();
+        values.sort_unstable_by(f64::total_cmp);
+        let count = values.len();
+        let (min, max) = (values[0], values[count - 1]);
+        let middle = count / 2;
+        let median = if count % 2 == 1 {
+            values[middle]
+        } else {
+            f64::midpoint(values[middle - 1], values[middle])
+        };
+        let rank = interval_rank(count);
+        Self {
+            median,
+            min,
+            max,
+            low: values[rank],
+            high: values[count - 1 - rank],
+        }
+    }
+}
+
+/// How many of `count` sorted values can be left away at each end so that the median of what they come from still lies between the
+/// others with 95 % certainty: each value lies below it with the chance of one half.
+fn interval_rank(count: usize) -> usize {
+    #[allow(clippy::cast_precision_loss, reason = "at most a thousand")]
+    let choose_factor = |k: usize| (count - k) as f64 / (k + 1) as f64;
+    let mut chance = 0.5_f64.powi(i32::try_from(count).unwrap_or(i32::MAX));
+    let mut below = chance;
+    let mut rank = 0;
+    while below <= 0.025 {
+        chance *= choose_factor(rank);
+        below += chance;
+        rank += 1;
+    }
+    // `rank` values at most lie below it with a chance of more than 2.5 %.
+    rank.saturating_sub(1)
+}
+
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub(super) struct Report {
+    image: String,
+    format: &'static str,
+    driver: &'static str,
+    cache: &'static str,
+    mode: &'static str,
+    block_size: u64,
+    depth: u32,
+    queues: u16,
+    /// Bytes of the disk that took part.
+    span: u64,
+    /// Bytes of those that are stored as data; what is not stored is read without I/O.
+    stored: u64,
+    pairs: usize,
+    iops: Sides,
+    iops_ratio: Spread,
+    cpu_microseconds_per_operation: Sides,
+    cpu_ratio: Spread,
+    load_average: Vec<f64>,
+}
+
+/// Medians of the slices. Not comparable with other runs.
+#[derive(Debug, Serialize)]
+struct Sides {
+    image: f64,
+    raw: f64,
+}
+
+impl Sides {
+    fn of(pairs: &[Pair], value: impl Fn(&Slice) -> f64) -> Self {
+        Self {
+            image: Spread::of(pairs.iter().map(|pair| value(&pair.image))).median,
+            raw: Spread::of(pairs.iter().map(|pair| value(&pair.raw))).median,
+        }
+    }
+}
+
+fn ratios(pairs: &[Pair], value: impl Fn(&Slice) -> f64) -> Spread {
+    Spread::of(
+        pairs
+            .iter()
+            .map(|pair| value(&pair.image) / value(&pair.raw)),
+    )
+}
+
+impl Report {
+    pub(super) fn new(args: &Args, image: &Device, span: u64, stored: u64, pairs: &[Pair]) -> Self {
+        Self {
+            image: args.image.display().to_string(),
+            format: image.format().name(),
+            driver: image.driver(),
+            cache: args.cache.name(),
+            mode: args.mode.name(),
+            block_size: args.block_size.0,
+            depth: args.depth,
+            queues: args.queues,
+            span,
+            stored,
+            pairs: pairs.len(),
+            iops: Sides::of(pairs, |slice| slice.iops),
+            iops_ratio: ratios(pairs, |slice| slice.iops),
+            cpu_microseconds_per_operation: Sides::of(pairs, Slice::cpu_microseconds),
+            cpu_ratio: ratios(pairs, Slice::cpu_microseconds),
+            load_average: load_average(),
+        }
+    }
+
+    pub(super) fn text(&self) -> String {
+        let warm = if self.cache == CacheArg::Writeback.name() {
+            "page cache, warm"
+        } else {
+            "O_DIRECT"
+        };
+        #[allow(clippy::cast_precision_loss, reason = "whole percents are shown")]
+        let percent = self.stored as f64 * 100.0 / self.span as f64;
+        let cpu = &self.cpu_microseconds_per_operation;
+        let megabytes = |iops: f64| {
+            #[allow(clippy::cast_precision_loss, reason = "at most 32 MiB")]
+            let block = self.block_size as f64;
+            iops * block / 1e6
+        };
+        let spread = |spread: &Spread| {
+            format!(
+                "{:.3}  (min {:.3}, max {:.3}; 95 % {:.3} to {:.3})",
+                spread.median, spread.min, spread.max, spread.low, spread.high
+            )
+        };
+        let load: Vec<String> = self
+            .load_average
+            .iter()
+            .map(|load| format!("{load:.2}"))
+            .collect();
+        format!(
+            "{}: {} of {}, {} queue(s) of {}, {}, {warm}; {} pairs\n\
+             over {}, {percent:.0} % of it stored as data\n\
+             {:<12}{:>12}{:>12}   image / raw (median of pairs)\n\
+             {:<12}{:>12.0}{:>12.0}   {}\n\
+             {:<12}{:>12.1}{:>12.1}\n\
+             {:<12}{:>12.2}{:>12.2}   {}\n\
+             load average {}\n",
+            self.image,
+            self.mode,
+            human(self.block_size),
+            self.queues,
+            self.depth,
+            self.driver,
+            self.pairs,
+            human(self.span),
+            "",
+            "image",
+            "raw",
+            "IOPS",
+            self.iops.image,
+            self.iops.raw,
+            spread(&self.iops_ratio),
+            "MB/s",
+            megabytes(self.iops.image),
+            megabytes(self.iops.raw),
+            "CPU µs/op",
+            cpu.image,
+            cpu.raw,
+            spread(&self.cpu_ratio),
+            load.join(" ")
+        )
+    }
+}
+
+/// Of the last 1, 5 and 15 minutes.
+fn load_average() -> Vec<f64> {
+    let text = std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
+    text.split_whitespace()
+        .take(3)
+        .filter_map(|number| number.parse().ok())
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    //! Guards the statistics that decide whether a bar is met.
+    use super::*;
+
+    #[test]
+    fn the_interval_is_that_of_the_tables() {
+        // From tables of the sign test: ranks from 1.
+        for (count, rank) in [
+            (5, 1),
+            (6, 1),
+            (8, 1),
+            (9, 2),
+            (15, 4),
+            (20, 6),
+            (30, 10),
+            (50, 18),
+        ] {
+            assert_eq!(interval_rank(count) + 1, rank, "{count} values");
+        }
+        assert_eq!(interval_rank(1), 0);
+    }
+
+    #[test]
+    fn medians_lie_in_the_middle() {
+        let odd = Spread::of([3.0, 1.0, 2.0].into_iter());
+        assert_eq!((odd.median, odd.min, odd.max), (2.0, 1.0, 3.0));
+        let even = Spread::of([4.0, 1.0, 2.0, 3.0].into_iter());
+        assert_eq!((even.median, even.low, even.high), (2.5, 1.0, 4.0));
+    }
+}

@@ -1,0 +1,236 @@
+//! `urus serve`: an image as an NBD export, until a signal says that it is enough.
+
+mod banner;
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use urus::{CreateOptions, Device, Format, InfoOptions, OpenOptions};
+use urus_nbd::{Listen, Listener, Server};
+
+use crate::common::{BackingArgs, CacheArg, DiscardArg, FormatArg, IoArg};
+use crate::failure::{Failure, Outcome};
+use crate::output::print;
+use crate::signals::Stop;
+use crate::size::Size;
+
+/// Serve an image over NBD
+///
+/// Prints what it serves, with lines to paste for nbdcopy, qemu-img and fio, and serves until SIGTERM or SIGINT (Ctrl-C). Then it takes no more
+/// requests, finishes those it has begun, makes everything durable, closes the image cleanly, removes its socket and exits with 0
+/// (1 if something could not be made durable). A second signal changes nothing: the image is closed as fast as the disk
+/// allows. A server that is killed (SIGKILL, power) loses nothing that was flushed; the image is repaired when it is opened
+/// next.
+#[derive(Debug, clap::Args)]
+#[command(
+    after_help = "Unix sockets appear when the server is ready. Over TCP there is neither encryption nor authentication: keep to localhost or \
+                  to a network that you trust."
+)]
+pub(crate) struct Args {
+    /// The image
+    pub(crate) image: PathBuf,
+
+    /// Format of the image; never guessed, so raw has to be stated
+    #[arg(short, long, value_name = "FORMAT", default_value = "qcow2")]
+    format: FormatArg,
+
+    /// Create the image if it does not exist; if it does, it must have this size (8G, 1.5T)
+    #[arg(long, value_name = "SIZE")]
+    create: Option<Size>,
+
+    /// Listen here: unix:PATH or HOST:PORT; may be given several times [default: unix:IMAGE.nbd.sock]
+    #[arg(long = "nbd", value_name = "ADDRESS")]
+    nbd: Vec<String>,
+
+    /// Refuse writes, and open the image read-only
+    #[arg(short, long, conflicts_with = "create")]
+    read_only: bool,
+
+    /// Queues, each with a thread and a ring of its own; connections are spread over them [default: one per CPU, at most 4]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=256))]
+    num_queues: Option<u16>,
+
+    /// Requests in flight per queue
+    #[arg(long, value_name = "N", default_value_t = 128,
+          value_parser = clap::value_parser!(u32).range(1..=i64::from(urus::MAX_QUEUE_DEPTH)))]
+    queue_size: u32,
+
+    /// What lies between the image and the disk
+    #[arg(long, value_name = "MODE", default_value = "writeback")]
+    cache: CacheArg,
+
+    /// What does the I/O
+    #[arg(long, value_name = "DRIVER", default_value = "auto")]
+    io: IoArg,
+
+    /// What a client's discards do
+    #[arg(long, value_name = "POLICY", default_value = "unmap")]
+    discard: DiscardArg,
+
+    #[command(flatten)]
+    backing: BackingArgs,
+
+    /// Memory for cached L2 tables, of the whole image [default: 64M, which maps 512G with clusters of 64K]
+    #[arg(long, value_name = "BYTES")]
+    l2_cache_size: Option<Size>,
+}
+
+impl Args {
+    fn queues(&self) -> usize {
+        /// Beyond that, one image rarely gains.
+        const MOST: usize = 4;
+        match self.num_queues {
+            Some(queues) => queues.into(),
+            None => std::thread::available_parallelism().map_or(1, |cpus| cpus.get().min(MOST)),
+        }
+    }
+
+    fn open_options(&self) -> OpenOptions {
+        let mut options = OpenOptions::new();
+        options
+            .format(self.format.into())
+            .read_only(self.read_only)
+            .cache(self.cache.into())
+            .io(self.io.into())
+            .discard(self.discard.into())
+            .queue_depth(self.queue_size);
+        if let Some(Size(bytes)) = self.l2_cache_size {
+            options.l2_cache_bytes(bytes);
+        }
+        self.backing.apply(&mut options);
+        options
+    }
+}
+
+pub(crate) fn run(args: Args) -> Outcome {
+    // First of all, so that no signal ends the process with the image open.
+    let mut stop = Stop::watch()
+        .map_err(|error| Failure::new(format!("cannot watch for signals: {error}")))?;
+    let places = Places::of(&args)?;
+    places.look()?;
+    if let Some(Size(size)) = args.create {
+        create(&args.image, args.format.into(), size)?;
+    }
+    let device = args.open_options().open(&args.image)?;
+    let server = start(&args, &device, places)?;
+    banner::print(&args, &device, &server);
+
+    let signal = stop.wait();
+    tracing::info!(signal, clients = server.connections(), "stopping");
+    print(&format!("{}: {signal}: finishing\n", args.image.display()));
+    // Closed whatever becomes of the server: what clients have written is to be safe.
+    let ended = server.shutdown();
+    device.close()?;
+    ended?;
+    print(&format!(
+        "{}: closed, everything is on disk\n",
+        args.image.display()
+    ));
+    Ok(ExitCode::SUCCESS)
+}
+
+fn start(args: &Args, device: &Device, places: Places) -> Result<Server, Failure> {
+    let mut builder = Server::builder(device.clone()).queues(args.queues());
+    for listener in places.bind()? {
+        builder = builder.listener(listener);
+    }
+    Ok(builder.start()?)
+}
+
+/// Creates the image, or sees that the one that is there has the size.
+fn create(image: &Path, format: Format, size: u64) -> Result<(), Failure> {
+    if image.symlink_metadata().is_err() {
+        urus::create(image, CreateOptions::new().format(format).size(size))?;
+        tracing::info!(size, "created");
+        return Ok(());
+    }
+    let there = urus::info(image, InfoOptions::new().format(format))?.virtual_size;
+    // As creating it would.
+    if there != size.next_multiple_of(512) {
+        return Err(Failure::new(format!(
+            "{}: exists with a size of {} ({there} bytes), and --create asks for {size} bytes; leave --create away to serve it as it is",
+            image.display(),
+            crate::size::human(there)
+        )));
+    }
+    Ok(())
+}
+
+/// Where to listen.
+struct Places {
+    list: Vec<Listen>,
+    /// The only place is the socket beside the image, which nobody has chosen.
+    is_default: bool,
+}
+
+impl Places {
+    fn of(args: &Args) -> Result<Self, Failure> {
+        if args.nbd.is_empty() {
+            return Ok(Self {
+                list: vec![Listen::Unix(default_socket(&args.image))],
+                is_default: true,
+            });
+        }
+        let list = args
+            .nbd
+            .iter()
+            .map(|text| text.parse().map_err(Failure::usage))
+            .collect::<Result<_, _>>()?;
+        Ok(Self {
+            list,
+            is_default: false,
+        })
+    }
+
+    /// Refuses a path that is taken before anything is opened or created. The sockets themselves are made last: that they are there
+    /// tells that the server is ready.
+    fn look(&self) -> Result<(), Failure> {
+        for place in &self.list {
+            let Listen::Unix(path) = place else { continue };
+            if path.symlink_metadata().is_err() {
+                continue;
+            }
+            match Listener::bind(Listen::Unix(path.clone())) {
+                Err(urus_nbd::Error::SocketStale { .. }) if self.is_default => {}
+                Err(error) => return Err(error.into()),
+                Ok(_) => {}
+            }
+        }
+        Ok(())
+    }
+
+    fn bind(self) -> Result<Vec<Listener>, Failure> {
+        let mut listeners = Vec::new();
+        for place in self.list {
+            listeners.push(match place {
+                Listen::Unix(path) if self.is_default => bind_default(path)?,
+                place => Listener::bind(place)?,
+            });
+        }
+        Ok(listeners)
+    }
+}
+
+fn default_socket(image: &Path) -> PathBuf {
+    let mut path = image.as_os_str().to_owned();
+    path.push(".nbd.sock");
+    path.into()
+}
+
+/// The socket beside the image is ours by name: one that a killed server has left is replaced. (A server that is alive answers, and
+/// keeps the image locked.)
+fn bind_default(path: PathBuf) -> Result<Listener, Failure> {
+    match Listener::bind(Listen::Unix(path.clone())) {
+        Err(urus_nbd::Error::SocketStale { .. }) => {
+            tracing::info!(path = %path.display(), "replacing the socket that a killed server left behind");
+            std::fs::remove_file(&path).map_err(|error| {
+                Failure::new(format!("{}: cannot remove: {error}", path.display()))
+            })?;
+            Ok(Listener::bind(Listen::Unix(path))?)
+        }
+        Err(error @ urus_nbd::Error::SocketPathTooLong { .. }) => {
+            Err(Failure::new(format!("{error} with --nbd unix:PATH")))
+        }
+        result => Ok(result?),
+    }
+}

@@ -1,0 +1,433 @@
+//! A device on a simulated machine: the engine's queues and its maintenance, polled by lot, and the guest's model
+//! beside them.
+
+use std::collections::BTreeMap;
+
+use urus_engine::request::{Reply, Request, RequestKind};
+use urus_engine::storage::{FileId, IMAGE};
+use urus_engine::sync::{Arc, Mutex};
+use urus_engine::{Control, LayerSpec, Maintenance, Options, Queue, Shared};
+
+use crate::memory::SimMemory;
+use crate::model::{GuestOp, Model};
+use crate::rng::Rng;
+use crate::stamp::stamped;
+use crate::storage::SimStorage;
+use crate::workload::Ask;
+use crate::world::SimWorld;
+
+/// A request in flight.
+#[derive(Clone, Debug)]
+struct Open {
+    ask: Ask,
+    issued: u64,
+    change: Option<GuestOp>,
+}
+
+struct Seat {
+    queue: Queue<SimStorage>,
+    handle: usize,
+}
+
+/// How a machine is driven.
+#[derive(Clone, Copy, Debug)]
+pub struct Driving {
+    /// Queues.
+    pub queues: usize,
+    /// Requests in flight on each, at most.
+    pub depth: usize,
+    /// Queues and maintenance are polled also when nothing woke them. Off, a lost wake-up shows as a hang.
+    pub spurious: bool,
+    /// Requests may fail (errors are injected).
+    pub errors: bool,
+}
+
+/// The device.
+pub struct Machine {
+    /// The machine's files.
+    pub world: SimWorld,
+    /// What the disk may hold.
+    pub model: Model,
+    /// Requests that failed.
+    pub failed: u64,
+    maintenance: Option<Maintenance<SimStorage>>,
+    maintenance_handle: usize,
+    seats: Vec<Seat>,
+    open: BTreeMap<u64, Open>,
+    next_token: u64,
+    rng: Rng,
+    driving: Driving,
+    unkicked: bool,
+}
+
+impl Machine {
+    /// Opens the device.
+    ///
+    /// # Errors
+    /// What the engine says.
+    pub fn open(
+        world: &SimWorld,
+        layers: Vec<LayerSpec>,
+        options: Options,
+        model: Model,
+        driving: Driving,
+        rng: Rng,
+    ) -> Result<Self, String> {
+        let storage = world.handle();
+        let maintenance_handle = storage.number();
+        let mut maintenance = Maintenance::open(storage, layers, options)
+            .map_err(|error| format!("the image does not open: {error}"))?;
+        maintenance.poll();
+        let seats = (0..driving.queues)
+            .map(|_| {
+                let storage = world.handle();
+                let handle = storage.number();
+                let mut queue = Queue::new(maintenance.shared(), storage, driving.depth);
+                assert!(queue.complete().is_none());
+                Seat { queue, handle }
+            })
+            .collect();
+        let mut machine = Self {
+            world: world.clone(),
+            model,
+            failed: 0,
+            maintenance: Some(maintenance),
+            maintenance_handle,
+            seats,
+            open: BTreeMap::new(),
+            next_token: 1,
+            rng,
+            driving,
+            unkicked: false,
+        };
+        machine.poll_maintenance();
+        Ok(machine)
+    }
+
+    /// Requests in flight.
+    #[must_use]
+    pub fn in_flight(&self) -> usize {
+        self.open.len()
+    }
+
+    /// Whether a sync has failed, so that the device takes no more writes.
+    #[must_use]
+    pub fn is_poisoned(&self) -> bool {
+        self.shared().is_poisoned()
+    }
+
+    /// Submits a request to a queue drawn by lot; `false` when that one is full.
+    pub fn submit(&mut self, ask: Ask) -> bool {
+        let number = self.rng.index(self.seats.len());
+        if self.seats[number].queue.in_flight() >= self.driving.depth {
+            return false;
+        }
+        let issued = self.world.tick();
+        let token = self.next_token;
+        self.next_token += 1;
+        self.world.trace(0x5b ^ token << 8);
+        let bytes = |sectors: u64| sectors * 512;
+        let (kind, change) = match ask {
+            Ask::Read { lba, count } => {
+                // What a read leaves untouched must show.
+                let memory = self.guest_memory(vec![0xa5; crate::contents::index(bytes(count))]);
+                (
+                    RequestKind::Read {
+                        offset: bytes(lba),
+                        memory,
+                    },
+                    None,
+                )
+            }
+            Ask::Write { lba, count, fua } => {
+                let (op, version) = self.model.write(lba, count, fua, issued);
+                let memory = self.guest_memory(stamped(lba, count, version));
+                (
+                    RequestKind::Write {
+                        offset: bytes(lba),
+                        memory,
+                        fua,
+                    },
+                    Some(op),
+                )
+            }
+            Ask::Discard { lba, count } => {
+                let op = self.model.discard(lba, count, issued);
+                let kind = RequestKind::Discard {
+                    offset: bytes(lba),
+                    len: bytes(count),
+                };
+                (kind, Some(op))
+            }
+            Ask::Zero {
+                lba,
+                count,
+                unmap,
+                fua,
+            } => {
+                let op = self.model.zero(lba, count, fua, issued);
+                let (offset, len) = (bytes(lba), bytes(count));
+                (
+                    RequestKind::WriteZeroes {
+                        offset,
+                        len,
+                        unmap,
+                        fua,
+                    },
+                    Some(op),
+                )
+            }
+            Ask::Flush => (RequestKind::Flush, Some(self.model.flush(issued))),
+            Ask::Status { lba, count } => {
+                let kind = RequestKind::BlockStatus {
+                    offset: bytes(lba),
+                    len: bytes(count),
+                };
+                (kind, None)
+            }
+        };
+        self.open.insert(
+            token,
+            Open {
+                ask,
+                issued,
+                change,
+            },
+        );
+        let queue = &mut self.seats[number].queue;
+        assert!(
+            queue.submit(Request { token, kind }).is_ok(),
+            "there was room"
+        );
+        if self.rng.chance(192) {
+            queue.kick();
+        } else {
+            self.unkicked = true;
+        }
+        true
+    }
+
+    fn guest_memory(&mut self, bytes: Vec<u8>) -> SimMemory {
+        let skew = [0, 0, 0, 512, 8][self.rng.index(5)];
+        SimMemory::skewed(bytes, skew)
+    }
+
+    fn poll_maintenance(&mut self) {
+        self.world.take_notification(self.maintenance_handle);
+        let maintenance = self.maintenance.as_mut().expect("the device is open");
+        loop {
+            maintenance.poll();
+            if maintenance.prepare_sleep() {
+                return;
+            }
+        }
+    }
+
+    fn shared(&self) -> Arc<Shared> {
+        self.maintenance
+            .as_ref()
+            .expect("the device is open")
+            .shared()
+    }
+
+    fn poll_queue(&mut self, number: usize) -> Result<(), String> {
+        let seat = &mut self.seats[number];
+        self.world.take_notification(seat.handle);
+        // Its owner takes some replies, and is not obliged to take all before the world goes on.
+        while let Some(reply) = self.seats[number].queue.complete() {
+            self.replied(reply)?;
+        }
+        Ok(())
+    }
+
+    fn replied(&mut self, reply: Reply<SimMemory>) -> Result<(), String> {
+        let Reply {
+            token,
+            result,
+            memory,
+            extents,
+        } = reply;
+        let now = self.world.tick();
+        self.world.trace(0xe0 ^ token << 8);
+        let Some(open) = self.open.remove(&token) else {
+            return Err(format!(
+                "a reply to a request that is not in flight (token {token})"
+            ));
+        };
+        if let Some(op) = open.change {
+            self.model.complete(op, now, result.is_ok());
+        }
+        match result {
+            Err(error) => {
+                self.failed += 1;
+                if !self.driving.errors {
+                    return Err(format!("{:?} failed: {error}", open.ask));
+                }
+            }
+            Ok(()) => match open.ask {
+                Ask::Read { lba, .. } => {
+                    let bytes = memory.ok_or("a read gave no memory back")?.to_vec();
+                    self.model
+                        .check_read(lba, &bytes, open.issued, now)
+                        .map_err(|mismatch| format!("read: {mismatch} ({:?})", open.ask))?;
+                }
+                Ask::Status { lba, count } => {
+                    let mut at = lba * 512;
+                    for extent in &extents {
+                        if extent.start != at || extent.len == 0 {
+                            return Err(format!("block status: {extents:?} for {:?}", open.ask));
+                        }
+                        at += extent.len;
+                    }
+                    if at > (lba + count) * 512 || extents.is_empty() {
+                        return Err(format!("block status: {extents:?} for {:?}", open.ask));
+                    }
+                }
+                _ => {}
+            },
+        }
+        Ok(())
+    }
+
+    /// Lets one thing happen, drawn by lot. `false` when nothing can.
+    ///
+    /// # Errors
+    /// A read that returned what it must not, or a request that failed.
+    pub fn step(&mut self) -> Result<bool, String> {
+        let seats = self.seats.len();
+        if self.driving.spurious && self.rng.chance(4) {
+            self.poll_maintenance();
+            let number = self.rng.index(seats);
+            self.poll_queue(number)?;
+        }
+        let first = [0, 1, 2, 2][self.rng.index(4)];
+        for what in (first..3).chain(0..first) {
+            let happened = match what {
+                0 => {
+                    let number = self.rng.index(seats);
+                    let awake = (0..seats).map(|add| (number + add) % seats).find(|seat| {
+                        let seat = &self.seats[*seat];
+                        seat.queue.has_reply() || self.world.is_awake(seat.handle)
+                    });
+                    if let Some(seat) = awake {
+                        self.poll_queue(seat)?;
+                    }
+                    awake.is_some()
+                }
+                1 => {
+                    let awake = self.world.is_awake(self.maintenance_handle);
+                    if awake {
+                        self.poll_maintenance();
+                    }
+                    awake
+                }
+                _ => self.world.step(),
+            };
+            if happened {
+                return Ok(true);
+            }
+        }
+        // A guest may wait long before it kicks.
+        if self.unkicked {
+            self.unkicked = false;
+            self.seats.iter_mut().for_each(|seat| seat.queue.kick());
+            return Ok(true);
+        }
+        Ok(false)
+    }
+
+    /// Goes on until every request has its reply.
+    ///
+    /// # Errors
+    /// As [`step`](Self::step), and a hang.
+    pub fn drain(&mut self) -> Result<(), String> {
+        self.run_until("requests", |machine| machine.open.is_empty())
+    }
+
+    /// Submits a request, as soon as there is room.
+    ///
+    /// # Errors
+    /// As [`drain`](Self::drain).
+    pub fn ask(&mut self, ask: Ask) -> Result<(), String> {
+        let mut submitted = self.submit(ask);
+        while !submitted {
+            let before = self.open.len();
+            self.run_until("requests", |machine| machine.open.len() < before)?;
+            submitted = self.submit(ask);
+        }
+        Ok(())
+    }
+
+    fn run_until(&mut self, what: &str, done: impl Fn(&Self) -> bool) -> Result<(), String> {
+        let mut idle = 0;
+        for _ in 0..20_000_000u64 {
+            if done(self) {
+                return Ok(());
+            }
+            if self.step()? {
+                idle = 0;
+            } else {
+                idle += 1;
+            }
+            if idle > 8 {
+                let open: Vec<&Open> = self.open.values().take(4).collect();
+                return Err(format!("a hang: {what} never end; in flight: {open:?}"));
+            }
+        }
+        Err(format!("a livelock: {what} never end"))
+    }
+
+    /// Lets everything happen that is under way, until the machine is idle.
+    ///
+    /// # Errors
+    /// As [`step`](Self::step).
+    pub fn settle(&mut self) -> Result<(), String> {
+        while self.step()? {}
+        Ok(())
+    }
+
+    /// Closes the device.
+    ///
+    /// # Errors
+    /// As [`step`](Self::step); what closing says.
+    pub fn close(&mut self) -> Result<(), String> {
+        self.drain()?;
+        let answer = Arc::new(Mutex::new(None));
+        let slot = Arc::clone(&answer);
+        self.shared()
+            .control(Control::Close(Box::new(move |result| {
+                *slot.lock() = Some(result)
+            })));
+        self.run_until("closing", |_| answer.lock().is_some())?;
+        let result = answer.lock().take();
+        self.seats.clear();
+        self.maintenance = None;
+        match result {
+            Some(Err(error)) => Err(format!("closing failed: {error}")),
+            _ => Ok(()),
+        }
+    }
+
+    /// A file's bytes as reads see them now.
+    #[must_use]
+    pub fn file(&self, file: FileId) -> Vec<u8> {
+        self.world.contents(file).bytes().to_vec()
+    }
+
+    /// The image's bytes as reads see them now.
+    #[must_use]
+    pub fn image(&self) -> Vec<u8> {
+        self.file(IMAGE)
+    }
+}
+
+impl Drop for Machine {
+    /// A queue that is dropped waits for what is in flight, and here nobody would poll maintenance meanwhile. So a run
+    /// that ends in the middle (it has failed) lets its queues leak.
+    fn drop(&mut self) {
+        if !self.open.is_empty() || std::thread::panicking() {
+            std::mem::forget(std::mem::take(&mut self.seats));
+            std::mem::forget(self.maintenance.take());
+        }
+    }
+}

@@ -1,0 +1,143 @@
+//! What the guest asks for.
+
+use crate::rng::Rng;
+
+/// A guest's request, in sectors.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ask {
+    /// Read.
+    Read {
+        /// First sector.
+        lba: u64,
+        /// Sectors.
+        count: u64,
+    },
+    /// Write stamps.
+    Write {
+        /// First sector.
+        lba: u64,
+        /// Sectors.
+        count: u64,
+        /// Durable on completion.
+        fua: bool,
+    },
+    /// Discard.
+    Discard {
+        /// First sector.
+        lba: u64,
+        /// Sectors.
+        count: u64,
+    },
+    /// Write zeroes.
+    Zero {
+        /// First sector.
+        lba: u64,
+        /// Sectors.
+        count: u64,
+        /// Clusters may be given back.
+        unmap: bool,
+        /// Durable on completion.
+        fua: bool,
+    },
+    /// Flush.
+    Flush,
+    /// Block status.
+    Status {
+        /// First sector.
+        lba: u64,
+        /// Sectors.
+        count: u64,
+    },
+}
+
+/// Draws requests: mostly near one place that moves, so that they meet.
+#[derive(Clone, Debug)]
+pub struct Workload {
+    rng: Rng,
+    sectors: u64,
+    cluster_sectors: u64,
+    /// Weights: read, write, discard, zero, flush, status.
+    weights: [u64; 6],
+    fua: u32,
+    window: (u64, u64),
+}
+
+impl Workload {
+    /// A workload on a disk of so many sectors, with clusters of so many.
+    #[must_use]
+    pub fn new(mut rng: Rng, sectors: u64, cluster_sectors: u64) -> Self {
+        let pick = |rng: &mut Rng, from: &[u64]| from[rng.index(from.len())];
+        let weights = [
+            pick(&mut rng, &[1, 4, 10]),
+            pick(&mut rng, &[8, 16, 24]),
+            pick(&mut rng, &[0, 3, 8, 16]),
+            pick(&mut rng, &[0, 3, 8]),
+            pick(&mut rng, &[1, 3, 6]),
+            pick(&mut rng, &[0, 1]),
+        ];
+        let fua = [0, 0, 16, 64][rng.index(4)];
+        let mut this = Self {
+            rng,
+            sectors,
+            cluster_sectors,
+            weights,
+            fua,
+            window: (0, sectors),
+        };
+        this.move_window();
+        this
+    }
+
+    fn move_window(&mut self) {
+        let len = (self.cluster_sectors * (1 << self.rng.below(6))).min(self.sectors);
+        self.window = (self.rng.below(self.sectors - len + 1), len);
+    }
+
+    fn range(&mut self) -> (u64, u64) {
+        if self.rng.chance(12) {
+            self.move_window();
+        }
+        let (base, len) = if self.rng.chance(24) {
+            (0, self.sectors)
+        } else {
+            self.window
+        };
+        let mut start = base + self.rng.below(len);
+        let mut count = match self.rng.index(4) {
+            0 => 1,
+            1 => 1 + self.rng.below(self.cluster_sectors),
+            2 => self.cluster_sectors,
+            _ => 1 + self.rng.below(self.cluster_sectors * 6),
+        };
+        if self.rng.chance(128) {
+            start -= start % self.cluster_sectors;
+            count = count.next_multiple_of(self.cluster_sectors);
+        }
+        (start, count.min(self.sectors - start))
+    }
+
+    /// The next request.
+    pub fn next_ask(&mut self) -> Ask {
+        let mut drawn = self.rng.below(self.weights.iter().sum());
+        let mut kind = 0;
+        while drawn >= self.weights[kind] {
+            drawn -= self.weights[kind];
+            kind += 1;
+        }
+        let (lba, count) = self.range();
+        let fua = self.rng.chance(self.fua);
+        match kind {
+            0 => Ask::Read { lba, count },
+            1 => Ask::Write { lba, count, fua },
+            2 => Ask::Discard { lba, count },
+            3 => Ask::Zero {
+                lba,
+                count,
+                unmap: self.rng.chance(160),
+                fua,
+            },
+            4 => Ask::Flush,
+            _ => Ask::Status { lba, count },
+        }
+    }
+}
