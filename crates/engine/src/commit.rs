@@ -24,7 +24,7 @@ use crate::shared::{NewTable, Owner, Removed, Shared};
 use crate::storage::{IMAGE, Storage};
 use crate::sync::Ordering;
 use crate::to_usize;
-use crate::wake::join_all;
+use crate::wake::{Parts, join_all};
 
 /// Everything that one commit writes of the mapping, as it was at one moment.
 struct Sealed {
@@ -45,7 +45,7 @@ impl Sealed {
     }
 }
 
-type Writes<'a> = Vec<Pin<Box<dyn Future<Output = Result<()>> + 'a>>>;
+type Writes<'a> = Parts<'a, Error>;
 
 impl<S: Storage> Device<S> {
     /// Makes everything durable whose completion was seen before the call. One at a time (O13).

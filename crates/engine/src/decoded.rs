@@ -8,12 +8,15 @@ use std::collections::BTreeMap;
 use crate::limits;
 use crate::sync::{Arc, Mutex};
 
+/// Layer, and host offset of the compressed data.
+type Key = (usize, u64);
+
 #[derive(Default)]
 struct Inner {
-    /// (layer, host offset of the compressed data) → (time of last use, decoded cluster).
-    clusters: BTreeMap<(usize, u64), (u64, Arc<[u8]>)>,
+    /// Time of last use, and the decoded cluster.
+    clusters: BTreeMap<Key, (u64, Arc<[u8]>)>,
     /// The same by time of last use.
-    ages: BTreeMap<u64, (usize, u64)>,
+    ages: BTreeMap<u64, Key>,
     clock: u64,
     bytes: u64,
 }

@@ -4,9 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
 
-use urus_format::{
-    ClusterIndex, Geometry, Header, HostOffset, L1Entry, autoclear, incompatible, snapshot,
-};
+use urus_format::{Geometry, Header, HostOffset, L1Entry, autoclear, incompatible, snapshot};
 
 use crate::alloc::{Allocator, TablePlace};
 use crate::check::{self, CheckReport, Repair};
@@ -261,19 +259,6 @@ pub(crate) async fn reload<S: Storage>(
     open_image(worker, header).await
 }
 
-/// The header as it stands on disk now.
-pub(crate) async fn read_header<S: Storage>(worker: &Worker<S>) -> Result<Header> {
-    let file = worker.shared.image_name().to_owned();
-    let bytes = worker
-        .reactor
-        .with_storage(|storage| storage.file_len(IMAGE));
-    let bytes = bytes.map_err(|error| worker.io_error("find the length", IMAGE, 0, 0, &error))?;
-    let cluster0 = worker
-        .read_bytes(IMAGE, 0, bytes.min(1 << urus_format::MAX_CLUSTER_BITS))
-        .await?;
-    Header::parse(&cluster0, bytes).map_err(|source| Error::Format { file, source })
-}
-
 /// Reads the active L1 table of a layer into its map.
 async fn load_l1<S: Storage>(
     worker: &Worker<S>,
@@ -447,7 +432,6 @@ async fn collect_owners<S: Storage>(
             )?;
         }
     }
-    let _ = ClusterIndex(0);
     Ok(owners)
 }
 

@@ -385,7 +385,7 @@ impl<S: Storage> Core<S> {
             let align = u64::from(properties.alignment);
             align == 1
                 || (part.host % align == 0
-                    && part.len as u64 % align == 0
+                    && (part.len as u64).is_multiple_of(align)
                     && memory
                         .slice(part.start, part.len)
                         .is_aligned(properties.memory_alignment as usize))
@@ -473,7 +473,7 @@ impl<S: Storage> Core<S> {
     /// file lies inside a block): then the rest is done through memory of our own.
     fn continue_direct(&self, direct: Direct<S::Memory>) {
         let align = u64::from(self.worker.reactor.properties(direct.file).alignment);
-        if direct.offset % align == 0 && direct.memory.len() as u64 % align == 0 {
+        if direct.offset % align == 0 && (direct.memory.len() as u64).is_multiple_of(align) {
             return self.submit_one(direct);
         }
         if direct.write {
@@ -517,7 +517,7 @@ impl<S: Storage> Core<S> {
             return self.submit_parts(request, &memory, &parts, true);
         }
         let align = u64::from(self.worker.reactor.properties(IMAGE).alignment);
-        let unaligned = offset % align != 0 || len as u64 % align != 0;
+        let unaligned = !offset.is_multiple_of(align) || !(len as u64).is_multiple_of(align);
         self.spawn(request, move |core| async move {
             if unaligned {
                 core.serialize_writes(request).await?;
@@ -585,7 +585,8 @@ impl<S: Storage> Core<S> {
             return self.part_done(request, Some(error));
         }
         let align = u64::from(self.worker.reactor.properties(IMAGE).alignment);
-        let unaligned = how != Clearing::Discard && (range.0 % align != 0 || range.1 % align != 0);
+        let unaligned = how != Clearing::Discard
+            && (!range.0.is_multiple_of(align) || !range.1.is_multiple_of(align));
         self.spawn(request, move |core| async move {
             if unaligned {
                 core.serialize_writes(request).await?;

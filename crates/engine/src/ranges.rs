@@ -15,11 +15,10 @@ impl RangeSet {
         let (mut first, mut end) = (start, start + count);
         if let Some((before, before_end)) =
             self.0.range(..=start).next_back().map(|(a, b)| (*a, *b))
+            && before_end >= start
         {
-            if before_end >= start {
-                first = before;
-                end = end.max(before_end);
-            }
+            first = before;
+            end = end.max(before_end);
         }
         while let Some((next, next_end)) = self.0.range(first..=end).next().map(|(a, b)| (*a, *b)) {
             self.0.remove(&next);
@@ -32,12 +31,11 @@ impl RangeSet {
     pub(crate) fn remove(&mut self, start: u64, count: u64) {
         let end = start + count;
         if let Some((before, before_end)) = self.0.range(..start).next_back().map(|(a, b)| (*a, *b))
+            && before_end > start
         {
-            if before_end > start {
-                self.0.insert(before, start);
-                if before_end > end {
-                    self.0.insert(end, before_end);
-                }
+            self.0.insert(before, start);
+            if before_end > end {
+                self.0.insert(end, before_end);
             }
         }
         while let Some((next, next_end)) = self.0.range(start..end).next().map(|(a, b)| (*a, *b)) {

@@ -7,7 +7,7 @@ use crate::resolve::Piece;
 use crate::storage::{FileId, Memory, OpKind, Storage};
 use crate::sync::{Arc, Mutex};
 use crate::to_usize;
-use crate::wake::join_all;
+use crate::wake::{Parts, join_all};
 use crate::worker::Worker;
 
 impl<S: Storage> Worker<S> {
@@ -20,7 +20,7 @@ impl<S: Storage> Worker<S> {
         memory: S::Memory,
     ) -> Result<()> {
         let total = memory.len() as u64;
-        let mut running: Vec<std::pin::Pin<Box<dyn Future<Output = Result<()>> + '_>>> = Vec::new();
+        let mut running: Parts<'_, Error> = Vec::new();
         // (file, host offset, start in memory, bytes) that may still grow.
         let mut open: Option<(FileId, u64, u64, u64)> = None;
         let mut done = 0;

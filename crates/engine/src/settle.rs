@@ -5,12 +5,12 @@ use std::collections::BTreeMap;
 use std::future::poll_fn;
 use std::task::Poll;
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::maintenance::Device;
 use crate::planted::{self, Bug};
 use crate::shared::Removed;
 use crate::storage::{IMAGE, OpKind, Storage};
-use crate::wake::join_all;
+use crate::wake::{Parts, join_all};
 
 impl<S: Storage> Device<S> {
     /// Takes removals that have become durable (O4).
@@ -158,7 +158,7 @@ impl<S: Storage> Device<S> {
         }
         let bits = self.image().allocator.refcounts.geometry.cluster_bits();
         let outcomes = std::cell::RefCell::new(vec![false; ranges.len()]);
-        let mut running: Vec<std::pin::Pin<Box<dyn Future<Output = Result<()>> + '_>>> = Vec::new();
+        let mut running: Parts<'_, Error> = Vec::new();
         for (index, (first, count)) in ranges.iter().enumerate() {
             let (offset, len) = (first << bits, count << bits);
             let outcomes = &outcomes;

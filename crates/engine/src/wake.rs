@@ -118,10 +118,11 @@ impl Drop for TurnGuard<'_> {
     }
 }
 
+/// Work of one task that runs side by side, each part with its own result.
+pub(crate) type Parts<'a, E> = Vec<Pin<Box<dyn Future<Output = Result<(), E>> + 'a>>>;
+
 /// Runs futures side by side on one task; the first error, after all have ended.
-pub(crate) async fn join_all<E>(
-    futures: Vec<Pin<Box<dyn Future<Output = Result<(), E>> + '_>>>,
-) -> Result<(), E> {
+pub(crate) async fn join_all<E>(futures: Parts<'_, E>) -> Result<(), E> {
     let mut running: Vec<Option<_>> = futures.into_iter().map(Some).collect();
     let mut first_error = None;
     poll_fn(move |cx| {

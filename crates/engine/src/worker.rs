@@ -102,7 +102,10 @@ impl<S: Storage> Worker<S> {
         let align = u64::from(self.reactor.properties(file).alignment);
         let memory_align = to_usize(u64::from(self.reactor.properties(file).memory_alignment));
         let len = memory.len() as u64;
-        if offset % align != 0 || len % align != 0 || !memory.is_aligned(memory_align) {
+        if !offset.is_multiple_of(align)
+            || !len.is_multiple_of(align)
+            || !memory.is_aligned(memory_align)
+        {
             // O_DIRECT: through memory of our own, widened to whole blocks.
             let start = offset - offset % align;
             let end = (offset + len).next_multiple_of(align);

@@ -1,22 +1,19 @@
 //! Writes that change the mapping: allocation and copy-on-write.
 
-use std::future::Future;
-use std::pin::Pin;
-
 use urus_format::{ClusterIndex, GuestCluster, GuestOffset, HostOffset, L2Entry};
 
 use crate::change::Outcome;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::limits;
 use crate::planted::{self, Bug};
 use crate::resolve::LayerEntry;
 use crate::shared::{LayerKind, Run, Shared};
 use crate::storage::{FileId, IMAGE, Memory, OpKind, Storage};
 use crate::to_usize;
-use crate::wake::join_all;
+use crate::wake::{Parts, join_all};
 use crate::worker::{Worker, copy};
 
-type Running<'a> = Vec<Pin<Box<dyn Future<Output = Result<()>> + 'a>>>;
+type Running<'a> = Parts<'a, Error>;
 
 /// log2 of the range that one write lock covers on a raw image.
 const RAW_LOCK_BITS: u32 = 16;
@@ -141,7 +138,7 @@ impl<S: Storage> Worker<S> {
     async fn write_widened(&self, file: FileId, host: u64, memory: S::Memory) -> Result<()> {
         let align = u64::from(self.reactor.properties(file).alignment);
         let len = memory.len() as u64;
-        if host % align == 0 && len % align == 0 {
+        if host.is_multiple_of(align) && len.is_multiple_of(align) {
             return self.write(file, host, memory).await;
         }
         let start = host - host % align;
@@ -335,8 +332,8 @@ impl<S: Storage> Worker<S> {
         let apart = |bytes: u64| {
             bytes >= limits::ZERO_RANGE_FROM_BYTES
                 && properties.can_zero_range
-                && data_host % align == 0
-                && data_end % align == 0
+                && data_host.is_multiple_of(align)
+                && data_end.is_multiple_of(align)
         };
         let (head, tail) = if planted::is(Bug::NoClearing) {
             (Filler::None, Filler::None)
