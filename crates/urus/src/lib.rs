@@ -138,6 +138,7 @@
 
 mod blocking;
 mod chain;
+mod check;
 mod create;
 mod device;
 mod error;
@@ -149,6 +150,7 @@ mod queue;
 mod request;
 
 pub use blocking::BlockingIo;
+pub use check::check;
 pub use create::{CreateOptions, create};
 pub use device::{Device, Layer, PauseOptions};
 pub use error::{Error, Result};
@@ -160,6 +162,7 @@ pub use options::{BackingPolicy, CacheMode, DiscardPolicy, Format, IoDriver, Ope
 pub use queue::{Queue, QueueSeat};
 pub use request::{Completion, Rejected, Request};
 pub use urus_engine::Counters;
+pub use urus_engine::check::{CheckReport, Finding, Repair, Severity};
 pub use urus_engine::error::Error as EngineError;
 pub use urus_engine::request::Extent;
 pub use urus_format::Compression;
