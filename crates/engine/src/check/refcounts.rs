@@ -143,8 +143,11 @@ impl Walked {
     pub(super) fn claim_refcounts(&mut self, header: &Header) {
         let cluster_bytes = self.geometry.cluster_bytes();
         let table_bytes = u64::from(header.refcount_table_clusters) * cluster_bytes;
+        // A table past the end of the file loses refcounts, which can be made anew, and no references.
+        let lost = self.lost;
         self.refcounts.counted =
             self.claim(Role::RefcountTable, header.refcount_table.0, table_bytes, 1);
+        self.lost = lost;
         for at in 0..self.refcounts.blocks.len() {
             let block = self.refcounts.blocks[at];
             if !block.bad && !self.counts.is_full() {
