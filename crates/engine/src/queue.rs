@@ -455,11 +455,24 @@ impl<S: Storage> Core<S> {
                 direct.memory.zero(0, direct.memory.len());
                 None
             }
-            Ok(bytes) => {
-                direct.offset += bytes as u64;
-                direct.memory = direct.memory.slice(bytes, direct.memory.len() - bytes);
-                return self.continue_direct(direct);
+            Ok(bytes)
+                if !direct.write
+                    && self
+                        .worker
+                        .ends_file(direct.file, direct.offset + bytes as u64) =>
+            {
+                direct.memory.zero(bytes, direct.memory.len() - bytes);
+                None
             }
+            Ok(bytes) if direct.retries < limits::RETRIES => {
+                // Short: from the last whole block on. Bounded, as an unaligned end makes no progress.
+                let whole = self.worker.whole_blocks(direct.file, bytes);
+                direct.retries += u32::from(whole < bytes);
+                direct.offset += whole as u64;
+                direct.memory = direct.memory.slice(whole, direct.memory.len() - whole);
+                return self.submit_one(direct);
+            }
+            Ok(_) => fail(&io::Error::from_raw_os_error(5)),
             Err(error) if interrupted(&error) && direct.retries < limits::RETRIES => {
                 direct.retries += 1;
                 return self.submit_one(direct);
@@ -467,29 +480,6 @@ impl<S: Storage> Core<S> {
             Err(error) => fail(&error),
         };
         self.part_done(direct.request, outcome);
-    }
-
-    /// Goes on after a short read or write. Under O_DIRECT the rest may have lost its alignment (the end of the
-    /// file lies inside a block): then the rest is done through memory of our own.
-    fn continue_direct(&self, direct: Direct<S::Memory>) {
-        let align = u64::from(self.worker.reactor.properties(direct.file).alignment);
-        if direct.offset % align == 0 && (direct.memory.len() as u64).is_multiple_of(align) {
-            return self.submit_one(direct);
-        }
-        if direct.write {
-            let error = io::Error::from_raw_os_error(5);
-            let error = self.worker.io_error(
-                "write",
-                direct.file,
-                direct.offset,
-                direct.memory.len() as u64,
-                &error,
-            );
-            return self.part_done(direct.request, Some(error));
-        }
-        // A read that ends inside a block has met the end of the file.
-        direct.memory.zero(0, direct.memory.len());
-        self.part_done(direct.request, None);
     }
 
     fn begin_write(

@@ -138,6 +138,16 @@ impl<S: Storage> Worker<S> {
                     memory.zero(done, memory.len() - done);
                     return Ok(());
                 }
+                Ok(bytes) if self.ends_file(file, at + bytes as u64) => {
+                    memory.zero(done + bytes, memory.len() - done - bytes);
+                    return Ok(());
+                }
+                Ok(bytes)
+                    if bytes > self.whole_blocks(file, bytes) && retries < limits::RETRIES =>
+                {
+                    done += self.whole_blocks(file, bytes);
+                    retries += 1;
+                }
                 Ok(bytes) => done += bytes,
                 Err(error) if interrupted(&error) && retries < limits::RETRIES => retries += 1,
                 Err(error) => {
@@ -152,6 +162,22 @@ impl<S: Storage> Worker<S> {
             }
         }
         Ok(())
+    }
+
+    /// Whether a read that stopped here has met the end of the file inside a block: under O_DIRECT, going on from
+    /// there would be refused.
+    pub(crate) fn ends_file(&self, file: FileId, end: u64) -> bool {
+        let align = u64::from(self.reactor.properties(file).alignment);
+        !end.is_multiple_of(align)
+            && self
+                .reactor
+                .with_storage(|storage| storage.file_len(file))
+                .is_ok_and(|bytes| bytes <= end)
+    }
+
+    /// The part of a short read or write from which one can go on.
+    pub(crate) fn whole_blocks(&self, file: FileId, bytes: usize) -> usize {
+        bytes - bytes % self.reactor.properties(file).alignment as usize
     }
 
     /// Writes all of `memory`. Offset and length obey the file's alignment.
@@ -191,6 +217,12 @@ impl<S: Storage> Worker<S> {
                         (memory.len() - done) as u64,
                         &full,
                     ));
+                }
+                Ok(bytes)
+                    if bytes > self.whole_blocks(file, bytes) && retries < limits::RETRIES =>
+                {
+                    done += self.whole_blocks(file, bytes);
+                    retries += 1;
                 }
                 Ok(bytes) => done += bytes,
                 Err(error) if interrupted(&error) && retries < limits::RETRIES => retries += 1,
