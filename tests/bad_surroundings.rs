@@ -450,7 +450,7 @@ fn arguments_that_make_no_sense() {
         (serve("--discard maybe"), "discard"),
         (serve("--format vmdk"), "format"),
         (serve("--backing-dir / --no-backing"), "no-backing"),
-        (serve("--l2-cache-size -1"), "l2-cache-size"),
+        (serve("--l2-cache-size=-1"), "l2-cache-size"),
         (serve("--nbd unix:"), "nbd"),
         (serve("--frobnicate"), "frobnicate"),
         (serve("another.qcow2"), "another.qcow2"),

@@ -321,10 +321,15 @@ fn check_finds_and_repairs() {
                 std::fs::copy(&broken, copy).expect("copying");
             }
             let arguments = format!("check --output=json -f qcow2 -r {repair}");
+            let mended = urus().words(&arguments).arg(&ours).run();
+            if repair == "leaks" && code != 3 {
+                // qemu-img gives up here without a word of JSON. The leaks are mended, the errors remain.
+                let _ = mended.expect_code(2);
+                continue;
+            }
             let theirs = qemu::img(&arguments).arg(&theirs).run();
-            let ours = urus().words(&arguments).arg(&ours).run();
-            let context = format!("{what}, -r {repair}\n{theirs}\n{ours}");
-            assert_eq!(theirs.status.code(), ours.status.code(), "{context}");
+            let context = format!("{what}, -r {repair}\n{theirs}\n{mended}");
+            assert_eq!(theirs.status.code(), mended.status.code(), "{context}");
             for field in [
                 "check-errors",
                 "corruptions",
@@ -334,16 +339,13 @@ fn check_finds_and_repairs() {
             ] {
                 assert_eq!(
                     theirs.json().get(field),
-                    ours.json().get(field),
+                    mended.json().get(field),
                     "{field}: {context}"
                 );
             }
-            if repair == "all" {
-                let ours = scratch.file("ours.qcow2");
-                qemu::assert_clean(&ours);
-                qemu::io_file(&ours, &["read -P 1 0 3M", "read -P 0 3M 13M"]);
-                urus().words("check -f qcow2").arg(&ours).ok();
-            }
+            qemu::assert_clean(&ours);
+            qemu::io_file(&ours, &["read -P 1 0 3M", "read -P 0 3M 13M"]);
+            urus().words("check -f qcow2").arg(&ours).ok();
         }
     }
     // What has no refcounts cannot be checked: qemu-img has an exit code of its own for that.

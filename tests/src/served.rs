@@ -303,13 +303,21 @@ impl Served {
         log
     }
 
-    /// Kills the server where it stands: no signal handler runs, nothing is flushed.
+    /// Kills the server where it stands: no signal handler runs, nothing is flushed. The kernel takes the rings of a
+    /// dead process apart in its own time, and until then they hold its files, and with them the locks on the image; so
+    /// this waits until the locks are gone.
     ///
     /// # Panics
-    /// When the server cannot be killed.
+    /// When the server cannot be killed, or its locks stay.
     pub fn kill(mut self) {
         self.child.kill().expect("killing the server");
         self.child.wait().expect("waiting for the killed server");
+        let free = poll(PATIENCE, || (!is_locked(&self.image)).then_some(()));
+        assert!(
+            free.is_some(),
+            "{}: still locked by a dead process",
+            self.image.display()
+        );
     }
 
     /// Whether the server is still there.
@@ -451,6 +459,22 @@ impl Drop for Holding {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+/// Whether anybody holds a lock on `file`.
+fn is_locked(file: &Path) -> bool {
+    use std::os::unix::fs::MetadataExt;
+    let inode = std::fs::metadata(file).expect("metadata of an image").ino();
+    // The sixth word is MAJOR:MINOR:INODE. Another file of the same number elsewhere only costs a moment.
+    let ours = |line: &str| {
+        line.split_whitespace()
+            .nth(5)
+            .is_some_and(|id| id.ends_with(&format!(":{inode}")))
+    };
+    std::fs::read_to_string("/proc/locks")
+        .expect("the list of locks")
+        .lines()
+        .any(ours)
 }
 
 fn read(path: &Path) -> String {
