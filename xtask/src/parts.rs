@@ -1,0 +1,99 @@
+//! The proofs: each part in small for CI, and for as long as told in `soak`.
+
+use crate::steps::Steps;
+
+/// A part: a run of the simulator.
+struct Part {
+    name: &'static str,
+    /// Arguments in CI.
+    small: &'static [&'static str],
+    /// Arguments of `soak`, to which minutes and seed are added.
+    soak: &'static [&'static str],
+}
+
+const PARTS: &[Part] = &[
+    Part {
+        name: "cuts",
+        small: &["--part", "cuts", "--states", "100000"],
+        soak: &["--part", "cuts"],
+    },
+    Part {
+        name: "plants",
+        small: &["--part", "plants"],
+        soak: &["--part", "plants"],
+    },
+];
+
+/// What `cargo xtask soak` was told.
+pub(crate) struct SoakOptions {
+    minutes: u64,
+    part: Option<String>,
+    seed: u64,
+}
+
+impl SoakOptions {
+    pub(crate) fn parse(words: &[&str]) -> Result<Self, String> {
+        let mut options = Self {
+            minutes: 60,
+            part: None,
+            seed: 1,
+        };
+        let mut words = words.iter();
+        while let Some(word) = words.next() {
+            let value = words
+                .next()
+                .ok_or_else(|| format!("{word} needs a value"))?;
+            let number = || {
+                value
+                    .parse::<u64>()
+                    .map_err(|_| format!("{word} {value}: not a number"))
+            };
+            match *word {
+                "--minutes" => options.minutes = number()?,
+                "--seed" => options.seed = number()?,
+                "--part" if PARTS.iter().any(|part| part.name == *value) => {
+                    options.part = Some((*value).to_owned())
+                }
+                "--part" => {
+                    let names: Vec<_> = PARTS.iter().map(|part| part.name).collect();
+                    return Err(format!(
+                        "no part is called {value}: there are {}",
+                        names.join(", ")
+                    ));
+                }
+                _ => return Err(format!("{word} is unknown")),
+            }
+        }
+        Ok(options)
+    }
+}
+
+fn simulate(steps: &mut Steps, name: &str, arguments: &[&str]) {
+    let mut all = vec![
+        "run", "--locked", "--quiet", "-p", "urus-sim", "--bin", "urus-sim", "--",
+    ];
+    all.extend(arguments);
+    steps.cargo(&format!("simulate {name}"), &all);
+}
+
+/// Every part, as far as CI's time allows.
+pub(crate) fn small(steps: &mut Steps) {
+    for part in PARTS {
+        simulate(steps, part.name, part.small);
+    }
+}
+
+/// The parts asked for, sharing the time.
+pub(crate) fn soak(steps: &mut Steps, options: &SoakOptions) {
+    let chosen: Vec<&Part> = PARTS
+        .iter()
+        .filter(|part| options.part.as_ref().is_none_or(|name| name == part.name))
+        .collect();
+    let minutes = (options.minutes / chosen.len() as u64).max(1).to_string();
+    let seed = options.seed.to_string();
+    for part in chosen {
+        let mut arguments = part.soak.to_vec();
+        arguments.extend(["--minutes", &minutes, "--seed", &seed]);
+        simulate(steps, part.name, &arguments);
+    }
+}
