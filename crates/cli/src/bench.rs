@@ -37,7 +37,12 @@ pub(crate) struct Args {
     format: FormatArg,
 
     /// Bytes per request
-    #[arg(long, value_name = "BYTES", default_value = "4k")]
+    #[arg(
+        long,
+        value_name = "BYTES",
+        default_value = "4k",
+        allow_negative_numbers = true
+    )]
     block_size: Size,
 
     /// Requests in flight per queue
@@ -68,7 +73,7 @@ pub(crate) struct Args {
     overwrite: bool,
 
     /// Only the first SIZE bytes of the virtual disk
-    #[arg(long, value_name = "SIZE")]
+    #[arg(long, value_name = "SIZE", allow_negative_numbers = true)]
     span: Option<Size>,
 
     /// What lies between the files and the disk
@@ -80,7 +85,7 @@ pub(crate) struct Args {
     io: IoArg,
 
     /// Memory for cached L2 tables
-    #[arg(long, value_name = "BYTES")]
+    #[arg(long, value_name = "BYTES", allow_negative_numbers = true)]
     l2_cache_size: Option<Size>,
 
     #[command(flatten)]

@@ -47,6 +47,7 @@ pub(crate) struct Args {
     pub(crate) file: Option<PathBuf>,
 
     /// Size of the virtual disk: bytes, or a number with k, M, G, T, P or E (8G, 1.5T); taken from the backing file when omitted
+    #[arg(allow_negative_numbers = true)]
     size: Option<Size>,
 }
 

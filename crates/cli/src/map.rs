@@ -27,11 +27,22 @@ pub(crate) struct Args {
     output: OutputArg,
 
     /// Where to begin on the virtual disk
-    #[arg(short, long, value_name = "OFFSET", default_value = "0")]
+    #[arg(
+        short,
+        long,
+        value_name = "OFFSET",
+        default_value = "0",
+        allow_negative_numbers = true
+    )]
     start_offset: Size,
 
     /// How much to show
-    #[arg(short = 'l', long, value_name = "LENGTH")]
+    #[arg(
+        short = 'l',
+        long,
+        value_name = "LENGTH",
+        allow_negative_numbers = true
+    )]
     max_length: Option<Size>,
 
     /// Also when another process writes the image; what is shown may be stale

@@ -36,7 +36,7 @@ pub(crate) struct Args {
     format: FormatArg,
 
     /// Create the image if it does not exist; if it does, it must have this size (8G, 1.5T)
-    #[arg(long, value_name = "SIZE")]
+    #[arg(long, value_name = "SIZE", allow_negative_numbers = true)]
     create: Option<Size>,
 
     /// Listen here: unix:PATH or HOST:PORT; may be given several times [default: unix:IMAGE.nbd.sock]
@@ -72,7 +72,7 @@ pub(crate) struct Args {
     backing: BackingArgs,
 
     /// Memory for cached L2 tables, of the whole image [default: 64M, which maps 512G with clusters of 64K]
-    #[arg(long, value_name = "BYTES")]
+    #[arg(long, value_name = "BYTES", allow_negative_numbers = true)]
     l2_cache_size: Option<Size>,
 }
 
