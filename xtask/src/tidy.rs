@@ -49,10 +49,13 @@ fn source(name: &str, text: &str, faults: &mut Vec<String>) {
     for (index, line) in text.lines().enumerate() {
         let code = line.split("//").next().unwrap_or("").trim();
         let mut fault = |what: &str| faults.push(format!("{name}:{}: {what}", index + 1));
-        let is_unsafe = ["unsafe {", "unsafe fn", "unsafe impl"]
-            .iter()
-            .any(|word| code.contains(word));
-        if is_unsafe && !name.starts_with("crates/ring/") {
+        // The product's own code. An example that plays a VMM has guest memory, a test its counting allocator.
+        let product = name.contains("/src/") && !name.starts_with("crates/ring/");
+        if product
+            && ["unsafe {", "unsafe fn", "unsafe impl"]
+                .iter()
+                .any(|word| code.contains(word))
+        {
             fault("unsafe code belongs into crates/ring");
         }
         if code.contains("todo!(") || code.contains("unimplemented!(") {
