@@ -436,7 +436,7 @@ impl<S: Storage> Core<S> {
     }
 
     /// An operation of a hit has completed: whole, short, interrupted or failed.
-    fn direct_done(&self, mut direct: Direct<S::Memory>, result: io::Result<usize>) {
+    fn direct_done(self: &Rc<Self>, mut direct: Direct<S::Memory>, result: io::Result<usize>) {
         let name = if direct.write { "write" } else { "read" };
         let fail = |error: &io::Error| {
             Some(self.worker.io_error(
@@ -469,27 +469,33 @@ impl<S: Storage> Core<S> {
         self.part_done(direct.request, outcome);
     }
 
-    /// Goes on after a short read or write. Under O_DIRECT the rest may have lost its alignment (the end of the
-    /// file lies inside a block): then the rest is done through memory of our own.
-    fn continue_direct(&self, direct: Direct<S::Memory>) {
-        let align = u64::from(self.worker.reactor.properties(direct.file).alignment);
-        if direct.offset % align == 0 && (direct.memory.len() as u64).is_multiple_of(align) {
+    /// Goes on after a short read or write. Under O_DIRECT the rest may have lost its alignment: at the end of the
+    /// file, or (nothing forbids it) anywhere; then a task does it in whole blocks. All of them are the request's own.
+    fn continue_direct(self: &Rc<Self>, direct: Direct<S::Memory>) {
+        let Direct {
+            request,
+            file,
+            offset,
+            ref memory,
+            write,
+            ..
+        } = direct;
+        if self.worker.past_block(file, offset) == 0 {
             return self.submit_one(direct);
         }
-        if direct.write {
-            let error = io::Error::from_raw_os_error(5);
-            let error = self.worker.io_error(
-                "write",
-                direct.file,
-                direct.offset,
-                direct.memory.len() as u64,
-                &error,
-            );
-            return self.part_done(direct.request, Some(error));
+        let memory = memory.clone();
+        if write {
+            self.spawn(request, move |core| async move {
+                core.worker.write_widened(file, offset, memory).await
+            });
+        } else if self.worker.is_past_end(file, offset) {
+            memory.zero(0, memory.len());
+            self.part_done(request, None);
+        } else {
+            self.spawn(request, move |core| async move {
+                core.worker.read(file, offset, memory).await
+            });
         }
-        // A read that ends inside a block has met the end of the file.
-        direct.memory.zero(0, direct.memory.len());
-        self.part_done(direct.request, None);
     }
 
     fn begin_write(

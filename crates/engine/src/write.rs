@@ -135,7 +135,12 @@ impl<S: Storage> Worker<S> {
     }
 
     /// Writes at any offset: what is not aligned is read, changed and written as whole blocks (O18).
-    async fn write_widened(&self, file: FileId, host: u64, memory: S::Memory) -> Result<()> {
+    pub(crate) async fn write_widened(
+        &self,
+        file: FileId,
+        host: u64,
+        memory: S::Memory,
+    ) -> Result<()> {
         let align = u64::from(self.reactor.properties(file).alignment);
         let len = memory.len() as u64;
         if host.is_multiple_of(align) && len.is_multiple_of(align) {
