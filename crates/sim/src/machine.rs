@@ -408,6 +408,21 @@ impl Machine {
         }
     }
 
+    /// Reads the whole disk, in pieces.
+    ///
+    /// # Errors
+    /// As [`drain`](Self::drain).
+    pub fn read_all(&mut self) -> Result<(), String> {
+        let sectors = self.model.sectors();
+        let mut lba = 0;
+        while lba < sectors {
+            let count = (1 + self.rng.below(64)).min(sectors - lba);
+            self.ask(Ask::Read { lba, count })?;
+            lba += count;
+        }
+        self.drain()
+    }
+
     /// A file's bytes as reads see them now.
     #[must_use]
     pub fn file(&self, file: FileId) -> Vec<u8> {
