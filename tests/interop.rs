@@ -39,7 +39,9 @@ impl Shape {
     }
 
     fn driver(self) -> Driver {
-        Driver::ALL[usize::from((self.cluster_bits + self.refcount_order + self.version) % 2 == 0)]
+        Driver::ALL[usize::from(
+            (self.cluster_bits + self.refcount_order + self.version).is_multiple_of(2),
+        )]
     }
 
     fn script(self, turn: u64) -> Vec<script::Step> {

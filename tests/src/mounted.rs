@@ -200,20 +200,33 @@ pub struct Background {
 
 impl Background {
     /// Starts it and waits until `socket` is there.
+    #[must_use]
+    pub fn start(program: Program, log: &Path, socket: &Path) -> Self {
+        Self::start_when(program, log, || socket.exists())
+    }
+
+    /// Starts it and waits until `ready`.
     ///
     /// # Panics
     /// When it does not come up.
     #[must_use]
-    pub fn start(program: Program, log: &Path, socket: &Path) -> Self {
+    pub fn start_when(program: Program, log: &Path, ready: impl Fn() -> bool) -> Self {
         let (child, line) = program.background(log);
         let this = Self { child };
-        let up = poll(PATIENCE, || socket.exists().then_some(()));
+        let up = poll(PATIENCE, || ready().then_some(()));
         assert!(
             up.is_some(),
             "{line}\n{}",
             std::fs::read_to_string(log).unwrap_or_default()
         );
         this
+    }
+
+    /// Sends SIGTERM and gives the exit code, if it ends with one in time.
+    pub fn stop(&mut self) -> Option<i32> {
+        let pid = rustix::process::Pid::from_child(&self.child);
+        let _ = rustix::process::kill_process(pid, rustix::process::Signal::TERM);
+        wait(&mut self.child, PATIENCE)?.code()
     }
 }
 

@@ -2,7 +2,7 @@
 
 use crate::Finished;
 use crate::program::{Program, poll, program, urus, urus_within, wait};
-use std::io::{BufRead, BufReader, Write};
+use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Child;
@@ -128,6 +128,15 @@ impl Serve {
     /// When it does not come up; the message has its log.
     #[must_use]
     pub fn start(self) -> Served {
+        self.start_or_refused()
+            .unwrap_or_else(|refused| panic!("did not come up: {refused}"))
+    }
+
+    /// Starts a server that may come up or refuse, where both are right.
+    ///
+    /// # Errors
+    /// How it refused, with an exit code other than 0.
+    pub fn start_or_refused(self) -> Result<Served, Finished> {
         let directory = tempfile::Builder::new()
             .prefix("urus-")
             .tempdir()
@@ -136,22 +145,34 @@ impl Serve {
         let log = directory.path().join("log");
         let started = Instant::now();
         let (mut child, line) = self.command(&socket).background(&log);
-        let up = poll(PATIENCE, || {
-            let gone = child.try_wait().expect("waiting for the server").is_some();
-            (gone || UnixStream::connect(&socket).is_ok()).then_some(!gone)
+        let gone = poll(PATIENCE, || {
+            let gone = child.try_wait().expect("waiting for the server");
+            (gone.is_some() || UnixStream::connect(&socket).is_ok()).then_some(gone)
         });
-        let ready_after = started.elapsed();
-        if up != Some(true) {
-            let _ = child.kill();
-            let status = child.wait();
-            panic!("{line}\ndid not come up ({status:?}):\n{}", read(&log));
-        }
-        Served {
-            child,
-            line,
-            image: self.image,
-            directory,
-            ready_after,
+        let elapsed = started.elapsed();
+        match gone {
+            Some(None) => Ok(Served {
+                child,
+                line,
+                image: self.image,
+                directory,
+                ready_after: elapsed,
+            }),
+            Some(Some(status)) => {
+                let finished = Finished {
+                    line,
+                    status,
+                    stdout: String::new(),
+                    stderr: read(&log),
+                    elapsed,
+                };
+                Err(finished.expect_refusal())
+            }
+            None => {
+                let _ = child.kill();
+                let _ = child.wait();
+                panic!("{line}\nneither came up nor refused:\n{}", read(&log));
+            }
         }
     }
 
@@ -264,6 +285,24 @@ impl Served {
         log
     }
 
+    /// Sends SIGTERM to a server whose image is damaged: it must go, by itself and without a panic, but may complain.
+    ///
+    /// # Panics
+    /// When it does not.
+    #[must_use]
+    pub fn stop_complaining(mut self) -> String {
+        self.signal(rustix::process::Signal::TERM);
+        let status = wait(&mut self.child, PATIENCE);
+        let log = self.log();
+        let code = status.and_then(|status| status.code());
+        assert!(
+            code.is_some() && !log.contains("panicked at"),
+            "{}\n{status:?}\n{log}",
+            self.line
+        );
+        log
+    }
+
     /// Kills the server where it stands: no signal handler runs, nothing is flushed.
     ///
     /// # Panics
@@ -343,19 +382,7 @@ impl Served {
     pub fn holding(&self, script: &str) -> Holding {
         let script =
             format!("{script}\nimport sys\nprint('ready', flush=True)\nsys.stdin.readline()\n");
-        let (mut child, line) = self.nbdsh_program(&script).converse();
-        let mut first = String::new();
-        let stdout = child.stdout.take().expect("a piped stream");
-        BufReader::new(stdout)
-            .read_line(&mut first)
-            .expect("reading from nbdsh");
-        assert_eq!(
-            first.trim(),
-            "ready",
-            "{line}\ndid not get ready; server log:\n{}",
-            self.log()
-        );
-        Holding { child }
+        Holding::until_prompt(self.nbdsh_program(&script), "ready")
     }
 }
 
@@ -377,13 +404,37 @@ impl Drop for Served {
     }
 }
 
-/// A client that holds its connection; see [`Served::holding`].
+/// A program that has got where it should and waits for input: a client that holds its connection
+/// ([`Served::holding`]), or QEMU with an image open.
 #[derive(Debug)]
 pub struct Holding {
     child: Child,
 }
 
 impl Holding {
+    /// Starts a program and waits until it has printed `prompt`.
+    ///
+    /// # Panics
+    /// When it ends before.
+    #[must_use]
+    pub fn until_prompt(program: Program, prompt: &str) -> Self {
+        let (mut child, line) = program.converse();
+        let mut stdout = child.stdout.take().expect("a piped stream");
+        let mut said = Vec::new();
+        let mut byte = [0];
+        while !said.ends_with(prompt.as_bytes()) {
+            let read = stdout.read(&mut byte).expect("reading from a child");
+            assert_eq!(
+                read,
+                1,
+                "{line}\nended without {prompt:?}: {}",
+                String::from_utf8_lossy(&said)
+            );
+            said.push(byte[0]);
+        }
+        Self { child }
+    }
+
     /// Lets the client go on to its end, whatever it makes of a server that may be gone.
     pub fn release(mut self) {
         if let Some(mut stdin) = self.child.stdin.take() {

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use clap::ValueEnum;
 use serde::Serialize;
-use urus::Format;
+use urus::{CheckReport, Format, Repair};
 
 use crate::common::{FormatArg, OutputArg, format_to_inspect};
 use crate::failure::{Failure, Outcome};
@@ -34,10 +34,6 @@ pub(crate) struct Args {
     #[arg(short, long)]
     quiet: bool,
 
-    /// Also when another process writes the image; what is found may not be there
-    #[arg(short = 'U', long, conflicts_with = "repair")]
-    force_share: bool,
-
     /// The image
     pub(crate) file: PathBuf,
 }
@@ -55,21 +51,24 @@ pub(crate) enum RepairArg {
 const NOT_CHECKABLE: u8 = 63;
 
 pub(crate) fn run(args: Args) -> Outcome {
-    let format = format_to_inspect(&args.file, args.format, !args.force_share)?;
+    let format = format_to_inspect(&args.file, args.format, true)?;
     if format != Format::Qcow2 {
         return Err(
             Failure::new("This image format does not support checks").with_code(NOT_CHECKABLE)
         );
     }
-    let mut report = check(&args, args.repair)?;
-    if report.corruptions_fixed > 0 || report.leaks_fixed > 0 {
-        let first = report;
-        if args.output == OutputArg::Human && !args.quiet {
-            print(&repaired(&first));
+    let repair = match args.repair {
+        None => Repair::None,
+        Some(RepairArg::Leaks) => Repair::Leaks,
+        Some(RepairArg::All) => Repair::All,
+    };
+    let found = urus::check(&args.file, repair)?;
+    let report = Report::new(args.file.display().to_string(), &found);
+    if !args.quiet || args.output == OutputArg::Json {
+        // Piece by piece on standard error, as with qemu-img.
+        for finding in &found.messages {
+            complain(&finding.to_string());
         }
-        report = check(&args, None)?;
-        report.leaks_fixed = first.leaks_fixed;
-        report.corruptions_fixed = first.corruptions_fixed;
     }
     match args.output {
         OutputArg::Human if args.quiet => {}
@@ -114,24 +113,24 @@ fn is_zero(value: &u64) -> bool {
     *value == 0
 }
 
-/// Checks once. What is found, piece by piece, goes to standard error, as with qemu-img.
-fn check(args: &Args, repair: Option<RepairArg>) -> Result<Report, Failure> {
-    let _ = (repair, complain as fn(&str));
-    Err(Failure::new(format!(
-        "{}: this build of urus cannot check images yet: use `qemu-img check`",
-        args.file.display()
-    )))
-}
-
-fn repaired(report: &Report) -> String {
-    format!(
-        "The following inconsistencies were found and repaired:\n\n    {} leaked clusters\n    {} corruptions\n\n\
-         Double checking the fixed image now...\n",
-        report.leaks_fixed, report.corruptions_fixed
-    )
-}
-
 impl Report {
+    fn new(filename: String, found: &CheckReport) -> Self {
+        Self {
+            image_end_offset: found.image_end_offset,
+            compressed_clusters: found.compressed_clusters,
+            total_clusters: found.total_clusters,
+            corruptions: found.corruptions,
+            check_errors: found.check_errors,
+            leaks: found.leaks,
+            leaks_fixed: found.leaks_fixed,
+            corruptions_fixed: found.corruptions_fixed,
+            allocated_clusters: found.allocated_clusters,
+            filename,
+            format: Format::Qcow2.name(),
+            fragmented_clusters: found.fragmented_clusters,
+        }
+    }
+
     fn code(&self) -> ExitCode {
         ExitCode::from(match self {
             Self {
@@ -144,6 +143,13 @@ impl Report {
 
     fn text(&self) -> String {
         let mut text = String::new();
+        if self.leaks_fixed > 0 || self.corruptions_fixed > 0 {
+            text.push_str(&format!(
+                "The following inconsistencies were found and repaired:\n\n    {} leaked clusters\n    {} corruptions\n\n\
+                 Double checking the fixed image now...\n",
+                self.leaks_fixed, self.corruptions_fixed
+            ));
+        }
         if self.corruptions == 0 && self.leaks == 0 && self.check_errors == 0 {
             text.push_str("No errors were found on the image.\n");
         }
@@ -223,6 +229,17 @@ mod tests {
             format!(
                 "\n1 leaked clusters were found on the image.\n\
                  This means waste of disk space, but no harm to data.\n{statistics}"
+            )
+        );
+        let fixed = Report {
+            leaks_fixed: 1,
+            ..report()
+        };
+        assert_eq!(
+            fixed.text(),
+            format!(
+                "The following inconsistencies were found and repaired:\n\n    1 leaked clusters\n    0 corruptions\n\n\
+                 Double checking the fixed image now...\nNo errors were found on the image.\n{statistics}"
             )
         );
         let corrupt = Report {

@@ -272,11 +272,18 @@ impl Wanted {
     /// What qemu-img says, where it says it well.
     fn check_qcow2(&self) -> Result<(), Failure> {
         let fail = |what: &str| Err(Failure::new(what));
+        let because = |option: String, what: &str| Err(Failure::new(format!("{option}: {what}")));
         if !self.cluster_size.is_power_of_two() || !(512..=2 << 20).contains(&self.cluster_size) {
-            return fail("Cluster size must be a power of two between 512 and 2048k");
+            return because(
+                format!("cluster_size={}", self.cluster_size),
+                "Cluster size must be a power of two between 512 and 2048k",
+            );
         }
         if !self.refcount_bits.is_power_of_two() || self.refcount_bits > 64 {
-            return fail("Refcount width must be a power of two and may not exceed 64 bits");
+            return because(
+                format!("refcount_bits={}", self.refcount_bits),
+                "Refcount width must be a power of two and may not exceed 64 bits",
+            );
         }
         if self.version < 3 {
             if self.refcount_bits != 16 {

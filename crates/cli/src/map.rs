@@ -1,9 +1,11 @@
 //! `urus map`, as `qemu-img map`.
 
-use std::path::PathBuf;
+mod holes;
+
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use urus::{BlockingIo, Extent, OpenOptions};
+use urus::{BlockingIo, Device, Extent, Format, InfoOptions, OpenOptions};
 
 use crate::common::{BackingArgs, FormatArg, OutputArg, format_to_inspect};
 use crate::failure::{Failure, Outcome};
@@ -64,17 +66,15 @@ pub(crate) fn run(args: Args) -> Outcome {
         .max_length
         .map_or(u64::MAX, |length| start.saturating_add(length.0))
         .min(device.size());
-    let files: Vec<String> = device
-        .layers()
-        .iter()
-        .map(|layer| layer.path.display().to_string())
-        .collect();
-    let mut printer = Printer::begin(args.output, files);
+    let mut printer = Printer::begin(args.output, names(&args.file, &device));
+    let holes = holes::Holes::open(device.layers());
     let mut pieces = Pieces { last: None };
     let mut io = device.blocking()?;
-    walk(&mut io, start, end, |extent| match pieces.add(extent) {
-        Some(extent) => printer.show(&extent),
-        None => Ok(()),
+    walk(&mut io, start, end, |extent| {
+        holes.split(extent, |extent| match pieces.add(extent) {
+            Some(extent) => printer.show(&extent),
+            None => Ok(()),
+        })
     })?;
     // An empty range still gets an answer.
     let last = pieces.last.take().unwrap_or(Extent {
@@ -92,6 +92,23 @@ pub(crate) fn run(args: Args) -> Outcome {
     drop(io);
     device.close()?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// What to call the layers: as qemu-img does, by the names that the images record, seen from here.
+fn names(file: &Path, device: &Device) -> Vec<String> {
+    let mut names = vec![file.to_owned()];
+    for layer in &device.layers()[1..] {
+        let above = names.last().expect("the image itself");
+        // They are open and locked: looking at them again is harmless.
+        let recorded = urus::info(above, InfoOptions::new().format(Format::Qcow2).lock(false))
+            .ok()
+            .and_then(|info| info.qcow2?.backing?.path);
+        names.push(recorded.unwrap_or_else(|| layer.path.clone()));
+    }
+    names
+        .iter()
+        .map(|name| name.display().to_string())
+        .collect()
 }
 
 fn walk(

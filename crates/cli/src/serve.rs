@@ -4,6 +4,7 @@ mod banner;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::time::{Duration, Instant};
 
 use urus::{CreateOptions, Device, Format, InfoOptions, OpenOptions};
 use urus_nbd::{Listen, Listener, Server};
@@ -108,10 +109,7 @@ pub(crate) fn run(args: Args) -> Outcome {
         .map_err(|error| Failure::new(format!("cannot watch for signals: {error}")))?;
     let places = Places::of(&args)?;
     places.look()?;
-    if let Some(Size(size)) = args.create {
-        create(&args.image, args.format.into(), size)?;
-    }
-    let device = args.open_options().open(&args.image)?;
+    let device = open(&args)?;
     let server = start(&args, &device, places)?;
     banner::print(&args, &device, &server);
 
@@ -129,6 +127,43 @@ pub(crate) fn run(args: Args) -> Outcome {
     Ok(ExitCode::SUCCESS)
 }
 
+/// How long an image that is in use may be let go. A process that was killed holds its locks until the kernel has taken its rings apart,
+/// which it does in the background.
+const LOCK_PATIENCE: Duration = Duration::from_secs(1);
+
+fn open(args: &Args) -> Result<Device, Failure> {
+    let options = args.open_options();
+    let attempt = || {
+        if let Some(Size(size)) = args.create {
+            create(&args.image, args.format.into(), size)?;
+        }
+        options.open(&args.image).map_err(OpenError::Urus)
+    };
+    let begin = Instant::now();
+    loop {
+        match attempt() {
+            Err(OpenError::Urus(urus::Error::InUse { .. })) if begin.elapsed() < LOCK_PATIENCE => {
+                std::thread::sleep(Duration::from_millis(20));
+            }
+            Ok(device) => return Ok(device),
+            Err(OpenError::Urus(error)) => return Err(error.into()),
+            Err(OpenError::Other(failure)) => return Err(failure),
+        }
+    }
+}
+
+/// Why an image cannot be served: to tell the one reason that may pass.
+enum OpenError {
+    Urus(urus::Error),
+    Other(Failure),
+}
+
+impl From<urus::Error> for OpenError {
+    fn from(error: urus::Error) -> Self {
+        Self::Urus(error)
+    }
+}
+
 fn start(args: &Args, device: &Device, places: Places) -> Result<Server, Failure> {
     let mut builder = Server::builder(device.clone()).queues(args.queues());
     for listener in places.bind()? {
@@ -138,7 +173,7 @@ fn start(args: &Args, device: &Device, places: Places) -> Result<Server, Failure
 }
 
 /// Creates the image, or sees that the one that is there has the size.
-fn create(image: &Path, format: Format, size: u64) -> Result<(), Failure> {
+fn create(image: &Path, format: Format, size: u64) -> Result<(), OpenError> {
     if image.symlink_metadata().is_err() {
         urus::create(image, CreateOptions::new().format(format).size(size))?;
         tracing::info!(size, "created");
@@ -147,11 +182,11 @@ fn create(image: &Path, format: Format, size: u64) -> Result<(), Failure> {
     let there = urus::info(image, InfoOptions::new().format(format))?.virtual_size;
     // As creating it would.
     if there != size.next_multiple_of(512) {
-        return Err(Failure::new(format!(
+        return Err(OpenError::Other(Failure::new(format!(
             "{}: exists with a size of {} ({there} bytes), and --create asks for {size} bytes; leave --create away to serve it as it is",
             image.display(),
             crate::size::human(there)
-        )));
+        ))));
     }
     Ok(())
 }
@@ -174,7 +209,10 @@ impl Places {
         let list = args
             .nbd
             .iter()
-            .map(|text| text.parse().map_err(Failure::usage))
+            .map(|text| {
+                text.parse()
+                    .map_err(|error: urus_nbd::Error| Failure::usage(format!("--nbd: {error}")))
+            })
             .collect::<Result<_, _>>()?;
         Ok(Self {
             list,

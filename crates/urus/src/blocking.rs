@@ -4,8 +4,8 @@ use crate::{Buffer, Completion, Device, Extent, Queue, Request, Result, limits};
 
 /// Plain reads and writes over one [`Queue`], for tools and tests. Each call waits until it is done.
 ///
-/// Offsets and lengths are in bytes, of any alignment. Long transfers are cut into pieces, several of which are under way at
-/// once: so they are not atomic, and a failed one may have done any part.
+/// Offsets and lengths are in bytes, of any alignment. Long transfers are cut into pieces, several of which are
+/// under way at once: so they are not atomic, and a failed one may have done any part.
 #[derive(Debug)]
 pub struct BlockingIo {
     queue: Queue,
@@ -110,7 +110,8 @@ impl BlockingIo {
         self.queue.device()
     }
 
-    /// Cuts a transfer into chunks and keeps a few of them going. `done` gets the start of a chunk in `bytes`, and its buffer.
+    /// Cuts a transfer into chunks and keeps a few of them going. `done` gets the start of a chunk in `bytes`,
+    /// and its buffer.
     fn transfer<B>(
         &mut self,
         mut chunks: impl Iterator<Item = Chunk>,

@@ -96,7 +96,8 @@ impl CreateOptions {
         self
     }
 
-    /// A backing file, by the name to record (a relative one is relative to the directory of the new image), and its format.
+    /// A backing file, by the name to record (a relative one is relative to the directory of the new image),
+    /// and its format.
     pub fn backing(&mut self, name: impl Into<PathBuf>, format: Format) -> &mut Self {
         self.backing = Some((name.into(), format));
         self
@@ -120,8 +121,8 @@ impl CreateOptions {
 /// touched only after everything that can be checked beforehand was.
 ///
 /// # Errors
-/// A file that exists (unless [`CreateOptions::overwrite`]), options that do not go together, a backing file that cannot be
-/// opened, or what the operating system says.
+/// A file that exists (unless [`CreateOptions::overwrite`]), options that do not go together, a backing file
+/// that cannot be opened, or what the operating system says.
 pub fn create(path: impl AsRef<Path>, options: &CreateOptions) -> Result<()> {
     let path = path.as_ref();
     let plan = plan(path, options)?;

@@ -251,8 +251,8 @@ impl Device {
         Ok(BlockingIo::new(self.queue()?.activate()?))
     }
 
-    /// Makes everything durable whose completion was seen before, on any queue. Blocks: a thread with requests in flight on a queue of
-    /// its own submits [`Request::flush`](crate::Request::flush) there instead.
+    /// Makes everything durable whose completion was seen before, on any queue. Blocks: a thread with requests
+    /// in flight on a queue of its own submits [`Request::flush`](crate::Request::flush) there instead.
     ///
     /// # Errors
     /// As a flush request: after one has failed, nothing is written any more.
@@ -261,12 +261,13 @@ impl Device {
         self.core.ask(Control::Flush)
     }
 
-    /// Holds new requests, waits for those in flight on every queue, and makes everything durable; then the image on disk
-    /// is complete, and can be copied or opened elsewhere read-only. With [`PauseOptions::release_locks`] another process may write it until
-    /// [`resume`](Self::resume). Requests submitted meanwhile wait.
+    /// Holds new requests, waits for those in flight on every queue, and makes everything durable; then the
+    /// image on disk is complete, and can be copied or opened elsewhere read-only. With
+    /// [`PauseOptions::release_locks`] another process may write it until [`resume`](Self::resume). Requests
+    /// submitted meanwhile wait.
     ///
-    /// Blocks, and needs the queues to be polled: not to be called from a thread whose own queue has requests in flight.
-    /// On a paused device it only adds the release of the locks.
+    /// Blocks, and needs the queues to be polled: not to be called from a thread whose own queue has requests
+    /// in flight. On a paused device it only adds the release of the locks.
     ///
     /// # Errors
     /// As [`flush`](Self::flush); the device is not paused then.
@@ -275,7 +276,11 @@ impl Device {
         let released = match *state {
             State::Closed => return Err(Error::Closed),
             State::Running => {
-                self.core.ask(Control::Pause)?;
+                if let Err(error) = self.core.ask(Control::Pause) {
+                    // Requests are held already: let them go on. The first error is the one to tell.
+                    let _ = self.core.ask(|reply| Control::Resume(None, reply));
+                    return Err(error);
+                }
                 *state = State::Paused {
                     locks_released: false,
                 };
@@ -297,12 +302,13 @@ impl Device {
         Ok(())
     }
 
-    /// Goes on after [`pause`](Self::pause), with the requests that have waited. Where the locks were let go it takes them again and re-reads
-    /// the image's metadata. Does nothing on a device that is not paused.
+    /// Goes on after [`pause`](Self::pause), with the requests that have waited. Where the locks were let go it
+    /// takes them again and re-reads the image's metadata. Does nothing on a device that is not paused.
     ///
     /// # Errors
-    /// [`Error::InUse`] when somebody else holds the image now; [`Error::Invalid`] when its header was changed in a way that needs it to be
-    /// opened anew (another cluster size, another backing file). The device stays paused.
+    /// [`Error::InUse`] when somebody else holds the image now; [`Error::Invalid`] when its header was changed
+    /// in a way that needs it to be opened anew (another cluster size, another backing file). The device stays
+    /// paused.
     pub fn resume(&self) -> Result<()> {
         let mut state = self.core.state();
         match *state {
@@ -344,11 +350,13 @@ impl Device {
         }
     }
 
-    /// Ends the device: waits for the requests in flight on every queue, makes everything durable, clears the dirty bit, lets
-    /// go of the locks, and says whether all that worked. Requests submitted afterwards fail with
-    /// [`Error::Closed`]. Closing again does nothing. Dropping the last handle does the same, but can only log an error.
+    /// Ends the device: waits for the requests in flight on every queue, makes everything durable, clears the
+    /// dirty bit, lets go of the locks, and says whether all that worked. Requests submitted afterwards fail
+    /// with [`Error::Closed`]. Closing again does nothing. Dropping the last handle does the same, but can only
+    /// log an error.
     ///
-    /// Blocks, and needs the queues to be polled: not to be called from a thread whose own queue has requests in flight.
+    /// Blocks, and needs the queues to be polled: not to be called from a thread whose own queue has requests
+    /// in flight.
     ///
     /// # Errors
     /// What could not be made durable.
@@ -399,8 +407,8 @@ impl Core {
 
     /// Asks something of the maintenance thread, and waits for the answer.
     fn ask(&self, control: impl FnOnce(ControlReply) -> Control) -> Result<()> {
-        /// How often to see whether the thread that should answer is still there: another handle may close the device at this
-        /// moment.
+        /// How often to see whether the thread that should answer is still there: another handle may close the
+        /// device at this moment.
         const CHECK: Duration = Duration::from_secs(1);
         let (sender, receiver) = mpsc::sync_channel(1);
         let reply: ControlReply = Box::new(move |result| {
@@ -514,8 +522,8 @@ struct Started {
     driver: DriverKind,
 }
 
-/// Starts the thread that commits, allocates and punches for all queues. It opens the driver itself, since a ring belongs to the
-/// thread that made it.
+/// Starts the thread that commits, allocates and punches for all queues. It opens the driver itself, since a
+/// ring belongs to the thread that made it.
 fn spawn_maintenance(
     path: &Path,
     files: &Arc<FileSet>,

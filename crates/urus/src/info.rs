@@ -37,14 +37,15 @@ impl InfoOptions {
         Self::default()
     }
 
-    /// The format, where it is known. Otherwise a file is qcow2 when it begins as one, and else raw: good enough to show, never
-    /// good enough to open.
+    /// The format, where it is known. Otherwise a file is qcow2 when it begins as one, and else raw: good
+    /// enough to show, never good enough to open.
     pub fn format(&mut self, format: Format) -> &mut Self {
         self.format = Some(format);
         self
     }
 
-    /// Refuse an image that another process writes (default). Without, as `qemu-img info -U`, what is shown may be stale.
+    /// Refuse an image that another process writes (default). Without, as `qemu-img info -U`, what is shown may
+    /// be stale.
     pub fn lock(&mut self, lock: bool) -> &mut Self {
         self.lock = lock;
         self

@@ -79,12 +79,13 @@ pub enum DiscardPolicy {
     Ignore,
 }
 
-/// Which backing files may be opened. An image that comes from somebody else can name any file of the host, so this is
-/// a matter of security.
+/// Which backing files may be opened. An image that comes from somebody else can name any file of the host, so
+/// this is a matter of security.
 ///
-/// Names are resolved by the kernel beneath the directory (`openat2`, RESOLVE_BENEATH and RESOLVE_NO_MAGICLINKS): neither
-/// `..` nor a symbolic link leads out of it. A relative name is relative to the directory of the image that names it, as in
-/// QEMU; an absolute name is allowed when it lies beneath the directory.
+/// Names are resolved by the kernel beneath the directory (`openat2`, RESOLVE_BENEATH and
+/// RESOLVE_NO_MAGICLINKS): neither `..` nor a symbolic link leads out of it. A relative name is relative to the
+/// directory of the image that names it, as in QEMU; an absolute name is allowed when it lies beneath the
+/// directory.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum BackingPolicy {
@@ -145,8 +146,8 @@ impl OpenOptions {
         Self::default()
     }
 
-    /// Refuse everything that changes the disk, and open the image file read-only. Nothing is repaired then: a dirty image
-    /// stays dirty.
+    /// Refuse everything that changes the disk, and open the image file read-only. Nothing is repaired then: a
+    /// dirty image stays dirty.
     pub fn read_only(&mut self, read_only: bool) -> &mut Self {
         self.read_only = read_only;
         self
@@ -188,8 +189,8 @@ impl OpenOptions {
         self
     }
 
-    /// Memory for cached L2 tables, in bytes, of the whole device. The default (64 MiB) holds the map of 512 GiB with clusters of
-    /// 64 KiB.
+    /// Memory for cached L2 tables, in bytes, of the whole device. The default (64 MiB) holds the map of 512
+    /// GiB with clusters of 64 KiB.
     pub fn l2_cache_bytes(&mut self, bytes: u64) -> &mut Self {
         self.l2_cache_bytes = Some(bytes);
         self
@@ -201,8 +202,8 @@ impl OpenOptions {
         self
     }
 
-    /// Take QEMU's image locks on every file of the chain (default), so that QEMU and urus keep each other off one image.
-    /// Without them the caller sees to that.
+    /// Take QEMU's image locks on every file of the chain (default), so that QEMU and urus keep each other off
+    /// one image. Without them the caller sees to that.
     pub fn lock(&mut self, lock: bool) -> &mut Self {
         self.lock = lock;
         self
@@ -224,9 +225,10 @@ impl OpenOptions {
         Device::open(self, path.as_ref())
     }
 
-    /// Opens the image behind a descriptor, with its backing files behind `backing`, nearest first: for a process that may
-    /// not open files itself. The caller has chosen the files, so [`backing`](Self::backing) is not asked; formats and all other rules
-    /// hold. `image` is open for reading and writing unless [`read_only`](Self::read_only).
+    /// Opens the image behind a descriptor, with its backing files behind `backing`, nearest first: for a
+    /// process that may not open files itself. The caller has chosen the files, so [`backing`](Self::backing)
+    /// is not asked; formats and all other rules hold. `image` is open for reading and writing unless
+    /// [`read_only`](Self::read_only).
     ///
     /// # Errors
     /// As [`open`](Self::open), and [`Error::BackingCount`] unless there is exactly one descriptor per backing file.

@@ -1,7 +1,8 @@
 //! Where backing files may lie: from a recorded name to an open file, without leaving the allowed directory.
 //!
-//! What is allowed is decided by the kernel (`openat2` with RESOLVE_BENEATH): here a name is only brought into the form
-//! "relative to the allowed directory". Getting that wrong can refuse a good name; it cannot let a bad one through.
+//! What is allowed is decided by the kernel (`openat2` with RESOLVE_BENEATH): here a name is only brought into
+//! the form "relative to the allowed directory". Getting that wrong can refuse a good name; it cannot let a bad
+//! one through.
 
 use std::fs;
 use std::io;
@@ -14,7 +15,8 @@ use urus_ring::OpenFile;
 
 use crate::BackingPolicy;
 
-/// A directory under its two names: as the caller wrote it, made absolute, and without symbolic links. Images record either.
+/// A directory under its two names: as the caller wrote it, made absolute, and without symbolic links. Images
+/// record either.
 #[derive(Clone, Debug)]
 struct Names {
     given: PathBuf,
@@ -123,8 +125,8 @@ impl Place {
         ))
     }
 
-    /// The name as seen from the root. What `..` leads to is left to the kernel, except where the image itself lies outside of
-    /// the root: there it has to be followed to get in.
+    /// The name as seen from the root. What `..` leads to is left to the kernel, except where the image itself
+    /// lies outside of the root: there it has to be followed to get in.
     fn relative(&self, name: &Path) -> Option<PathBuf> {
         let names = &self.root.names;
         let path = if name.is_absolute() {

@@ -44,9 +44,9 @@ impl QueueSeat {
 
 /// A queue of a [`Device`], with its own ring, bound to the thread that activated it.
 ///
-/// Submit any number of requests, then [`kick`](Self::kick) once. Completions come in any order. The device's work advances
-/// in calls of [`completion`](Self::completion), so a queue with requests in flight is to be polled: after each kick and each event until it
-/// returns None.
+/// Submit any number of requests, then [`kick`](Self::kick) once. Completions come in any order. The device's
+/// work advances in calls of [`completion`](Self::completion), so a queue with requests in flight is to be
+/// polled: after each kick and each event until it returns None.
 ///
 /// Dropping it waits for the requests in flight, whose completions are lost.
 pub struct Queue {
@@ -61,8 +61,8 @@ pub struct Queue {
 }
 
 impl Queue {
-    /// Takes a request, to be started at the latest by [`kick`](Self::kick). A request that makes no sense (a range past the end, a write
-    /// on a read-only device) is taken too, and completes with its error.
+    /// Takes a request, to be started at the latest by [`kick`](Self::kick). A request that makes no sense (a
+    /// range past the end, a write on a read-only device) is taken too, and completes with its error.
     ///
     /// # Errors
     /// The request itself, when as many as [`depth`](Self::depth) are in flight.
@@ -102,15 +102,16 @@ impl Queue {
         })
     }
 
-    /// Sleeps until [`completion`](Self::completion) may have something, or the time is over. Starts what was submitted.
-    /// With nothing in flight and no time given it may sleep forever.
+    /// Sleeps until [`completion`](Self::completion) may have something, or the time is over. Starts what was
+    /// submitted. With nothing in flight and no time given it may sleep forever.
     pub fn wait(&mut self, timeout: Option<Duration>) {
         self.engine.wait(timeout);
     }
 
-    /// An eventfd that becomes readable when [`completion`](Self::completion) may have something, for epoll, poll or a ring of the caller's. It is
-    /// readable once right after the first call. When it is, call [`consume_event`](Self::consume_event), then `completion` until it
-    /// returns None: what is left is not announced again.
+    /// An eventfd that becomes readable when [`completion`](Self::completion) may have something, for epoll,
+    /// poll or a ring of the caller's. It is readable once right after the first call. When it is, call
+    /// [`consume_event`](Self::consume_event), then `completion` until it returns None: what is left is not
+    /// announced again.
     ///
     /// A queue whose eventfd was never asked for does not pay for signalling it.
     ///

@@ -2,10 +2,11 @@
 
 use crate::{Buffer, Error, Extent};
 
-/// A request. Its buffer belongs to the queue from [`submit`](crate::Queue::submit) until the [`Completion`] gives it back.
+/// A request. Its buffer belongs to the queue from [`submit`](crate::Queue::submit) until the [`Completion`]
+/// gives it back.
 ///
-/// Offsets and lengths are in bytes of the virtual disk. Any alignment is taken; multiples of [`Device::alignment`](crate::Device::alignment)
-/// are served without copying.
+/// Offsets and lengths are in bytes of the virtual disk. Any alignment is taken; multiples of
+/// [`Device::alignment`](crate::Device::alignment) are served without copying.
 #[derive(Debug)]
 pub struct Request {
     pub(crate) token: u64,
@@ -50,8 +51,8 @@ impl Request {
         }
     }
 
-    /// Write `buffer` at `offset`. Later reads see it once it has completed; it is durable after the next flush, or on
-    /// completion with [`fua`](Self::fua).
+    /// Write `buffer` at `offset`. Later reads see it once it has completed; it is durable after the next
+    /// flush, or on completion with [`fua`](Self::fua).
     #[must_use]
     pub fn write(token: u64, offset: u64, buffer: Buffer) -> Self {
         Self {
@@ -64,8 +65,8 @@ impl Request {
         }
     }
 
-    /// The range is no longer needed. Whole clusters in it are given back and read as zeroes; the rest of the range keeps its
-    /// content. A hint: where it cannot be recorded, nothing happens.
+    /// The range is no longer needed. Whole clusters in it are given back and read as zeroes; the rest of the
+    /// range keeps its content. A hint: where it cannot be recorded, nothing happens.
     #[must_use]
     pub fn discard(token: u64, offset: u64, len: u64) -> Self {
         Self {
@@ -88,7 +89,8 @@ impl Request {
         }
     }
 
-    /// Everything whose completion was seen before this is submitted, on any queue of the device, is durable when it completes.
+    /// Everything whose completion was seen before this is submitted, on any queue of the device, is durable
+    /// when it completes.
     #[must_use]
     pub fn flush(token: u64) -> Self {
         Self {

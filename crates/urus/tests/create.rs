@@ -1,4 +1,5 @@
-//! New images as qemu-img sees them. Guards the layout that other tools poke at, and files that must not be overwritten.
+//! New images as qemu-img sees them. Guards the layout that other tools poke at, and files that must not be
+//! overwritten.
 
 mod common;
 

@@ -1,5 +1,5 @@
-//! What `info` shows, against qemu-img. Guards against images that are shown wrong, or not at all because they cannot be
-//! opened, and against an inspection that touches anything.
+//! What `info` shows, against qemu-img. Guards against images that are shown wrong, or not at all because they
+//! cannot be opened, and against an inspection that touches anything.
 
 mod common;
 

@@ -1,5 +1,5 @@
-//! Reads and writes through the facade, for every driver and format: the unit tests of the proposal that urus began from, by
-//! name. Each also checks what QEMU reads afterwards, and that the image is whole.
+//! Reads and writes through the facade, for every driver and format: the unit tests of the proposal that urus
+//! began from, by name. Each also checks what QEMU reads afterwards, and that the image is whole.
 
 mod common;
 

@@ -1,5 +1,5 @@
-//! Which backing files are opened. Guards against images that make the host open files which they have no business with
-//! (CVE-2024-4467, CVE-2026-27211), and against chains without an end.
+//! Which backing files are opened. Guards against images that make the host open files which they have no
+//! business with (CVE-2024-4467, CVE-2026-27211), and against chains without an end.
 
 mod common;
 

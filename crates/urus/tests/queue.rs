@@ -1,5 +1,5 @@
-//! The contract of queues and devices. Guards against requests that are lost, completed twice, or left without their buffer, and
-//! against devices that go away under their queues.
+//! The contract of queues and devices. Guards against requests that are lost, completed twice, or left without
+//! their buffer, and against devices that go away under their queues.
 
 mod common;
 

@@ -6,7 +6,7 @@ use jiff::Timestamp;
 use jiff::tz::TimeZone;
 use urus::{ImageInfo, Qcow2Info, SnapshotInfo};
 
-use super::json::{bitmap_flags, encryption_name};
+use super::json::{bitmap_flags, encryption_name, file_length};
 use crate::size::human as size;
 
 /// A paragraph on an image.
@@ -37,8 +37,8 @@ fn write(out: &mut String, info: &ImageInfo) -> std::fmt::Result {
     writeln!(
         out,
         "    file length: {} ({} bytes)",
-        size(info.file_size),
-        info.file_size
+        size(file_length(info)),
+        file_length(info)
     )?;
     writeln!(out, "    disk size: {}", size(info.actual_size))
 }

@@ -126,7 +126,7 @@ fn file(info: &ImageInfo) -> Image {
         children: Vec::new(),
         backing_filename_format: None,
         snapshots: Vec::new(),
-        virtual_size: info.file_size,
+        virtual_size: file_length(info),
         filename: info.path.display().to_string(),
         cluster_size: None,
         format: "file",
@@ -140,6 +140,11 @@ fn file(info: &ImageInfo) -> Image {
         backing_filename: None,
         dirty_flag: false,
     }
+}
+
+/// QEMU counts files in sectors.
+pub(super) fn file_length(info: &ImageInfo) -> u64 {
+    info.file_size.next_multiple_of(512)
 }
 
 fn snapshots(qcow2: &Qcow2Info) -> Vec<Snapshot> {

@@ -217,10 +217,10 @@ fn malformed_options_are_refused_and_the_handshake_goes_on() {
         (7, too_many_infos),
         (7, trailing),
         (7, go(&long, &[])),
-        (10, endless_queries),
-        (10, vec![]),
-        (11, contexts("disk", &[&long])),
-        (11, contexts(&long, &[])),
+        (9, endless_queries),
+        (9, vec![]),
+        (10, contexts("disk", &[&long])),
+        (10, contexts(&long, &[])),
     ];
     for (kind, data) in cases {
         let (mut handshake, mut input) = after_flags(3);
@@ -246,7 +246,7 @@ fn list_names_the_exports() {
 #[test]
 fn unknown_options_are_unsupported() {
     // STARTTLS, EXTENDED_HEADERS, and what nobody has defined.
-    for kind in [0, 4, 5, 9, 12, 77, u32::MAX] {
+    for kind in [0, 4, 5, 11, 12, 77, u32::MAX] {
         let (mut handshake, mut input) = after_flags(3);
         let (progress, output) = exchange(&mut handshake, &mut input, &option(kind, b"data"));
         assert_eq!(progress, Progress::More);
@@ -264,7 +264,7 @@ fn abort_is_acknowledged() {
 
 #[test]
 fn metadata_contexts_need_structured_replies() {
-    for kind in [10, 11] {
+    for kind in [9, 10] {
         let (mut handshake, mut input) = after_flags(3);
         let data = contexts("disk", &["base:allocation"]);
         let (_, output) = exchange(&mut handshake, &mut input, &option(kind, &data));
@@ -280,15 +280,15 @@ fn metadata_contexts_are_found_by_query() {
     let (mut handshake, mut input) = after_flags(3);
     exchange(&mut handshake, &mut input, &option(8, b""));
     for (kind, queries, found) in [
-        (10, &[][..], true),
-        (10, &["base:"], true),
-        (10, &["qemu:", "base:allocation"], true),
-        (10, &["qemu:"], false),
-        (10, &["base:other"], false),
-        (11, &[], false),
-        (11, &["base:"], false),
-        (11, &["qemu:dirty-bitmap:x"], false),
-        (11, &["base:allocation", "base:allocation"], true),
+        (9, &[][..], true),
+        (9, &["base:"], true),
+        (9, &["qemu:", "base:allocation"], true),
+        (9, &["qemu:"], false),
+        (9, &["base:other"], false),
+        (10, &[], false),
+        (10, &["base:"], false),
+        (10, &["qemu:dirty-bitmap:x"], false),
+        (10, &["base:allocation", "base:allocation"], true),
     ] {
         let (_, output) = exchange(
             &mut handshake,
@@ -302,14 +302,14 @@ fn metadata_contexts_are_found_by_query() {
 
 #[test]
 fn the_last_selection_of_contexts_holds() {
-    let select = |queries: &[&str]| option(11, &contexts("disk", queries));
+    let select = |queries: &[&str]| option(10, &contexts("disk", queries));
     for (steps, allocation) in [
         (vec![select(&["base:allocation"])], true),
         (vec![select(&["base:allocation"]), select(&[])], false),
         (
             vec![
                 select(&["base:allocation"]),
-                option(11, &contexts("other", &[])),
+                option(10, &contexts("other", &[])),
             ],
             false,
         ),
@@ -337,11 +337,11 @@ fn long_options_are_skipped_and_absurd_ones_end_the_connection() {
     let (progress, output) = exchange(
         &mut handshake,
         &mut input,
-        &option(11, &vec![0; 3 * INPUT_BYTES]),
+        &option(10, &vec![0; 3 * INPUT_BYTES]),
     );
     assert_eq!(progress, Progress::More);
     assert_eq!(kinds(&output), [(1 << 31) + 9]);
-    let mut absurd = option(11, b"");
+    let mut absurd = option(10, b"");
     absurd[12..16].copy_from_slice(&[0xff; 4]);
     let (progress, _) = exchange(&mut handshake, &mut input, &absurd);
     assert!(matches!(progress, Progress::Close(_)));
