@@ -167,8 +167,8 @@ impl<S: Storage> Worker<S> {
         decide: &dyn Fn(u64, L2Entry) -> Outcome,
     ) -> Result<()> {
         let image = self.image();
-        let mut removed = Vec::new();
-        let mut dirty = false;
+        // Everything is judged before anything is stored: a change happens whole or not at all.
+        let mut changes = Vec::new();
         for index in 0..count {
             let cluster = GuestCluster(first.0 + index);
             let Lookup::Entry(raw) = image.map.lookup(cluster) else {
@@ -180,14 +180,17 @@ impl<S: Storage> Worker<S> {
                 index: cluster.0,
                 entry,
             })?;
-            let Outcome::Set(new) = decide(index, old) else {
-                continue;
-            };
-            let raw: L2Raw = new.encode(&image.geometry);
-            image.map.store(frame, cluster, raw);
-            dirty = true;
-            removed.extend(references_lost(old, new, image));
+            if let Outcome::Set(new) = decide(index, old) {
+                changes.push((cluster, old, new));
+            }
         }
+        let mut removed = Vec::new();
+        for (cluster, old, new) in &changes {
+            let raw: L2Raw = new.encode(&image.geometry);
+            image.map.store(frame, *cluster, raw);
+            removed.extend(references_lost(*old, *new, image));
+        }
+        let dirty = !changes.is_empty();
         if dirty {
             meta.frames[0].mark_dirty(image.map.slice_of(first), frame);
         }

@@ -199,7 +199,7 @@ impl<S: Storage> Device<S> {
                 tracing::warn!(image = self.shared().image_name(), %error, "a commit failed");
             }
             for waiter in waiters {
-                waiter.send(result.clone());
+                waiter(result.clone());
             }
         }
     }
@@ -240,7 +240,13 @@ impl<S: Storage> Device<S> {
                 .await;
             match control {
                 Control::Flush(reply) => reply(self.flush().await),
-                Control::Pause(reply) => reply(self.pause().await),
+                Control::Pause(reply) => {
+                    let result = self.pause().await;
+                    if result.is_err() {
+                        self.open_gate();
+                    }
+                    reply(result);
+                }
                 Control::Resume(header, reply) => reply(self.resume(header).await),
                 Control::Resize(size, reply) => {
                     let paused = self.shared().gate_closed.load(Ordering::SeqCst);

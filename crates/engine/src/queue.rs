@@ -436,7 +436,7 @@ impl<S: Storage> Core<S> {
     }
 
     /// An operation of a hit has completed: whole, short, interrupted or failed.
-    fn direct_done(self: &Rc<Self>, mut direct: Direct<S::Memory>, result: io::Result<usize>) {
+    fn direct_done(&self, mut direct: Direct<S::Memory>, result: io::Result<usize>) {
         let name = if direct.write { "write" } else { "read" };
         let fail = |error: &io::Error| {
             Some(self.worker.io_error(
@@ -455,11 +455,24 @@ impl<S: Storage> Core<S> {
                 direct.memory.zero(0, direct.memory.len());
                 None
             }
-            Ok(bytes) => {
-                direct.offset += bytes as u64;
-                direct.memory = direct.memory.slice(bytes, direct.memory.len() - bytes);
-                return self.continue_direct(direct);
+            Ok(bytes)
+                if !direct.write
+                    && self
+                        .worker
+                        .ends_file(direct.file, direct.offset + bytes as u64) =>
+            {
+                direct.memory.zero(bytes, direct.memory.len() - bytes);
+                None
             }
+            Ok(bytes) if direct.retries < limits::RETRIES => {
+                // Short: from the last whole block on. Bounded, as an unaligned end makes no progress.
+                let whole = self.worker.whole_blocks(direct.file, bytes);
+                direct.retries += u32::from(whole < bytes);
+                direct.offset += whole as u64;
+                direct.memory = direct.memory.slice(whole, direct.memory.len() - whole);
+                return self.submit_one(direct);
+            }
+            Ok(_) => fail(&io::Error::from_raw_os_error(5)),
             Err(error) if interrupted(&error) && direct.retries < limits::RETRIES => {
                 direct.retries += 1;
                 return self.submit_one(direct);
@@ -467,35 +480,6 @@ impl<S: Storage> Core<S> {
             Err(error) => fail(&error),
         };
         self.part_done(direct.request, outcome);
-    }
-
-    /// Goes on after a short read or write. Under O_DIRECT the rest may have lost its alignment: at the end of the
-    /// file, or (nothing forbids it) anywhere; then a task does it in whole blocks. All of them are the request's own.
-    fn continue_direct(self: &Rc<Self>, direct: Direct<S::Memory>) {
-        let Direct {
-            request,
-            file,
-            offset,
-            ref memory,
-            write,
-            ..
-        } = direct;
-        if self.worker.past_block(file, offset) == 0 {
-            return self.submit_one(direct);
-        }
-        let memory = memory.clone();
-        if write {
-            self.spawn(request, move |core| async move {
-                core.worker.write_widened(file, offset, memory).await
-            });
-        } else if self.worker.is_past_end(file, offset) {
-            memory.zero(0, memory.len());
-            self.part_done(request, None);
-        } else {
-            self.spawn(request, move |core| async move {
-                core.worker.read(file, offset, memory).await
-            });
-        }
     }
 
     fn begin_write(

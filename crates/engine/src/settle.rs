@@ -136,16 +136,17 @@ impl<S: Storage> Device<S> {
         };
         let bits = refcounts.geometry.cluster_bits();
         for ((first, count), punched) in free.iter().zip(punched) {
-            // O19: what was decoded from here is forgotten before anybody else writes here.
+            // O19: what was decoded from here is forgotten before anybody else writes here. O5: the punch is over
+            // before the allocator sees the clusters.
             self.shared()
                 .decoded
                 .invalidate(0, first << bits, (first + count) << bits);
             for cluster in *first..first + count {
                 refcounts.load(&self.worker, cluster).await?;
+                // Free from here on: what the allocator knows of it changes in the same moment.
                 refcounts.set(cluster, 0);
+                image.allocator.released(cluster, 1, punched);
             }
-            // O5: the punch is over before the allocator sees the clusters.
-            image.allocator.released(*first, *count, punched);
         }
         Ok(())
     }

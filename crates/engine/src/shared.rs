@@ -192,7 +192,7 @@ pub enum Control {
 #[derive(Default)]
 pub(crate) struct Mail {
     pub(crate) reserve: VecDeque<(u64, Sender<Result<Run>>)>,
-    pub(crate) flush: Vec<Sender<Result<()>>>,
+    pub(crate) flush: Vec<ControlReply>,
     /// A commit is wanted although nobody flushes (frames or free clusters run out).
     pub(crate) commit: bool,
     pub(crate) given_back: Vec<Run>,
@@ -299,9 +299,20 @@ impl Shared {
 
     /// Asks something of the maintenance executor.
     pub fn control(&self, control: Control) {
+        match control {
+            // Not behind a pause under way, which may wait for a request of the caller's own.
+            Control::Flush(reply) => self.post_flush(reply),
+            control => self.post(|mail| {
+                mail.control.push_back(control);
+                mail.controller.take()
+            }),
+        }
+    }
+
+    fn post_flush(&self, reply: ControlReply) {
         self.post(|mail| {
-            mail.control.push_back(control);
-            mail.controller.take()
+            mail.flush.push(reply);
+            mail.committer.take()
         });
     }
 
@@ -337,10 +348,7 @@ impl Shared {
     /// Everything whose completion was seen before is durable when it answers.
     pub(crate) fn request_flush(&self) -> Receiver<Result<()>> {
         let (sender, receiver) = oneshot();
-        self.post(|mail| {
-            mail.flush.push(sender);
-            mail.committer.take()
-        });
+        self.post_flush(Box::new(move |result| sender.send(result)));
         receiver
     }
 

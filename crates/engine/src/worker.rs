@@ -138,25 +138,17 @@ impl<S: Storage> Worker<S> {
                     memory.zero(done, memory.len() - done);
                     return Ok(());
                 }
-                Ok(bytes) => {
-                    done += bytes;
-                    let lost = self.past_block(file, offset + done as u64);
-                    if done == memory.len() || lost == 0 {
-                        continue;
-                    }
-                    if self.is_past_end(file, offset + done as u64) {
-                        memory.zero(done, memory.len() - done);
-                        return Ok(());
-                    }
-                    // Cut off inside a block, and not by the end of the file: that block once more.
-                    done = done.saturating_sub(lost);
-                    retries += 1;
-                    if retries > limits::RETRIES {
-                        let error = io::Error::from_raw_os_error(5);
-                        let left = (memory.len() - done) as u64;
-                        return Err(self.io_error("read", file, at, left, &error));
-                    }
+                Ok(bytes) if self.ends_file(file, at + bytes as u64) => {
+                    memory.zero(done + bytes, memory.len() - done - bytes);
+                    return Ok(());
                 }
+                Ok(bytes)
+                    if bytes > self.whole_blocks(file, bytes) && retries < limits::RETRIES =>
+                {
+                    done += self.whole_blocks(file, bytes);
+                    retries += 1;
+                }
+                Ok(bytes) => done += bytes,
                 Err(error) if interrupted(&error) && retries < limits::RETRIES => retries += 1,
                 Err(error) => {
                     return Err(self.io_error(
@@ -172,16 +164,20 @@ impl<S: Storage> Worker<S> {
         Ok(())
     }
 
-    /// Bytes between an offset and the start of its block: where a read under O_DIRECT was cut off inside one, it
-    /// cannot go on from there.
-    pub(crate) fn past_block(&self, file: FileId, offset: u64) -> usize {
-        to_usize(offset % u64::from(self.reactor.properties(file).alignment))
+    /// Whether a read that stopped here has met the end of the file inside a block: under O_DIRECT, going on from
+    /// there would be refused.
+    pub(crate) fn ends_file(&self, file: FileId, end: u64) -> bool {
+        let align = u64::from(self.reactor.properties(file).alignment);
+        !end.is_multiple_of(align)
+            && self
+                .reactor
+                .with_storage(|storage| storage.file_len(file))
+                .is_ok_and(|bytes| bytes <= end)
     }
 
-    /// Whether the file ends at this offset, or before it.
-    pub(crate) fn is_past_end(&self, file: FileId, offset: u64) -> bool {
-        let len = self.reactor.with_storage(|storage| storage.file_len(file));
-        len.is_ok_and(|len| len <= offset)
+    /// The part of a short read or write from which one can go on.
+    pub(crate) fn whole_blocks(&self, file: FileId, bytes: usize) -> usize {
+        bytes - bytes % self.reactor.properties(file).alignment as usize
     }
 
     /// Writes all of `memory`. Offset and length obey the file's alignment.
@@ -222,20 +218,13 @@ impl<S: Storage> Worker<S> {
                         &full,
                     ));
                 }
-                Ok(bytes) => {
-                    done += bytes;
-                    let lost = self.past_block(file, offset + done as u64);
-                    if done < memory.len() && lost != 0 {
-                        // Cut off inside a block: that block once more.
-                        done = done.saturating_sub(lost);
-                        retries += 1;
-                        if retries > limits::RETRIES {
-                            let error = io::Error::from_raw_os_error(5);
-                            let left = (memory.len() - done) as u64;
-                            return Err(self.io_error("write", file, at, left, &error));
-                        }
-                    }
+                Ok(bytes)
+                    if bytes > self.whole_blocks(file, bytes) && retries < limits::RETRIES =>
+                {
+                    done += self.whole_blocks(file, bytes);
+                    retries += 1;
                 }
+                Ok(bytes) => done += bytes,
                 Err(error) if interrupted(&error) && retries < limits::RETRIES => retries += 1,
                 Err(error) => {
                     return Err(self.io_error(

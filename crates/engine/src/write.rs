@@ -135,12 +135,7 @@ impl<S: Storage> Worker<S> {
     }
 
     /// Writes at any offset: what is not aligned is read, changed and written as whole blocks (O18).
-    pub(crate) async fn write_widened(
-        &self,
-        file: FileId,
-        host: u64,
-        memory: S::Memory,
-    ) -> Result<()> {
+    async fn write_widened(&self, file: FileId, host: u64, memory: S::Memory) -> Result<()> {
         let align = u64::from(self.reactor.properties(file).alignment);
         let len = memory.len() as u64;
         if host.is_multiple_of(align) && len.is_multiple_of(align) {

@@ -100,7 +100,8 @@
 //! chains, zero clusters, internal snapshots (kept intact, section "Snapshots"), lazy refcounts, unknown header
 //! extensions (kept). A dirty image is repaired when it is opened for writing, a corrupt one can only be read.
 //! Refused with an error that names the feature: encryption, external data files, extended L2 entries, unknown
-//! incompatible features; and for writing, images with persistent bitmaps. [`info()`] shows those too.
+//! incompatible features; and for writing, images with persistent bitmaps. [`info()`] shows those too, and
+//! [`check()`] checks and repairs an image that nobody has open.
 //!
 //! # Images from strangers
 //! An image can name any file of the host as its backing file, and a guest can write any bytes onto its disk.

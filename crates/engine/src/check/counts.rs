@@ -331,7 +331,7 @@ mod tests {
         for cluster in [0, 63, 64, 2047, 2048, 1 << 60] {
             assert!(!set.contains(cluster));
             set.insert(cluster);
-            assert!(set.contains(cluster) && !set.contains((cluster + 1) << 1 | 1 << 40));
+            assert!(set.contains(cluster) && !set.contains(cluster + 1 << 1 | 1 << 40));
         }
     }
 }

@@ -143,11 +143,14 @@ impl Walked {
     pub(super) fn claim_refcounts(&mut self, header: &Header) {
         let cluster_bytes = self.geometry.cluster_bytes();
         let table_bytes = u64::from(header.refcount_table_clusters) * cluster_bytes;
+        // A table past the end of the file loses refcounts, which can be made anew, and no references.
+        let lost = self.lost;
         self.refcounts.counted =
             self.claim(Role::RefcountTable, header.refcount_table.0, table_bytes, 1);
+        self.lost = lost;
         for at in 0..self.refcounts.blocks.len() {
             let block = self.refcounts.blocks[at];
-            if !block.bad {
+            if !block.bad && !self.counts.is_full() {
                 let counted = self.claim(Role::RefcountBlock, block.offset, cluster_bytes, 1);
                 self.refcounts.blocks[at].counted = counted;
                 self.check_block_alone(block);
@@ -163,7 +166,7 @@ impl Walked {
     fn check_block_alone(&mut self, block: Block) {
         let cluster = block.offset >> self.geometry.cluster_bits();
         let references = self.counts.get(cluster);
-        if references != 1 {
+        if references != 1 && !self.counts.is_full() {
             let what = self.describe(cluster);
             self.report.corruption(1, || {
                 format!("refcount block {} is cluster {cluster}, which has {references} references: {what}", block.index)

@@ -105,7 +105,7 @@ impl Directory {
             Numbers::from(&report),
             verdict.numbers,
             "{what}\nurus: {:#?}\nqemu: {}",
-            report.messages,
+            &report.messages[..report.messages.len().min(10)],
             verdict.said
         );
         report
@@ -168,11 +168,12 @@ fn succeed(command: &mut Command) -> String {
 
 fn said(output: &Output) -> String {
     let (out, err) = (&output.stdout, &output.stderr);
-    format!(
+    let said = format!(
         "{}{}",
         String::from_utf8_lossy(out),
         String::from_utf8_lossy(err)
-    )
+    );
+    said.lines().take(30).collect::<Vec<_>>().join("\n")
 }
 
 fn verdict(output: &Output) -> Verdict {
