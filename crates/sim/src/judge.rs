@@ -1,10 +1,17 @@
 //! Judges the files that a power cut has left, with and without the engine.
 
-use urus_engine::{Maintenance, Options};
+use std::collections::HashSet;
+use std::ops::ControlFlow;
+
+use urus_engine::check::Repair;
+use urus_engine::storage::FileId;
+use urus_engine::{Maintenance, Options, check_image};
+use urus_format::Header;
 
 use crate::checker::{self, GuestReader};
 use crate::config::{Config, Fixture, layers};
-use crate::contents::index;
+use crate::contents::{Change, Contents, index};
+use crate::crash::{Class, CrashCursor, Limits, State};
 use crate::machine::{Driving, Machine};
 use crate::model::{Model, View};
 use crate::rng::Rng;
@@ -45,6 +52,15 @@ impl Scene {
     /// # Errors
     /// What is wrong.
     pub fn judge(&self, files: &[&[u8]], view: &View) -> Result<Found, String> {
+        self.judge_marked(files, view, false)
+    }
+
+    /// As [`judge`](Self::judge), in the middle of a repair: the image may be marked dirty.
+    fn judge_repairing(&self, files: &[&[u8]], view: &View) -> Result<Found, String> {
+        self.judge_marked(files, view, true)
+    }
+
+    fn judge_marked(&self, files: &[&[u8]], view: &View, marked: bool) -> Result<Found, String> {
         if self.config.raw {
             let mut guest = files[0].to_vec();
             guest.resize(index(self.config.sectors * 512), 0);
@@ -56,7 +72,7 @@ impl Scene {
         if let Some(violation) = report.violations.first() {
             return Err(violation.to_string());
         }
-        if report.corrupt || report.dirty {
+        if !marked && (report.corrupt || report.dirty) {
             return Err("the image is marked dirty or corrupt".to_owned());
         }
         let behind = |offset: u64, len: usize| {
@@ -113,6 +129,97 @@ impl Scene {
         let opened = Maintenance::open(world.handle(), layers, options);
         drop(opened.map_err(|error| format!("it does not open: {error}"))?);
         Ok(())
+    }
+
+    /// The engine checks these files and repairs leaks, or everything; afterwards nothing is leaked, and the guest
+    /// reads what it read before. Then the power fails in the middle of the repair.
+    ///
+    /// # Errors
+    /// What is wrong.
+    pub fn repair(
+        &self,
+        files: &[&[u8]],
+        found: &Found,
+        view: &View,
+        rng: &mut Rng,
+    ) -> Result<u64, String> {
+        if self.config.raw {
+            return Ok(0);
+        }
+        let world = self.world(files, self.config.machine(rng), rng.next_u64());
+        let header = || {
+            let parsed = Header::parse(files[0], files[0].len() as u64);
+            parsed.map_err(|error| error.to_string())
+        };
+        let run = |world: &SimWorld, repair| {
+            check_image(world.handle(), "image".to_owned(), header()?, repair)
+                .map_err(|error| format!("check: {error}"))
+        };
+        let before = run(&world, Repair::None)?;
+        let leaks = before.leaks + before.leaks_past_end;
+        if before.corruptions != before.copied_clear_at_one || before.check_errors > 0 {
+            return Err(format!(
+                "check finds corruption in a sound image: {:?}",
+                before.messages
+            ));
+        }
+        if leaks != found.leaks {
+            return Err(format!(
+                "check counts {leaks} leaks, there are {}",
+                found.leaks
+            ));
+        }
+        let repair = [Repair::Leaks, Repair::All][rng.index(2)];
+        let after = run(&world, repair)?;
+        if after.leaks + after.leaks_past_end > 0 {
+            return Err(format!(
+                "after a repair of leaks check counts {}",
+                after.leaks
+            ));
+        }
+        world.settle();
+        let all: Vec<Vec<u8>> = (0..)
+            .zip(files)
+            .map(|(number, _)| world.contents(FileId(number)).bytes().to_vec())
+            .collect();
+        let repaired: Vec<&[u8]> = all.iter().map(|file| &file[..]).collect();
+        let now = self
+            .judge(&repaired, view)
+            .map_err(|error| format!("after a repair: {error}"))?;
+        if now.leaks > 0 || now.guest != found.guest {
+            return Err(format!(
+                "after a repair: {} leaks, or other content",
+                now.leaks
+            ));
+        }
+        let log = world.log();
+        let mut cursor = CrashCursor::new(&log);
+        let (mut known, mut states, mut violation) = (HashSet::new(), 0, None);
+        let limits = Limits {
+            exhaustive: 3,
+            random: 2,
+            torn: 2,
+            each: 1,
+        };
+        while cursor.advance(&log) {
+            let mut visit = |state: &State<'_>| {
+                states += 1;
+                let files: Vec<&[u8]> = state.files.iter().map(Contents::bytes).collect();
+                let judged = self.judge_repairing(&files, view);
+                match judged {
+                    Ok(now) if now.guest == found.guest => ControlFlow::Continue(()),
+                    other => {
+                        let error = other.err().unwrap_or_else(|| "other content".to_owned());
+                        violation =
+                            Some(format!("cut in a repair, {}: {error}", state.choice.name));
+                        ControlFlow::Break(())
+                    }
+                }
+            };
+            let classify = |_: FileId, _: &Change| Class::Unknown;
+            cursor.enumerate(rng, &limits, &classify, (&mut known, 0), &mut visit);
+        }
+        violation.map_or(Ok(states), Err)
     }
 
     /// Opens these files for writing, with a model of what they hold.

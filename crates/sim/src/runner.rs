@@ -254,7 +254,12 @@ impl Run<'_> {
         let files: Vec<&[u8]> = files.iter().map(Contents::bytes).collect();
         let found = self.scene.judge(&files, view)?;
         outcome.largest_leak = outcome.largest_leak.max(found.leaks);
-        if lot.below(self.effort.reopen) != 0 {
+        let drawn = lot.below(self.effort.reopen);
+        if drawn == 1 {
+            outcome.states += self.scene.repair(&files, &found, view, lot)?;
+            return Ok(());
+        }
+        if drawn != 0 {
             return self.scene.open_and_close(&files, lot.chance(64));
         }
         outcome.reopened += 1;
