@@ -2,17 +2,45 @@
 
 use urus_engine::storage::FileId;
 use urus_engine::{LayerFormat, LayerSpec, Options};
-use urus_format::{Header, create};
+use urus_format::{Compression, Header};
 
+use crate::contents::index;
+use crate::image;
 use crate::rng::Rng;
 use crate::stamp::Content;
 use crate::world::{FileSpec, SimConfig};
+
+/// The file behind the image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Backing {
+    /// None.
+    None,
+    /// Raw, of so many percent of the image's size.
+    Raw(u64),
+    /// QCOW2, of so many percent of the image's size.
+    Qcow2(u64),
+}
+
+/// What the machine is like.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Behaviour {
+    /// Drawn by lot for each workload.
+    Any,
+    /// Operations may start at once.
+    Eager,
+    /// Many operations are overtaken.
+    Slow,
+    /// Many operations take effect in two parts.
+    Split,
+}
 
 /// One configuration. Everything else of a run comes from its seed.
 #[derive(Clone, Debug)]
 pub struct Config {
     /// For the tables.
     pub name: &'static str,
+    /// The image is raw.
+    pub raw: bool,
     /// log2 of the cluster size.
     pub cluster_bits: u32,
     /// 2 or 3.
@@ -21,51 +49,204 @@ pub struct Config {
     pub refcount_order: u32,
     /// Size of the virtual disk in sectors.
     pub sectors: u64,
+    /// So many in 256 clusters hold something at first.
+    pub fill: u32,
+    /// Some of them are compressed, so.
+    pub compressed: Option<Compression>,
+    /// There is an internal snapshot.
+    pub snapshot: bool,
+    /// The last clusters lie at this host cluster.
+    pub far: Option<u64>,
+    /// The file behind it.
+    pub backing: Backing,
     /// Queues.
     pub queues: usize,
+    /// Requests in flight on each, at most; drawn by lot below that.
+    pub depth: usize,
+    /// Budget of the mapping cache.
+    pub cache_bytes: u64,
+    /// Freed clusters are given back.
+    pub discard: bool,
+    /// The image lies on a block device.
+    pub device: bool,
+    /// What reads and writes have to be aligned to.
+    pub alignment: u32,
+    /// The file system can punch holes.
+    pub punch: bool,
+    /// What the machine is like.
+    pub behaviour: Behaviour,
 }
+
+/// Versions of stamps in backing files.
+const BACKING_VERSIONS: u64 = 1 << 20;
+/// Versions of stamps that the workload writes.
+pub const FIRST_VERSION: u64 = 1 << 32;
 
 /// A device's files before the first request.
 #[derive(Clone, Debug)]
 pub struct Fixture {
     /// The image first, then its backing files.
     pub files: Vec<FileSpec>,
+    /// Which of them are raw.
+    pub raw: Vec<bool>,
     /// What the guest reads.
     pub initial: Vec<Content>,
+    /// What the backing file shows to the image, byte by byte.
+    pub behind: Option<Vec<u8>>,
+    /// What the internal snapshot shows, byte by byte.
+    pub snapshot: Option<Vec<u8>>,
 }
 
 impl Config {
+    /// Version 3, clusters of 512 bytes, 128 KiB, everything else plain.
+    #[must_use]
+    pub fn small(name: &'static str) -> Self {
+        Self {
+            name,
+            raw: false,
+            cluster_bits: 9,
+            version: 3,
+            refcount_order: 4,
+            sectors: 256,
+            fill: 0,
+            compressed: None,
+            snapshot: false,
+            far: None,
+            backing: Backing::None,
+            queues: 1,
+            depth: 8,
+            cache_bytes: 64 << 20,
+            discard: true,
+            device: false,
+            alignment: 1,
+            punch: true,
+            behaviour: Behaviour::Any,
+        }
+    }
+
+    /// Sectors of a cluster.
+    #[must_use]
+    pub fn cluster_sectors(&self) -> u64 {
+        (1 << self.cluster_bits) / 512
+    }
+
+    fn plan(&self, size: u64) -> image::Plan {
+        let mut plan = image::plan(size, self.cluster_bits, self.version, self.refcount_order);
+        plan.options.compression = self.compressed.unwrap_or_default();
+        plan
+    }
+
     /// Makes the files.
     #[must_use]
-    pub fn fixture(&self, _rng: &mut Rng) -> Fixture {
-        let options = create::CreateOptions {
-            cluster_bits: self.cluster_bits,
-            version: self.version,
-            refcount_order: self.refcount_order,
-            ..create::CreateOptions::new(self.sectors * 512)
+    pub fn fixture(&self, rng: &mut Rng) -> Fixture {
+        let (behind, backing) = self.backing(rng);
+        let mut files = Vec::new();
+        let mut raw = vec![self.raw];
+        let contents: Vec<Content> = behind.iter().flatten().copied().collect();
+        let (bytes, initial, snapshot) = if self.raw {
+            let contents: Vec<Content> = (0..self.sectors)
+                .map(|_| {
+                    if rng.chance(self.fill) {
+                        Content::Version(1)
+                    } else {
+                        Content::Zero
+                    }
+                })
+                .collect();
+            (image::bytes_of(&contents), contents, None)
+        } else {
+            let mut plan = self.plan(self.sectors * 512);
+            plan.fill = self.fill;
+            plan.compressed = self.compressed.is_some();
+            plan.snapshot = self.snapshot;
+            plan.far = self.far;
+            plan.backing = behind.is_some().then(|| contents.clone());
+            plan.options.backing = match self.backing {
+                Backing::None => None,
+                Backing::Raw(_) => Some(image::backing_name("raw")),
+                Backing::Qcow2(_) => Some(image::backing_name("qcow2")),
+            };
+            let built = image::build(&plan, rng);
+            let snapshot = built.snapshot.map(|contents| image::bytes_of(&contents));
+            (built.bytes, built.active, snapshot)
         };
-        let image = create::layout(&options).expect("configurations are valid");
-        let mut bytes = vec![0; crate::contents::index(image.file_bytes)];
-        for (offset, part) in image.writes {
-            let at = crate::contents::index(offset);
-            bytes[at..at + part.len()].copy_from_slice(&part);
+        let mut file = FileSpec::new(bytes);
+        if self.device {
+            let len = file.contents.len() + index(self.sectors * 512) * 2;
+            file = file.block_device(len.next_multiple_of(4096), 7);
+        }
+        if self.alignment > 1 {
+            file = file.direct(self.alignment);
+        }
+        file.properties.can_punch &= self.punch;
+        files.push(file);
+        if let Some((bytes, is_raw)) = backing {
+            let mut file = FileSpec::new(bytes).read_only();
+            if self.alignment > 1 {
+                file = file.direct(self.alignment);
+            }
+            files.push(file);
+            raw.push(is_raw);
         }
         Fixture {
-            files: vec![FileSpec::new(bytes)],
-            initial: vec![Content::Zero; crate::contents::index(self.sectors)],
+            files,
+            raw,
+            initial,
+            behind: behind.is_some().then(|| image::bytes_of(&contents)),
+            snapshot,
+        }
+    }
+
+    /// What the backing file shows, and its bytes.
+    #[allow(clippy::type_complexity)]
+    fn backing(&self, rng: &mut Rng) -> (Option<Vec<Content>>, Option<(Vec<u8>, bool)>) {
+        match self.backing {
+            Backing::None => (None, None),
+            Backing::Raw(percent) => {
+                let sectors = self.sectors * percent / 100;
+                let contents: Vec<Content> = (0..sectors)
+                    .map(|lba| {
+                        if rng.chance(160) {
+                            Content::Version(BACKING_VERSIONS + lba % 3)
+                        } else {
+                            Content::Zero
+                        }
+                    })
+                    .collect();
+                let bytes = image::bytes_of(&contents);
+                (Some(contents), Some((bytes, true)))
+            }
+            Backing::Qcow2(percent) => {
+                let mut plan = self.plan(self.sectors * percent / 100 * 512);
+                plan.fill = 160;
+                plan.compressed = self.compressed.is_some();
+                plan.first_version = BACKING_VERSIONS;
+                let built = image::build(&plan, rng);
+                (Some(built.active), Some((built.bytes, false)))
+            }
         }
     }
 
     /// The engine's options.
     #[must_use]
     pub fn options(&self) -> Options {
-        Options::default()
+        let mut options = Options::default();
+        options.l2_cache_bytes = self.cache_bytes;
+        options.discard = self.discard;
+        options
     }
 
     /// How the machine behaves.
     #[must_use]
-    pub fn behaviour(&self, rng: &mut Rng) -> SimConfig {
-        SimConfig::random(rng)
+    pub fn machine(&self, rng: &mut Rng) -> SimConfig {
+        let mut config = SimConfig::random(rng);
+        match self.behaviour {
+            Behaviour::Any => {}
+            Behaviour::Eager => config.eager = true,
+            Behaviour::Slow => config.slow = 160,
+            Behaviour::Split => config.split = 200,
+        }
+        config
     }
 }
 
@@ -73,15 +254,329 @@ impl Config {
 ///
 /// # Errors
 /// What is wrong with the header.
-pub fn layers(files: &[&[u8]]) -> Result<Vec<LayerSpec>, String> {
+pub fn layers(files: &[&[u8]], raw: &[bool]) -> Result<Vec<LayerSpec>, String> {
     let mut layers = Vec::new();
-    for (number, bytes) in (0..).zip(files) {
-        let header = Header::parse(bytes, bytes.len() as u64).map_err(|error| error.to_string())?;
+    for ((number, bytes), raw) in (0..).zip(files).zip(raw) {
+        let format = if *raw {
+            LayerFormat::Raw
+        } else {
+            let header = Header::parse(bytes, bytes.len() as u64)
+                .map_err(|error| format!("the header does not parse: {error}"))?;
+            LayerFormat::Qcow2(Box::new(header))
+        };
         layers.push(LayerSpec {
             file: FileId(number),
             name: format!("file {number}"),
-            format: LayerFormat::Qcow2(Box::new(header)),
+            format,
         });
     }
     Ok(layers)
+}
+
+/// All configurations.
+#[must_use]
+#[allow(clippy::too_many_lines)]
+pub fn all() -> Vec<Config> {
+    let c = Config::small;
+    let (deflate, zstd) = (Some(Compression::Deflate), Some(Compression::Zstd));
+    vec![
+        c("plain"),
+        Config {
+            queues: 2,
+            ..c("two queues")
+        },
+        Config {
+            queues: 4,
+            ..c("four queues")
+        },
+        Config {
+            queues: 3,
+            fill: 200,
+            behaviour: Behaviour::Slow,
+            ..c("three queues, slow")
+        },
+        Config {
+            fill: 160,
+            ..c("half full")
+        },
+        Config {
+            fill: 256,
+            queues: 2,
+            ..c("full")
+        },
+        Config {
+            discard: false,
+            fill: 128,
+            ..c("no discard")
+        },
+        Config {
+            punch: false,
+            fill: 128,
+            ..c("no punch")
+        },
+        Config {
+            behaviour: Behaviour::Eager,
+            ..c("eager")
+        },
+        Config {
+            behaviour: Behaviour::Split,
+            fill: 128,
+            ..c("split")
+        },
+        Config {
+            behaviour: Behaviour::Slow,
+            fill: 128,
+            ..c("slow")
+        },
+        Config {
+            depth: 32,
+            queues: 2,
+            ..c("deep")
+        },
+        Config {
+            depth: 1,
+            fill: 64,
+            ..c("one at a time")
+        },
+        Config {
+            refcount_order: 0,
+            fill: 96,
+            ..c("1-bit refcounts")
+        },
+        Config {
+            refcount_order: 1,
+            fill: 96,
+            snapshot: true,
+            ..c("2-bit, snapshot")
+        },
+        Config {
+            refcount_order: 2,
+            fill: 96,
+            compressed: deflate,
+            ..c("4-bit, compressed")
+        },
+        Config {
+            refcount_order: 3,
+            fill: 96,
+            ..c("8-bit refcounts")
+        },
+        Config {
+            refcount_order: 5,
+            ..c("32-bit refcounts")
+        },
+        Config {
+            refcount_order: 6,
+            sectors: 512,
+            ..c("64-bit refcounts")
+        },
+        Config {
+            refcount_order: 6,
+            far: Some(64 * 63),
+            fill: 48,
+            ..c("refcount table grows")
+        },
+        Config {
+            refcount_order: 6,
+            far: Some(64 * 62),
+            fill: 16,
+            queues: 2,
+            sectors: 512,
+            ..c("table grows, two queues")
+        },
+        Config {
+            version: 2,
+            ..c("version 2")
+        },
+        Config {
+            version: 2,
+            fill: 128,
+            compressed: deflate,
+            snapshot: true,
+            ..c("version 2, snapshot")
+        },
+        Config {
+            version: 2,
+            fill: 64,
+            backing: Backing::Raw(100),
+            ..c("version 2, backed")
+        },
+        Config {
+            snapshot: true,
+            fill: 160,
+            ..c("snapshot")
+        },
+        Config {
+            snapshot: true,
+            fill: 200,
+            queues: 3,
+            ..c("snapshot, three queues")
+        },
+        Config {
+            snapshot: true,
+            fill: 160,
+            compressed: zstd,
+            backing: Backing::Qcow2(100),
+            ..c("snapshot, zstd, backed")
+        },
+        Config {
+            compressed: deflate,
+            fill: 200,
+            ..c("compressed")
+        },
+        Config {
+            compressed: zstd,
+            fill: 200,
+            queues: 2,
+            ..c("zstd")
+        },
+        Config {
+            compressed: deflate,
+            fill: 220,
+            cluster_bits: 12,
+            sectors: 512,
+            ..c("compressed, 4K")
+        },
+        Config {
+            backing: Backing::Raw(100),
+            fill: 64,
+            ..c("raw backing")
+        },
+        Config {
+            backing: Backing::Raw(60),
+            fill: 32,
+            queues: 2,
+            ..c("short raw backing")
+        },
+        Config {
+            backing: Backing::Qcow2(150),
+            fill: 64,
+            ..c("longer backing")
+        },
+        Config {
+            backing: Backing::Qcow2(70),
+            compressed: deflate,
+            cluster_bits: 11,
+            sectors: 512,
+            ..c("compressed backing, 2K")
+        },
+        Config {
+            cache_bytes: 0,
+            sectors: 1600,
+            ..c("tiny cache")
+        },
+        Config {
+            cache_bytes: 0,
+            sectors: 2048,
+            fill: 24,
+            queues: 3,
+            depth: 16,
+            ..c("tiny cache, three queues")
+        },
+        Config {
+            cache_bytes: 0,
+            sectors: 1600,
+            fill: 100,
+            snapshot: true,
+            ..c("tiny cache, snapshot")
+        },
+        Config {
+            cluster_bits: 10,
+            sectors: 400,
+            fill: 64,
+            queues: 2,
+            ..c("1K")
+        },
+        Config {
+            cluster_bits: 12,
+            sectors: 1000,
+            fill: 64,
+            ..c("4K, odd size")
+        },
+        Config {
+            cluster_bits: 12,
+            sectors: 1024,
+            backing: Backing::Qcow2(100),
+            queues: 2,
+            ..c("4K, backed")
+        },
+        Config {
+            cluster_bits: 13,
+            sectors: 1024,
+            fill: 64,
+            snapshot: true,
+            ..c("8K, snapshot")
+        },
+        Config {
+            cluster_bits: 14,
+            sectors: 1024,
+            fill: 64,
+            ..c("16K")
+        },
+        Config {
+            cluster_bits: 16,
+            sectors: 1920,
+            fill: 64,
+            queues: 2,
+            ..c("64K")
+        },
+        Config {
+            alignment: 512,
+            fill: 64,
+            ..c("direct I/O, 512")
+        },
+        Config {
+            alignment: 4096,
+            cluster_bits: 12,
+            sectors: 512,
+            fill: 96,
+            queues: 2,
+            ..c("direct I/O, 4096")
+        },
+        Config {
+            alignment: 4096,
+            cluster_bits: 13,
+            sectors: 512,
+            fill: 96,
+            snapshot: true,
+            backing: Backing::Raw(90),
+            ..c("direct I/O, 8K, backed")
+        },
+        Config {
+            device: true,
+            fill: 64,
+            ..c("block device")
+        },
+        Config {
+            device: true,
+            fill: 64,
+            alignment: 4096,
+            cluster_bits: 12,
+            sectors: 512,
+            queues: 2,
+            ..c("block device, direct I/O")
+        },
+        Config {
+            raw: true,
+            fill: 128,
+            queues: 2,
+            ..c("raw")
+        },
+        Config {
+            raw: true,
+            fill: 128,
+            alignment: 4096,
+            sectors: 512,
+            ..c("raw, direct I/O")
+        },
+    ]
+}
+
+/// The configuration with this name or number.
+#[must_use]
+pub fn find(name: &str) -> Option<Config> {
+    let by_number = name.parse::<usize>().ok();
+    (0..)
+        .zip(all())
+        .find(|(number, config)| config.name == name || Some(*number) == by_number)
+        .map(|(_, config)| config)
 }

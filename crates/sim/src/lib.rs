@@ -11,6 +11,8 @@ pub mod config;
 pub mod contents;
 pub mod crash;
 pub mod fault;
+pub mod image;
+pub mod judge;
 pub mod log;
 pub mod machine;
 pub mod memory;

@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use urus_engine::request::{Reply, Request, RequestKind};
 use urus_engine::storage::{FileId, IMAGE};
 use urus_engine::sync::{Arc, Mutex};
-use urus_engine::{Control, LayerSpec, Maintenance, Options, Queue, Shared};
+use urus_engine::{Control, Error, LayerSpec, Maintenance, Options, Queue, Shared};
 
 use crate::memory::SimMemory;
 use crate::model::{GuestOp, Model};
@@ -22,6 +22,8 @@ struct Open {
     ask: Ask,
     issued: u64,
     change: Option<GuestOp>,
+    /// A sync had failed before it was issued.
+    poisoned: bool,
 }
 
 struct Seat {
@@ -110,6 +112,11 @@ impl Machine {
         self.open.len()
     }
 
+    /// From now on requests may fail, or not.
+    pub fn expect_errors(&mut self, errors: bool) {
+        self.driving.errors = errors;
+    }
+
     /// Whether a sync has failed, so that the device takes no more writes.
     #[must_use]
     pub fn is_poisoned(&self) -> bool {
@@ -186,14 +193,14 @@ impl Machine {
                 (kind, None)
             }
         };
-        self.open.insert(
-            token,
-            Open {
-                ask,
-                issued,
-                change,
-            },
-        );
+        let poisoned = self.is_poisoned();
+        let open = Open {
+            ask,
+            issued,
+            change,
+            poisoned,
+        };
+        self.open.insert(token, open);
         let queue = &mut self.seats[number].queue;
         assert!(
             queue.submit(Request { token, kind }).is_ok(),
@@ -260,9 +267,19 @@ impl Machine {
         match result {
             Err(error) => {
                 self.failed += 1;
-                if !self.driving.errors {
+                let expected = match error {
+                    Error::Io { .. } | Error::OutOfSpace { .. } => true,
+                    Error::Poisoned { .. } => self.is_poisoned(),
+                    _ => false,
+                };
+                if !self.driving.errors || !expected {
                     return Err(format!("{:?} failed: {error}", open.ask));
                 }
+            }
+            Ok(())
+                if open.poisoned && !matches!(open.ask, Ask::Read { .. } | Ask::Status { .. }) =>
+            {
+                return Err(format!("{:?} succeeded after a sync had failed", open.ask));
             }
             Ok(()) => match open.ask {
                 Ask::Read { lba, .. } => {
@@ -406,6 +423,21 @@ impl Machine {
             Some(Err(error)) => Err(format!("closing failed: {error}")),
             _ => Ok(()),
         }
+    }
+
+    /// Reads the whole disk, in pieces.
+    ///
+    /// # Errors
+    /// As [`drain`](Self::drain).
+    pub fn read_all(&mut self) -> Result<(), String> {
+        let sectors = self.model.sectors();
+        let mut lba = 0;
+        while lba < sectors {
+            let count = (1 + self.rng.below(64)).min(sectors - lba);
+            self.ask(Ask::Read { lba, count })?;
+            lba += count;
+        }
+        self.drain()
     }
 
     /// A file's bytes as reads see them now.

@@ -1,6 +1,5 @@
 //! The simulator's command.
-use urus_sim::config::Config;
-use urus_sim::crash::Limits;
+use urus_sim::config;
 use urus_sim::runner::{Effort, run};
 
 fn main() {
@@ -12,31 +11,35 @@ fn main() {
         .nth(2)
         .and_then(|s| s.parse().ok())
         .unwrap_or(1);
-    let config = Config {
-        name: "small",
-        cluster_bits: 9,
-        version: 3,
-        refcount_order: 4,
-        sectors: 256,
-        queues: 1,
-    };
-    let effort = Effort {
-        requests: 200,
-        cuts: 24,
-        limits: Limits {
-            exhaustive: 5,
-            random: 16,
-            torn: 6,
-            each: 4,
-        },
-    };
-    let mut states = 0;
-    for seed in seed..seed + n {
-        let outcome = run(&config, seed, &effort);
-        states += outcome.states;
-        if let Some(violation) = outcome.violation {
-            println!("seed {seed}: {violation}");
+    let only: Option<usize> = std::env::args().nth(3).and_then(|s| s.parse().ok());
+    let effort = Effort::QUICK;
+    let mut all = 0;
+    std::panic::set_hook(Box::new(|_| {}));
+    for (i, config) in config::all().iter().enumerate() {
+        if only.is_some_and(|o| o != i) {
+            continue;
         }
+        let (mut states, mut reopened, mut bad, mut leak) = (0, 0, 0, 0);
+        let start = std::time::Instant::now();
+        for seed in seed..seed + n {
+            let outcome = run(config, seed, &effort);
+            states += outcome.states;
+            reopened += outcome.reopened;
+            leak = leak.max(outcome.largest_leak);
+            if let Some(violation) = outcome.violation {
+                bad += 1;
+                if bad < 4 {
+                    println!("  {i} {}: seed {seed}: {violation}", config.name);
+                }
+            }
+        }
+        all += states;
+        let t = start.elapsed().as_secs_f64();
+        println!(
+            "{i:2} {:28} {states:7} states {reopened:5} reopened {bad:4} bad, leak {leak}, {t:.2} s {:.0}/s",
+            config.name,
+            states as f64 / t
+        );
     }
-    println!("{states} states");
+    println!("{all} states");
 }

@@ -46,6 +46,8 @@ pub(crate) struct Running {
     left: Option<Rc<[bool]>>,
     /// What a write's memory held when it was submitted.
     at_submission: Option<Rc<[u8]>>,
+    /// A read in two parts reports no more than the file held at its first one.
+    most: u64,
 }
 
 /// The bytes that a read's memory holds until it is read: whoever looks before the completion sees these.
@@ -173,6 +175,7 @@ impl World {
             fault,
             left,
             at_submission,
+            most: u64::MAX,
         });
         Ok(())
     }
@@ -255,7 +258,7 @@ impl World {
         };
         let len = shortened(bytes_of(memory), op.fault);
         let contents = &self.files[usize::from(op.file.0)].contents;
-        let available = contents.len().saturating_sub(*offset).min(len);
+        let available = contents.len().saturating_sub(*offset).min(len).min(op.most);
         let first = offset / SECTOR;
         let sectors = if len == 0 {
             0
@@ -280,6 +283,7 @@ impl World {
             }
         }
         if split {
+            op.most = available;
             op.left = Some(now.iter().map(|done| !done).collect());
             self.running.push(op);
         } else {

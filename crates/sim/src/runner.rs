@@ -1,20 +1,22 @@
-//! One workload: run it, look at the image, then cut the power again and again.
+//! One workload: run it, look at the image, then cut the power again and again. From some of the states it goes on
+//! writing, and cuts once more.
 
+use std::collections::BTreeSet;
 use std::collections::HashSet;
 use std::ops::ControlFlow;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use urus_engine::storage::FileId;
 
-use crate::checker::{self, GuestReader};
-use crate::config::{Config, layers};
-use crate::contents::{Change, index};
+use crate::checker;
+use crate::config::{Config, FIRST_VERSION};
+use crate::contents::{Change, Contents};
 use crate::crash::{Class, CrashCursor, Limits};
-use crate::machine::{Driving, Machine};
-use crate::model::{Model, View};
+use crate::judge::Scene;
+use crate::machine::Machine;
+use crate::model::Model;
 use crate::rng::Rng;
 use crate::workload::Workload;
-use crate::world::SimWorld;
 
 /// What one workload gave.
 #[derive(Clone, Debug, Default)]
@@ -23,6 +25,8 @@ pub struct Outcome {
     pub cuts: u64,
     /// States judged.
     pub states: u64,
+    /// States from which it went on writing.
+    pub reopened: u64,
     /// Clusters leaked in the worst state.
     pub largest_leak: u64,
     /// Names the run.
@@ -40,15 +44,38 @@ pub struct Effort {
     pub cuts: u64,
     /// States at each.
     pub limits: Limits,
+    /// One in so many states is reopened for writing.
+    pub reopen: u64,
+    /// How often the power may fail.
+    pub depth: u32,
+}
+
+impl Effort {
+    /// For many workloads.
+    pub const QUICK: Self = Self {
+        requests: 160,
+        cuts: 24,
+        limits: Limits {
+            exhaustive: 5,
+            random: 20,
+            torn: 6,
+            each: 5,
+        },
+        reopen: 40,
+        depth: 2,
+    };
 }
 
 /// Runs one workload; a panic counts as a violation.
 #[must_use]
 pub fn run(config: &Config, seed: u64, effort: &Effort) -> Outcome {
+    guarded(|outcome| attempt(config, seed, effort, outcome))
+}
+
+/// Runs something that fills an outcome; an error or a panic is its violation.
+pub fn guarded(f: impl FnOnce(&mut Outcome) -> Result<(), String>) -> Outcome {
     let mut outcome = Outcome::default();
-    let result = catch_unwind(AssertUnwindSafe(|| {
-        attempt(config, seed, effort, &mut outcome)
-    }));
+    let result = catch_unwind(AssertUnwindSafe(|| f(&mut outcome)));
     outcome.violation = match result {
         Ok(Ok(())) => None,
         Ok(Err(violation)) => Some(violation),
@@ -74,114 +101,182 @@ fn attempt(
     outcome: &mut Outcome,
 ) -> Result<(), String> {
     let mut rng = Rng::new(seed);
-    let fixture = config.fixture(&mut rng.fork(1));
-    let behaviour = config.behaviour(&mut rng.fork(2));
-    let bytes: Vec<&[u8]> = fixture
+    let scene = Scene::new(config, &mut rng.fork(1));
+    let files: Vec<&[u8]> = scene
+        .fixture
         .files
         .iter()
         .map(|file| &file.contents[..])
         .collect();
-    let chain = layers(&bytes)?;
-    let world = SimWorld::new(rng.next_u64(), behaviour, fixture.files.clone());
-    let driving = Driving {
-        queues: config.queues,
-        depth: 1 + rng.index(8),
-        spurious: rng.chance(64),
-        errors: false,
+    let model = Model::new(scene.fixture.initial.clone(), FIRST_VERSION);
+    let initial = scene
+        .judge(&files, &model.after_cut(0))
+        .map_err(|error| format!("before the first request: {error}"))?;
+    if initial.leaks > 0 {
+        return Err(format!("before the first request: {} leaks", initial.leaks));
+    }
+    let driving = scene.driving(&mut rng);
+    let machine = scene.machine(&files, &initial.guest, &model, driving, &mut rng)?;
+    let workload = scene.workload(&mut rng);
+    let run = Run {
+        scene: &scene,
+        effort,
+        leaks: 0,
+        depth: 1,
     };
-    let model = Model::new(fixture.initial.clone(), 1 << 32);
-    let mut machine = Machine::open(&world, chain, config.options(), model, driving, rng.fork(3))?;
-    let cluster_sectors = (1 << config.cluster_bits) / 512;
-    let mut workload = Workload::new(rng.fork(4), config.sectors, cluster_sectors);
-    let patience = [1, 8, 40][rng.index(3)];
-    for _ in 0..effort.requests {
-        let ask = workload.next_ask();
-        machine.ask(ask)?;
-        for _ in 0..rng.below(patience) {
-            machine.step()?;
-        }
-    }
-    machine.drain()?;
-    outcome.trace = world.trace_hash();
-    machine.close()?;
-    outcome.trace = world.trace_hash();
-    if let Some(complaint) = world.complaints().first() {
-        return Err(format!("the storage complains: {complaint}"));
-    }
-    let view = machine.model.after_cut(world.now());
-    let image = machine.image();
-    let leak = judge(&[&image], &view).map_err(|error| format!("after closing: {error}"))?;
-    if leak > 0 {
-        return Err(format!("after closing: {leak} clusters have leaked"));
-    }
-    cut(&world, &machine.model, effort, &mut rng, outcome)
+    run.whole(machine, workload, effort.requests, &mut rng, outcome)
 }
 
-fn cut(
-    world: &SimWorld,
-    model: &Model,
-    effort: &Effort,
-    rng: &mut Rng,
-    outcome: &mut Outcome,
-) -> Result<(), String> {
-    let log = world.log();
-    let events = log.events.len();
-    let points: HashSet<usize> = (0..effort.cuts).map(|_| 1 + rng.index(events)).collect();
-    let mut known = HashSet::new();
-    let mut cursor = CrashCursor::new(&log);
-    while cursor.advance(&log) {
-        if !points.contains(&cursor.position()) {
-            continue;
+/// One life of a device, from opening to closing.
+struct Run<'a> {
+    scene: &'a Scene,
+    effort: &'a Effort,
+    /// Leaked before it was opened.
+    leaks: u64,
+    /// The first life, or one after a cut.
+    depth: u32,
+}
+
+impl Run<'_> {
+    fn whole(
+        &self,
+        mut machine: Machine,
+        mut workload: Workload,
+        requests: u64,
+        rng: &mut Rng,
+        outcome: &mut Outcome,
+    ) -> Result<(), String> {
+        let patience = [1, 8, 40][rng.index(3)];
+        for _ in 0..requests {
+            machine.ask(workload.next_ask())?;
+            for _ in 0..rng.below(patience) {
+                machine.step()?;
+            }
         }
-        outcome.cuts += 1;
-        let (now, _) = log.events[cursor.position() - 1];
-        let view = model.after_cut(now);
-        let all = world.contents(FileId(0));
-        let owners = checker::check(all.bytes()).owners;
-        let classify = |_: FileId, change: &Change| Class::from(owners.at(change.range().0));
-        let mut violation = None;
-        let position = cursor.position();
-        let tally = cursor.enumerate(
-            rng,
-            &effort.limits,
-            &classify,
-            (&mut known, model.promises_at(now)),
-            &mut |state| {
-                let files: Vec<&[u8]> = state.files.iter().map(|file| file.bytes()).collect();
-                match judge(&files, &view) {
-                    Ok(leak) => {
-                        outcome.largest_leak = outcome.largest_leak.max(leak);
-                        ControlFlow::Continue(())
-                    }
+        machine.drain()?;
+        // Some devices are never closed.
+        let closed = rng.chance(192);
+        if closed {
+            machine.close()?;
+        }
+        let world = machine.world.clone();
+        outcome.trace ^= world.trace_hash().rotate_left(self.depth);
+        if let Some(complaint) = world.complaints().first() {
+            return Err(format!("the storage complains: {complaint}"));
+        }
+        if closed {
+            let view = machine.model.after_cut(world.now());
+            let all: Vec<Vec<u8>> = (0..)
+                .zip(&self.scene.fixture.files)
+                .map(|(n, _)| machine.file(FileId(n)))
+                .collect();
+            let files: Vec<&[u8]> = all.iter().map(|file| &file[..]).collect();
+            let found = self
+                .scene
+                .judge(&files, &view)
+                .map_err(|error| format!("after closing: {error}"))?;
+            if found.leaks > self.leaks {
+                return Err(format!(
+                    "after closing: {} clusters have leaked, {} before",
+                    found.leaks, self.leaks
+                ));
+            }
+        }
+        self.cut(&machine, rng, outcome)
+    }
+
+    fn points(&self, machine: &Machine, rng: &mut Rng) -> BTreeSet<usize> {
+        let events = machine.world.log().events.len();
+        let cuts = if self.depth == 1 { self.effort.cuts } else { 2 };
+        (0..cuts)
+            .filter(|_| events > 0)
+            .map(|_| 1 + rng.index(events))
+            .collect()
+    }
+
+    fn cut(&self, machine: &Machine, rng: &mut Rng, outcome: &mut Outcome) -> Result<(), String> {
+        let points = self.points(machine, rng);
+        let log = machine.world.log();
+        let mut known = HashSet::new();
+        let mut cursor = CrashCursor::new(&log);
+        let mut lot = rng.fork(5);
+        while cursor.advance(&log) {
+            let position = cursor.position();
+            if !points.contains(&position) {
+                continue;
+            }
+            outcome.cuts += 1;
+            let (now, _) = log.events[position - 1];
+            let view = machine.model.after_cut(now);
+            let promises = machine.model.promises_at(now);
+            // What lies where, with everything that is pending in place.
+            let owners = checker::check(machine.world.contents(FileId(0)).bytes()).owners;
+            let classify = |file: FileId, change: &Change| match file {
+                FileId(0) => Class::from(owners.at(change.range().0)),
+                _ => Class::Data,
+            };
+            let mut violation = None;
+            let mut visit = |state: &crate::crash::State<'_>| {
+                outcome.states += 1;
+                match self.state(state.files, &view, machine, &mut lot, outcome) {
+                    Ok(()) => ControlFlow::Continue(()),
                     Err(error) => {
+                        let name = state.choice.name;
                         violation = Some(format!(
-                            "cut at event {position} (moment {now}), {}: {error}",
-                            state.choice.name
+                            "cut at event {position} (moment {now}), {name}: {error}"
                         ));
                         ControlFlow::Break(())
                     }
                 }
-            },
-        );
-        outcome.states += tally.visited;
-        if let Some(violation) = violation {
-            return Err(violation);
+            };
+            cursor.enumerate(
+                rng,
+                &self.effort.limits,
+                &classify,
+                (&mut known, promises),
+                &mut visit,
+            );
+            if let Some(violation) = violation {
+                return Err(violation);
+            }
         }
+        Ok(())
     }
-    Ok(())
-}
 
-/// Judges files without the engine; how many clusters leaked.
-fn judge(files: &[&[u8]], view: &View) -> Result<u64, String> {
-    let report = checker::check(files[0]);
-    if let Some(violation) = report.violations.first() {
-        return Err(violation.to_string());
+    fn state(
+        &self,
+        files: &[Contents],
+        view: &crate::model::View,
+        machine: &Machine,
+        lot: &mut Rng,
+        outcome: &mut Outcome,
+    ) -> Result<(), String> {
+        let files: Vec<&[u8]> = files.iter().map(Contents::bytes).collect();
+        let found = self.scene.judge(&files, view)?;
+        outcome.largest_leak = outcome.largest_leak.max(found.leaks);
+        let drawn = lot.below(self.effort.reopen);
+        if drawn == 1 {
+            outcome.states += self.scene.repair(&files, &found, view, lot)?;
+            return Ok(());
+        }
+        if drawn != 0 {
+            return self.scene.open_and_close(&files, lot.chance(64));
+        }
+        outcome.reopened += 1;
+        let driving = self.scene.driving(lot);
+        let mut again = self
+            .scene
+            .machine(&files, &found.guest, &machine.model, driving, lot)?;
+        again.read_all()?;
+        let run = Run {
+            leaks: found.leaks,
+            depth: self.depth + 1,
+            ..*self
+        };
+        if self.depth >= self.effort.depth {
+            return again.close();
+        }
+        run.whole(again, self.scene.workload(lot), 50, lot, outcome)
+            .map_err(|error| format!("reopened: {error}"))
     }
-    let reader = GuestReader::open(files[0], None).map_err(|error| error.to_string())?;
-    let bytes = reader
-        .read(0, index(reader.size()))
-        .map_err(|error| error.to_string())?;
-    view.check(0, &bytes)
-        .map_err(|mismatch| mismatch.to_string())?;
-    Ok(report.leak_count)
 }

@@ -378,6 +378,13 @@ impl SimWorld {
         self.0.borrow().faults.injected
     }
 
+    /// The fdatasyncs that failed for good, EINTR and its like not counted.
+    #[must_use]
+    pub fn failed_syncs(&self) -> usize {
+        let failed = |(_, event): &&(u64, Event)| matches!(event, Event::Synced { ok: false, .. });
+        self.0.borrow().log.events.iter().filter(failed).count()
+    }
+
     /// Operations submitted whose completions were not seen.
     #[must_use]
     pub fn in_flight(&self) -> usize {

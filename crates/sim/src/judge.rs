@@ -1,0 +1,273 @@
+//! Judges the files that a power cut has left, with and without the engine.
+
+use std::collections::HashSet;
+use std::ops::ControlFlow;
+
+use urus_engine::check::Repair;
+use urus_engine::storage::FileId;
+use urus_engine::{Maintenance, Options, check_image};
+use urus_format::Header;
+
+use crate::checker::{self, GuestReader};
+use crate::config::{Config, Fixture, layers};
+use crate::contents::{Change, Contents, index};
+use crate::crash::{Class, CrashCursor, Limits, State};
+use crate::machine::{Driving, Machine};
+use crate::model::{Model, View};
+use crate::rng::Rng;
+use crate::workload::Workload;
+use crate::world::{FileSpec, SimConfig, SimWorld};
+
+/// What stays the same over a whole run.
+#[derive(Clone, Debug)]
+pub struct Scene {
+    /// The configuration.
+    pub config: Config,
+    /// The files before the first request.
+    pub fixture: Fixture,
+}
+
+/// What was found in sound files.
+#[derive(Clone, Debug)]
+pub struct Found {
+    /// Clusters leaked.
+    pub leaks: u64,
+    /// What the guest reads.
+    pub guest: Vec<u8>,
+}
+
+impl Scene {
+    /// Makes the files of a configuration.
+    #[must_use]
+    pub fn new(config: &Config, rng: &mut Rng) -> Self {
+        Self {
+            config: config.clone(),
+            fixture: config.fixture(rng),
+        }
+    }
+
+    /// Judges files without the engine: is the structure sound, may each sector hold what it holds, is the
+    /// snapshot what it was?
+    ///
+    /// # Errors
+    /// What is wrong.
+    pub fn judge(&self, files: &[&[u8]], view: &View) -> Result<Found, String> {
+        self.judge_marked(files, view, false)
+    }
+
+    /// As [`judge`](Self::judge), in the middle of a repair: the image may be marked dirty.
+    fn judge_repairing(&self, files: &[&[u8]], view: &View) -> Result<Found, String> {
+        self.judge_marked(files, view, true)
+    }
+
+    fn judge_marked(&self, files: &[&[u8]], view: &View, marked: bool) -> Result<Found, String> {
+        if self.config.raw {
+            let mut guest = files[0].to_vec();
+            guest.resize(index(self.config.sectors * 512), 0);
+            view.check(0, &guest)
+                .map_err(|mismatch| mismatch.to_string())?;
+            return Ok(Found { leaks: 0, guest });
+        }
+        let report = checker::check(files[0]);
+        if let Some(violation) = report.violations.first() {
+            return Err(violation.to_string());
+        }
+        if !marked && (report.corrupt || report.dirty) {
+            return Err("the image is marked dirty or corrupt".to_owned());
+        }
+        let behind = |offset: u64, len: usize| {
+            let bytes = self.fixture.behind.as_deref().unwrap_or_default();
+            let start = index(offset).min(bytes.len());
+            bytes[start..(start + len).min(bytes.len())].to_vec()
+        };
+        let reader =
+            GuestReader::open(files[0], Some(&behind)).map_err(|error| error.to_string())?;
+        let size = index(self.config.sectors * 512);
+        let guest = reader.read(0, size).map_err(|error| error.to_string())?;
+        view.check(0, &guest)
+            .map_err(|mismatch| mismatch.to_string())?;
+        if let Some(snapshot) = &self.fixture.snapshot {
+            let found = reader
+                .snapshot(0)
+                .and_then(|reader| reader.read(0, size))
+                .map_err(|error| error.to_string())?;
+            if let Some(at) = found.iter().zip(snapshot).position(|(a, b)| a != b) {
+                return Err(format!("the snapshot has changed in sector {}", at / 512));
+            }
+        }
+        Ok(Found {
+            leaks: report.leak_count,
+            guest,
+        })
+    }
+
+    /// A machine with these files.
+    #[must_use]
+    pub fn world(&self, files: &[&[u8]], behaviour: SimConfig, seed: u64) -> SimWorld {
+        let specs = files
+            .iter()
+            .zip(&self.fixture.files)
+            .map(|(bytes, old)| FileSpec {
+                contents: bytes.to_vec(),
+                properties: old.properties,
+                writable: old.writable,
+                capacity: old.capacity,
+            })
+            .collect();
+        SimWorld::new(seed, behaviour, specs)
+    }
+
+    /// The engine opens these files, read-only or for writing, and closes them.
+    ///
+    /// # Errors
+    /// What the engine says.
+    pub fn open_and_close(&self, files: &[&[u8]], read_only: bool) -> Result<(), String> {
+        let world = self.world(files, SimConfig::default(), 1);
+        let mut options: Options = self.config.options();
+        options.read_only = read_only;
+        let layers = layers(files, &self.fixture.raw)?;
+        let opened = Maintenance::open(world.handle(), layers, options);
+        drop(opened.map_err(|error| format!("it does not open: {error}"))?);
+        Ok(())
+    }
+
+    /// The engine checks these files and repairs leaks, or everything; afterwards nothing is leaked, and the guest
+    /// reads what it read before. Then the power fails in the middle of the repair.
+    ///
+    /// # Errors
+    /// What is wrong.
+    pub fn repair(
+        &self,
+        files: &[&[u8]],
+        found: &Found,
+        view: &View,
+        rng: &mut Rng,
+    ) -> Result<u64, String> {
+        if self.config.raw {
+            return Ok(0);
+        }
+        let world = self.world(files, self.config.machine(rng), rng.next_u64());
+        let header = || {
+            let parsed = Header::parse(files[0], files[0].len() as u64);
+            parsed.map_err(|error| error.to_string())
+        };
+        let run = |world: &SimWorld, repair| {
+            check_image(world.handle(), "image".to_owned(), header()?, repair)
+                .map_err(|error| format!("check: {error}"))
+        };
+        let before = run(&world, Repair::None)?;
+        let leaks = before.leaks + before.leaks_past_end;
+        if before.corruptions != before.copied_clear_at_one || before.check_errors > 0 {
+            return Err(format!(
+                "check finds corruption in a sound image: {:?}",
+                before.messages
+            ));
+        }
+        if leaks != found.leaks {
+            return Err(format!(
+                "check counts {leaks} leaks, there are {}",
+                found.leaks
+            ));
+        }
+        let repair = [Repair::Leaks, Repair::All][rng.index(2)];
+        let after = run(&world, repair)?;
+        if after.leaks + after.leaks_past_end > 0 {
+            return Err(format!(
+                "after a repair of leaks check counts {}",
+                after.leaks
+            ));
+        }
+        world.settle();
+        let all: Vec<Vec<u8>> = (0..)
+            .zip(files)
+            .map(|(number, _)| world.contents(FileId(number)).bytes().to_vec())
+            .collect();
+        let repaired: Vec<&[u8]> = all.iter().map(|file| &file[..]).collect();
+        let now = self
+            .judge(&repaired, view)
+            .map_err(|error| format!("after a repair: {error}"))?;
+        if now.leaks > 0 || now.guest != found.guest {
+            return Err(format!(
+                "after a repair: {} leaks, or other content",
+                now.leaks
+            ));
+        }
+        let log = world.log();
+        let mut cursor = CrashCursor::new(&log);
+        let (mut known, mut states, mut violation) = (HashSet::new(), 0, None);
+        let limits = Limits {
+            exhaustive: 3,
+            random: 2,
+            torn: 2,
+            each: 1,
+        };
+        while cursor.advance(&log) {
+            let mut visit = |state: &State<'_>| {
+                states += 1;
+                let files: Vec<&[u8]> = state.files.iter().map(Contents::bytes).collect();
+                let judged = self.judge_repairing(&files, view);
+                match judged {
+                    Ok(now) if now.guest == found.guest => ControlFlow::Continue(()),
+                    other => {
+                        let error = other.err().unwrap_or_else(|| "other content".to_owned());
+                        violation =
+                            Some(format!("cut in a repair, {}: {error}", state.choice.name));
+                        ControlFlow::Break(())
+                    }
+                }
+            };
+            let classify = |_: FileId, _: &Change| Class::Unknown;
+            cursor.enumerate(rng, &limits, &classify, (&mut known, 0), &mut visit);
+        }
+        violation.map_or(Ok(states), Err)
+    }
+
+    /// Opens these files for writing, with a model of what they hold.
+    ///
+    /// # Errors
+    /// What the engine says.
+    pub fn machine(
+        &self,
+        files: &[&[u8]],
+        guest: &[u8],
+        model: &Model,
+        driving: Driving,
+        rng: &mut Rng,
+    ) -> Result<Machine, String> {
+        let behaviour = self.config.machine(rng);
+        let world = self.world(files, behaviour, rng.next_u64());
+        let model = model
+            .adopt(guest)
+            .map_err(|mismatch| mismatch.to_string())?;
+        let layers = layers(files, &self.fixture.raw)?;
+        Machine::open(
+            &world,
+            layers,
+            self.config.options(),
+            model,
+            driving,
+            rng.fork(11),
+        )
+    }
+
+    /// A workload for this configuration.
+    #[must_use]
+    pub fn workload(&self, rng: &mut Rng) -> Workload {
+        Workload::new(
+            rng.fork(12),
+            self.config.sectors,
+            self.config.cluster_sectors(),
+        )
+    }
+
+    /// How a machine is driven, by lot.
+    #[must_use]
+    pub fn driving(&self, rng: &mut Rng) -> Driving {
+        Driving {
+            queues: self.config.queues,
+            depth: 1 + rng.index(self.config.depth),
+            spurious: rng.chance(64),
+            errors: false,
+        }
+    }
+}
