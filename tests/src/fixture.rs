@@ -149,22 +149,36 @@ fn sources() -> Vec<PathBuf> {
     sources
 }
 
-/// Takes entries of the directories `from`, in order of name, until there are `enough` bytes; none that leads past
-/// `too_much`.
+/// Takes entries of the directories `from`, in order of name, until there are `enough` bytes; of a directory that
+/// would lead past `too_much`, only a part.
 fn choose(from: &[PathBuf], enough: u64, too_much: u64) -> (Vec<PathBuf>, u64) {
     let mut chosen = Vec::new();
     let mut total = 0;
-    for entry in from.iter().flat_map(|directory| entries(directory)) {
-        if total >= enough {
-            break;
-        }
+    // A stack, the next one last.
+    let mut ahead: Vec<PathBuf> = from
+        .iter()
+        .rev()
+        .flat_map(|directory| reversed_entries(directory))
+        .collect();
+    while total < enough {
+        let Some(entry) = ahead.pop() else { break };
         let size = size_of(&entry, too_much);
-        if size > 0 && total + size <= too_much {
+        if total + size > too_much {
+            if entry.is_dir() && !entry.is_symlink() {
+                ahead.extend(reversed_entries(&entry));
+            }
+        } else if size > 0 {
             total += size;
             chosen.push(entry);
         }
     }
     (chosen, total)
+}
+
+fn reversed_entries(directory: &Path) -> Vec<PathBuf> {
+    let mut entries = entries(directory);
+    entries.reverse();
+    entries
 }
 
 fn entries(directory: &Path) -> Vec<PathBuf> {

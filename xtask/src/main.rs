@@ -1,8 +1,10 @@
 //! Developer commands: `cargo xtask test|ci|soak|tidy`. One command is CI; the README's test command is part of it.
 
+mod leftovers;
 mod licences;
 mod packages;
 mod parts;
+mod spdx;
 mod steps;
 mod tidy;
 
@@ -66,6 +68,11 @@ fn test(steps: &mut Steps) {
         return;
     }
     let program = steps.target_directory().join("debug").join("urus");
+    let scratch = steps.target_directory().join("urus-scratch");
+    steps.check("room for the tests", |_| leftovers::make_room(&scratch));
+    if steps.failed() {
+        return;
+    }
     let nextest = Command::new("cargo")
         .args(["nextest", "--version"])
         .output()
@@ -85,6 +92,7 @@ fn test(steps: &mut Steps) {
     });
     run.env("URUS_BIN", program);
     steps.run("tests", run);
+    leftovers::clean(&scratch);
     steps.cargo(
         "documentation tests",
         &["test", "--locked", "--workspace", "--doc", "--quiet"],
