@@ -19,6 +19,9 @@ const TOO_MUCH: u64 = GIB + 80 * MIB;
 /// Room that the file system keeps free, for tests that unpack something into it.
 const FREE: u64 = 400 * MIB;
 
+/// For one step of building, on a machine that is busy with other things.
+const PATIENCE: Duration = Duration::from_secs(500);
+
 /// How the clusters of a qcow2 fixture are stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Stored {
@@ -55,11 +58,7 @@ pub fn image(stored: Stored) -> PathBuf {
     };
     built(&directory, name, |partial| {
         let convert = qemu::img("convert -f raw -O qcow2 -m 4 -W").words(options);
-        convert
-            .arg(&raw)
-            .arg(partial)
-            .limit(Duration::from_secs(400))
-            .ok();
+        convert.arg(&raw).arg(partial).limit(PATIENCE).ok();
     })
 }
 
@@ -117,22 +116,19 @@ fn ext4_in(directory: &Path) -> PathBuf {
         );
         let tree = directory.join("tree");
         let _ = std::fs::remove_dir_all(&tree);
-        for (number, source) in chosen.iter().enumerate() {
-            // Numbered, because names from different places may be the same.
-            let target = tree.join(format!("{number}"));
-            std::fs::create_dir_all(&target).expect("a directory for copies");
-            program("cp")
-                .words("-a --reflink=auto")
-                .arg(source)
-                .arg(&target)
-                .ok();
+        std::fs::create_dir(&tree).expect("a directory for copies");
+        for some in chosen.chunks(500) {
+            let copy = program("cp")
+                .words("-a --parents --reflink=auto")
+                .args(some);
+            copy.arg(&tree).limit(PATIENCE).ok();
         }
         let size = (total + total / 16 + FREE).next_multiple_of(MIB);
         let mke2fs = program("mke2fs")
             .words("-q -t ext4 -L urus -d")
             .arg(&tree)
             .arg(partial);
-        mke2fs.arg(format!("{}k", size / 1024)).ok();
+        mke2fs.arg(format!("{}k", size / 1024)).limit(PATIENCE).ok();
         std::fs::remove_dir_all(&tree).expect("removing the copies");
     })
 }

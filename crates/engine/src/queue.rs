@@ -450,10 +450,15 @@ impl<S: Storage> Core<S> {
         let outcome = match result {
             Ok(bytes) if bytes >= direct.memory.len() => None,
             Ok(0) if direct.write => fail(&io::Error::from_raw_os_error(28)),
-            Ok(0) => {
+            Ok(0) if self.worker.is_past_end(direct.file, direct.offset) => {
                 // The end of the file: the rest reads as zeroes.
                 direct.memory.zero(0, direct.memory.len());
                 None
+            }
+            Ok(0) if direct.retries < limits::RETRIES => {
+                // The file has grown meanwhile; or it is broken, and then its bytes are no zeroes.
+                direct.retries += 1;
+                return self.submit_one(direct);
             }
             Ok(bytes)
                 if !direct.write

@@ -134,9 +134,16 @@ impl<S: Storage> Worker<S> {
                 )
                 .await
             {
-                Ok(0) => {
+                Ok(0) if self.is_past_end(file, at) => {
                     memory.zero(done, memory.len() - done);
                     return Ok(());
+                }
+                // The file has grown meanwhile; or it is broken, and then its bytes are no zeroes.
+                Ok(0) if retries < limits::RETRIES => retries += 1,
+                Ok(0) => {
+                    let error = io::Error::from_raw_os_error(5);
+                    let left = (memory.len() - done) as u64;
+                    return Err(self.io_error("read", file, at, left, &error));
                 }
                 Ok(bytes) if self.ends_file(file, at + bytes as u64) => {
                     memory.zero(done + bytes, memory.len() - done - bytes);
@@ -164,15 +171,18 @@ impl<S: Storage> Worker<S> {
         Ok(())
     }
 
+    /// Whether there is nothing from this offset on.
+    pub(crate) fn is_past_end(&self, file: FileId, offset: u64) -> bool {
+        self.reactor
+            .with_storage(|storage| storage.file_len(file))
+            .is_ok_and(|bytes| bytes <= offset)
+    }
+
     /// Whether a read that stopped here has met the end of the file inside a block: under O_DIRECT, going on from
     /// there would be refused.
     pub(crate) fn ends_file(&self, file: FileId, end: u64) -> bool {
         let align = u64::from(self.reactor.properties(file).alignment);
-        !end.is_multiple_of(align)
-            && self
-                .reactor
-                .with_storage(|storage| storage.file_len(file))
-                .is_ok_and(|bytes| bytes <= end)
+        !end.is_multiple_of(align) && self.is_past_end(file, end)
     }
 
     /// The part of a short read or write from which one can go on.

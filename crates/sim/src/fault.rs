@@ -87,6 +87,8 @@ pub(crate) struct FaultPlan {
     pub(crate) syncs: u64,
     /// How often a fault really hit.
     pub(crate) injected: u64,
+    /// How often it hit an fdatasync.
+    pub(crate) injected_syncs: u64,
 }
 
 impl FaultPlan {
@@ -112,6 +114,7 @@ impl FaultPlan {
         };
         let action = self.faults.iter().find(hit).map(|fault| fault.action);
         self.injected += u64::from(action.is_some());
+        self.injected_syncs += u64::from(action.is_some() && class == OpClass::Sync);
         action
     }
 }

@@ -12,6 +12,7 @@ use crate::checker::{self, GuestReader};
 use crate::config::{Config, Fixture, layers};
 use crate::contents::{Change, Contents, index};
 use crate::crash::{Class, CrashCursor, Limits, State};
+use crate::fault::Fault;
 use crate::machine::{Driving, Machine};
 use crate::model::{Model, View};
 use crate::rng::Rng;
@@ -232,10 +233,12 @@ impl Scene {
         guest: &[u8],
         model: &Model,
         driving: Driving,
+        faults: Vec<Fault>,
         rng: &mut Rng,
     ) -> Result<Machine, String> {
         let behaviour = self.config.machine(rng);
         let world = self.world(files, behaviour, rng.next_u64());
+        world.plan_faults(faults);
         let model = model
             .adopt(guest)
             .map_err(|mismatch| mismatch.to_string())?;

@@ -15,6 +15,17 @@ fn main() {
     let effort = Effort::QUICK;
     let mut all = 0;
     std::panic::set_hook(Box::new(|_| {}));
+    if std::env::args().nth(4).as_deref() == Some("plants") {
+        for bug in urus_engine::planted::Bug::ALL {
+            let hunt = urus_sim::plants::hunt(bug, seed, n);
+            println!(
+                "{bug:?}: {} workloads, {} states: {:?}",
+                hunt.workloads, hunt.states, hunt.found
+            );
+        }
+        return;
+    }
+    let errors = std::env::args().nth(4).as_deref() == Some("errors");
     for (i, config) in config::all().iter().enumerate() {
         if only.is_some_and(|o| o != i) {
             continue;
@@ -22,7 +33,11 @@ fn main() {
         let (mut states, mut reopened, mut bad, mut leak) = (0, 0, 0, 0);
         let start = std::time::Instant::now();
         for seed in seed..seed + n {
-            let outcome = run(config, seed, &effort);
+            let outcome = if errors {
+                urus_sim::errors::run_random(config, seed, &Effort::ERRORS)
+            } else {
+                run(config, seed, &effort)
+            };
             states += outcome.states;
             reopened += outcome.reopened;
             leak = leak.max(outcome.largest_leak);

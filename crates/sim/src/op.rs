@@ -308,7 +308,7 @@ impl World {
         }
         let mut data: Option<Rc<[u8]>> = None;
         let mut done = 0;
-        if let OpKind::Write { memory, .. } = &op.kind {
+        if let OpKind::Write { offset, memory, .. } = &op.kind {
             let bytes = memory.to_vec();
             if op.at_submission.as_deref() != Some(&bytes[..]) {
                 self.complain(format!(
@@ -316,7 +316,7 @@ impl World {
                     op.file, op.slot
                 ));
             }
-            done = index(shortened(bytes.len() as u64, op.fault));
+            done = index(shortened_write(*offset, bytes.len() as u64, op.fault));
             data = Some(bytes[..done].into());
         }
         let change = change_of(&op.kind, data.as_ref()).expect("only changes come here");
@@ -478,5 +478,19 @@ fn shortened(len: u64, fault: Option<Action>) -> u64 {
         Some(Action::ShortByHalf) => len / 2,
         Some(Action::ShortToZero) => 0,
         _ => len,
+    }
+}
+
+/// A write that stops early stops between two sectors: what is left of a sector that was written in halves is not
+/// what this simulates. (A write within one sector is then done whole, or not at all.)
+fn shortened_write(offset: u64, len: u64, fault: Option<Action>) -> u64 {
+    let short = shortened(len, fault);
+    let end = offset + short;
+    if short == 0 || short == len {
+        short
+    } else if end - end % SECTOR > offset {
+        end - end % SECTOR - offset
+    } else {
+        len
     }
 }

@@ -12,6 +12,7 @@ use crate::checker;
 use crate::config::{Config, FIRST_VERSION};
 use crate::contents::{Change, Contents};
 use crate::crash::{Class, CrashCursor, Limits};
+use crate::errors::Injection;
 use crate::judge::Scene;
 use crate::machine::Machine;
 use crate::model::Model;
@@ -29,6 +30,12 @@ pub struct Outcome {
     pub reopened: u64,
     /// Clusters leaked in the worst state.
     pub largest_leak: u64,
+    /// Errors that really hit.
+    pub injected: u64,
+    /// Storage operations and fdatasyncs of the first life.
+    pub ops: u64,
+    /// See there.
+    pub syncs: u64,
     /// Names the run.
     pub trace: u64,
     /// What is wrong, and where.
@@ -64,12 +71,41 @@ impl Effort {
         reopen: 40,
         depth: 2,
     };
+
+    /// For very many workloads, each with an error.
+    pub const ERRORS: Self = Self {
+        requests: 50,
+        cuts: 2,
+        limits: Limits {
+            exhaustive: 2,
+            random: 4,
+            torn: 2,
+            each: 1,
+        },
+        reopen: 20,
+        depth: 1,
+    };
 }
 
 /// Runs one workload; a panic counts as a violation.
 #[must_use]
 pub fn run(config: &Config, seed: u64, effort: &Effort) -> Outcome {
-    guarded(|outcome| attempt(config, seed, effort, outcome))
+    run_with(config, seed, effort, None)
+}
+
+/// Runs one workload, with errors injected into its first life.
+#[must_use]
+pub fn run_with(
+    config: &Config,
+    seed: u64,
+    effort: &Effort,
+    injection: Option<Injection>,
+) -> Outcome {
+    let mut outcome = guarded(|outcome| attempt(config, seed, effort, injection, outcome));
+    if let (Some(injection), Some(violation)) = (injection, &outcome.violation) {
+        outcome.violation = Some(format!("{injection:?}: {violation}"));
+    }
+    outcome
 }
 
 /// Runs something that fills an outcome; an error or a panic is its violation.
@@ -98,6 +134,7 @@ fn attempt(
     config: &Config,
     seed: u64,
     effort: &Effort,
+    injection: Option<Injection>,
     outcome: &mut Outcome,
 ) -> Result<(), String> {
     let mut rng = Rng::new(seed);
@@ -115,14 +152,22 @@ fn attempt(
     if initial.leaks > 0 {
         return Err(format!("before the first request: {} leaks", initial.leaks));
     }
-    let driving = scene.driving(&mut rng);
-    let machine = scene.machine(&files, &initial.guest, &model, driving, &mut rng)?;
+    let mut driving = scene.driving(&mut rng);
+    driving.errors = injection.is_some();
+    let faults = injection.map(Injection::fault).into_iter().collect();
+    let opened = scene.machine(&files, &initial.guest, &model, driving, faults, &mut rng);
+    let machine = match opened {
+        // The error came while it was opened, and was told.
+        Err(_) if injection.is_some() => return Ok(()),
+        opened => opened?,
+    };
     let workload = scene.workload(&mut rng);
     let run = Run {
         scene: &scene,
         effort,
         leaks: 0,
         depth: 1,
+        injection,
     };
     run.whole(machine, workload, effort.requests, &mut rng, outcome)
 }
@@ -135,6 +180,7 @@ struct Run<'a> {
     leaks: u64,
     /// The first life, or one after a cut.
     depth: u32,
+    injection: Option<Injection>,
 }
 
 impl Run<'_> {
@@ -154,12 +200,24 @@ impl Run<'_> {
             }
         }
         machine.drain()?;
-        // Some devices are never closed.
-        let closed = rng.chance(192);
-        if closed {
-            machine.close()?;
-        }
         let world = machine.world.clone();
+        if self.injection.is_some() {
+            self.recover(&mut machine, &mut workload, outcome)?;
+        }
+        // Some devices are never closed.
+        let mut closed = rng.chance(192);
+        if closed {
+            let poisoned = machine.is_poisoned();
+            match machine.close() {
+                Err(error) if !poisoned => return Err(error),
+                Err(_) => closed = false,
+                Ok(()) if poisoned => return Err("closing hid that a sync has failed".to_owned()),
+                Ok(()) => {}
+            }
+        }
+        if self.depth == 1 {
+            (outcome.ops, outcome.syncs) = (world.op_count(), world.sync_count());
+        }
         outcome.trace ^= world.trace_hash().rotate_left(self.depth);
         if let Some(complaint) = world.complaints().first() {
             return Err(format!("the storage complains: {complaint}"));
@@ -183,6 +241,30 @@ impl Run<'_> {
             }
         }
         self.cut(&machine, rng, outcome)
+    }
+
+    /// The cause of the errors is gone: now everything works again, or it is poisoned and says so.
+    fn recover(
+        &self,
+        machine: &mut Machine,
+        workload: &mut Workload,
+        outcome: &mut Outcome,
+    ) -> Result<(), String> {
+        machine.settle()?;
+        machine.world.plan_faults(Vec::new());
+        outcome.injected += machine.world.injected();
+        if machine.world.failed_syncs() > 0 && !machine.is_poisoned() {
+            return Err("a sync failed, and the device is not poisoned".to_owned());
+        }
+        if machine.is_poisoned() && machine.world.injected_syncs() == 0 {
+            return Err("the device is poisoned, and no sync has failed".to_owned());
+        }
+        machine.expect_errors(machine.is_poisoned());
+        for _ in 0..20 {
+            machine.ask(workload.next_ask())?;
+        }
+        machine.drain()?;
+        machine.read_all()
     }
 
     fn points(&self, machine: &Machine, rng: &mut Rng) -> BTreeSet<usize> {
@@ -264,13 +346,19 @@ impl Run<'_> {
         }
         outcome.reopened += 1;
         let driving = self.scene.driving(lot);
-        let mut again = self
-            .scene
-            .machine(&files, &found.guest, &machine.model, driving, lot)?;
+        let mut again = self.scene.machine(
+            &files,
+            &found.guest,
+            &machine.model,
+            driving,
+            Vec::new(),
+            lot,
+        )?;
         again.read_all()?;
         let run = Run {
             leaks: found.leaks,
             depth: self.depth + 1,
+            injection: None,
             ..*self
         };
         if self.depth >= self.effort.depth {

@@ -385,6 +385,12 @@ impl SimWorld {
         self.0.borrow().log.events.iter().filter(failed).count()
     }
 
+    /// Planned errors that hit an fdatasync, EINTR and its like counted.
+    #[must_use]
+    pub fn injected_syncs(&self) -> u64 {
+        self.0.borrow().faults.injected_syncs
+    }
+
     /// Operations submitted whose completions were not seen.
     #[must_use]
     pub fn in_flight(&self) -> usize {
