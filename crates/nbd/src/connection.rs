@@ -512,9 +512,13 @@ impl Connection {
     pub(crate) fn stop(&mut self) {
         self.stopping = true;
         self.reading = false;
-        self.deadline = Instant::now().checked_add(self.times.drain);
-        if matches!(self.phase, Phase::Handshake(_)) {
-            self.close("the server is shutting down");
+        match self.phase {
+            Phase::Handshake(_) => self.close("the server is shutting down"),
+            Phase::Transmission(_) => {
+                self.deadline = Instant::now().checked_add(self.times.drain);
+            }
+            // On its way already.
+            Phase::Ending { .. } | Phase::Lingering => {}
         }
     }
 

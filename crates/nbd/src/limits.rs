@@ -29,6 +29,10 @@ pub(crate) const RECEIVE_TURN_BYTES: usize = 2 << 20;
 /// What one connection may be sent before the others have their turn.
 pub(crate) const SEND_TURN_BYTES: usize = 4 << 20;
 
+/// Payload submitted before the queue is kicked and replies are sent: large transfers stay in the processor's cache on their way, and the
+/// client has something to do meanwhile. Small requests never come near it.
+pub(crate) const SUBMIT_ROUND_BYTES: usize = 512 << 10;
+
 /// Pieces of one vectored send: 64 replies with payload.
 pub(crate) const SEND_PIECES: usize = 128;
 
@@ -100,6 +104,7 @@ const _: () = {
         "an export name and two queries must fit an option"
     );
     assert!(CONNECTION_BYTES >= PAYLOAD_BYTES as usize);
+    assert!(CACHE_STEP_BYTES <= PAYLOAD_BYTES as u64);
     assert!(
         PAYLOAD_BYTES < u32::MAX - 64,
         "a structured reply's length covers the payload and its offset"

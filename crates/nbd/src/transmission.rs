@@ -4,7 +4,7 @@
 
 use crate::export::Export;
 use crate::handshake::Session;
-use crate::limits::PAYLOAD_BYTES;
+use crate::limits::{CACHE_STEP_BYTES, PAYLOAD_BYTES};
 use crate::wire::{ErrorCode, RequestHeader, command, command_flag as flag};
 
 /// A request that has passed all checks: the range lies within the export, and the flags fit.
@@ -173,10 +173,11 @@ impl Command {
         }
     }
 
-    /// Bytes that the connection holds for it.
+    /// Bytes of memory that it takes while it is served.
     pub(crate) fn held_bytes(&self) -> usize {
         match *self {
             Self::Read { len, .. } | Self::Write { len, .. } => len,
+            Self::Cache { len, .. } => payload(len.min(CACHE_STEP_BYTES)).unwrap_or_default(),
             _ => 0,
         }
     }

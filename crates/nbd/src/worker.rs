@@ -19,7 +19,7 @@ use urus::{Error, Queue, Request};
 
 use crate::connection::{Connection, Permit, Times, Wanted};
 use crate::export::{ExportId, Exports};
-use crate::limits::POOL_BYTES;
+use crate::limits::{POOL_BYTES, SUBMIT_ROUND_BYTES};
 use crate::operation::{Operation, Origin, Step};
 use crate::pool::Pool;
 
@@ -152,6 +152,17 @@ impl Source {
 
 const EVENTS: usize = 256;
 
+/// The lists of [`Worker::work`], kept so that they are not allocated each time.
+#[derive(Default)]
+struct Rounds {
+    /// Connections that are asked what they want.
+    round: Vec<usize>,
+    /// Others that got replies meanwhile.
+    answered: Vec<usize>,
+    /// Those of the round that want more than its budget.
+    unfinished: Vec<usize>,
+}
+
 pub(crate) struct Worker {
     epoll: OwnedFd,
     inbox: Arc<Inbox>,
@@ -160,8 +171,9 @@ pub(crate) struct Worker {
     connections: Slab<Connection>,
     operations: Slab<Operation>,
     pool: Pool,
-    /// Connections with something to do in this round.
+    /// Connections with something to do.
     ready: Vec<usize>,
+    rounds: Rounds,
     /// A queue may have completions.
     look_again: bool,
     stopping: bool,
@@ -205,6 +217,7 @@ impl Worker {
             operations: Slab::new(),
             pool: Pool::new(POOL_BYTES),
             ready: Vec::new(),
+            rounds: Rounds::default(),
             look_again: false,
             stopping: false,
             complaints: Complaints::default(),
@@ -332,30 +345,50 @@ impl Worker {
 
     /// Goes on with the connections that are listed, until none has anything to do.
     fn work(&mut self) {
+        let Rounds {
+            mut round,
+            mut answered,
+            mut unfinished,
+        } = std::mem::take(&mut self.rounds);
         while !self.ready.is_empty() {
-            let round = std::mem::take(&mut self.ready);
+            std::mem::swap(&mut round, &mut self.ready);
+            let mut budget = SUBMIT_ROUND_BYTES;
             for &index in &round {
-                self.submit(index);
+                if !self.submit(index, &mut budget) {
+                    unfinished.push(index);
+                }
             }
             if self.kick() {
                 // What was in the page cache is there already.
                 self.complete();
             }
             // The connections of this round stay listed until here, so that no connection is twice in the two lists.
-            let answered = std::mem::take(&mut self.ready);
-            for &index in round.iter().chain(&answered) {
+            std::mem::swap(&mut answered, &mut self.ready);
+            for index in round.drain(..).chain(answered.drain(..)) {
                 self.send(index);
             }
+            for index in unfinished.drain(..) {
+                self.list(index);
+            }
         }
+        self.rounds = Rounds {
+            round,
+            answered,
+            unfinished,
+        };
         self.look_again |= self.kick();
     }
 
-    /// Submits what a connection wants of the engine.
-    fn submit(&mut self, index: usize) {
+    /// Submits what a connection wants of the engine. False when the round's budget is used up before that.
+    fn submit(&mut self, index: usize, budget: &mut usize) -> bool {
         let Some(connection) = self.connections.get_mut(index) else {
-            return;
+            return true;
         };
-        while let Some(wanted) = connection.next(&mut self.pool) {
+        while *budget > 0 {
+            let Some(wanted) = connection.next(&mut self.pool) else {
+                return true;
+            };
+            *budget = budget.saturating_sub(wanted.load.bytes);
             let Wanted {
                 export,
                 cookie,
@@ -382,6 +415,7 @@ impl Worker {
             connection.begin_operation();
             self.lanes[export].submit(request);
         }
+        false
     }
 
     fn kick(&mut self) -> bool {

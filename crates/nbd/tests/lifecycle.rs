@@ -87,6 +87,10 @@ fn idle_and_half_connected_clients_do_not_delay_the_end() {
     // A write whose payload never comes.
     let mut half = fixture.client();
     half.send(&request(0, WRITE, 1, 0, 1 << 20));
+    // One that was cut off, and does not close.
+    let mut bad = fixture.client();
+    bad.send(&[0; 28]);
+    assert!(bad.is_closed());
     std::thread::sleep(Duration::from_millis(50));
     let start = Instant::now();
     fixture.close();

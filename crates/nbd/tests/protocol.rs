@@ -7,7 +7,7 @@ use std::collections::HashMap;
 use std::time::Duration;
 
 use common::*;
-use urus::Format;
+use urus::{Format, IoDriver, PauseOptions};
 
 const EPERM: u32 = 1;
 const EINVAL: u32 = 22;
@@ -15,9 +15,14 @@ const ENOSPC: u32 = 28;
 
 #[test]
 fn what_is_written_is_read_at_any_offset_and_length() {
-    for format in [Format::Raw, Format::Qcow2] {
+    for (format, io) in [
+        (Format::Raw, IoDriver::Auto),
+        (Format::Qcow2, IoDriver::Auto),
+        (Format::Qcow2, IoDriver::Blocking),
+    ] {
         let fixture = Fixture::new(&Image {
             format,
+            io,
             ..Image::raw(64 * MIB)
         });
         let mut simple = fixture.simple_client();
@@ -57,8 +62,17 @@ fn what_is_written_is_read_at_any_offset_and_length() {
 
 #[test]
 fn requests_sent_at_once_are_all_answered_once() {
+    for io in [IoDriver::Auto, IoDriver::Blocking] {
+        requests_at_once(io);
+    }
+}
+
+fn requests_at_once(io: IoDriver) {
     const COUNT: u64 = 2000;
-    let fixture = Fixture::new(&Image::qcow2(64 * MIB));
+    let fixture = Fixture::new(&Image {
+        io,
+        ..Image::qcow2(64 * MIB)
+    });
     let mut client = fixture.client();
     let mut sender = client.stream.try_clone().unwrap();
     let sending = std::thread::spawn(move || {
@@ -351,5 +365,28 @@ fn names_and_descriptions_are_told() {
     assert_eq!(client.option(7, &data)[0].0, (1 << 31) + 6);
     assert_eq!(client.go("disk 1").0, MIB);
     assert_eq!(fixture.simple_client().read(0, 1), Ok(vec![0]));
+    fixture.close();
+}
+
+#[test]
+fn a_device_can_grow_and_pause_under_its_clients() {
+    let fixture = Fixture::with(&Image::qcow2(MIB), |builder| builder.queues(2));
+    let mut early = fixture.client();
+    assert_eq!(early.write(0, MIB, b"beyond"), ENOSPC);
+    fixture.device.resize(2 * MIB).unwrap();
+    let mut late = fixture.connect();
+    late.greet(3);
+    assert_eq!(late.go("").0, 2 * MIB);
+    assert_eq!(late.write(0, MIB, b"beyond"), 0);
+    assert_eq!(early.read(MIB, 6).unwrap(), b"beyond");
+
+    fixture.device.pause(PauseOptions::new()).unwrap();
+    early.send(&write_request(0, 1, 0, b"waits"));
+    late.send(&request(0, FLUSH, 2, 0, 0));
+    std::thread::sleep(Duration::from_millis(50));
+    fixture.device.resume().unwrap();
+    assert_eq!(early.reply(0).error(), 0);
+    assert_eq!(late.reply(0).error(), 0);
+    assert_eq!(late.read(0, 5).unwrap(), b"waits");
     fixture.close();
 }

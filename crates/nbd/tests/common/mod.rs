@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use tempfile::TempDir;
-use urus::{CreateOptions, Device, Format, OpenOptions};
+use urus::{CreateOptions, Device, Format, IoDriver, OpenOptions};
 use urus_nbd::{Listen, Server, ServerBuilder};
 
 pub const MIB: u64 = 1 << 20;
@@ -25,6 +25,7 @@ pub struct Image {
     pub format: Format,
     pub size: u64,
     pub read_only: bool,
+    pub io: IoDriver,
 }
 
 impl Image {
@@ -33,6 +34,7 @@ impl Image {
             format: Format::Qcow2,
             size,
             read_only: false,
+            io: IoDriver::Auto,
         }
     }
 
@@ -67,6 +69,7 @@ impl Fixture {
         let device = OpenOptions::new()
             .format(image.format)
             .read_only(image.read_only)
+            .io(image.io)
             .open(dir.path().join("disk"))
             .unwrap();
         let builder =
