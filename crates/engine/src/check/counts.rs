@@ -149,7 +149,10 @@ impl Counts {
 
     fn widen(&self, cluster: u64, count: u16) -> u64 {
         if count == LARGE {
-            self.large.get(&cluster).copied().unwrap_or(u64::from(LARGE))
+            self.large
+                .get(&cluster)
+                .copied()
+                .unwrap_or(u64::from(LARGE))
         } else {
             u64::from(count)
         }
@@ -213,25 +216,33 @@ impl Counts {
     /// The clusters from `from` on that have references, in order.
     pub(super) fn iter_from(&self, from: u64) -> impl Iterator<Item = (u64, u64)> + '_ {
         let (from_number, from_within) = split(from);
-        self.index.range(from_number..).flat_map(move |(number, index)| {
-            let first = number << CHUNK_BITS;
-            let chunk = &self.chunks[*index];
-            let start = if *number == from_number { from_within } else { 0 };
-            (start..CHUNK_CLUSTERS).filter_map(move |within| {
-                let cluster = first + within as u64;
-                match chunk.get(within) {
-                    0 => None,
-                    count => Some((cluster, self.widen(cluster, count))),
-                }
+        self.index
+            .range(from_number..)
+            .flat_map(move |(number, index)| {
+                let first = number << CHUNK_BITS;
+                let chunk = &self.chunks[*index];
+                let start = if *number == from_number {
+                    from_within
+                } else {
+                    0
+                };
+                (start..CHUNK_CLUSTERS).filter_map(move |within| {
+                    let cluster = first + within as u64;
+                    match chunk.get(within) {
+                        0 => None,
+                        count => Some((cluster, self.widen(cluster, count))),
+                    }
+                })
             })
-        })
     }
 
     /// The last cluster with references.
     pub(super) fn last(&self) -> Option<u64> {
         self.index.iter().rev().find_map(|(number, index)| {
             let chunk = &self.chunks[*index];
-            let within = (0..CHUNK_CLUSTERS).rev().find(|within| chunk.get(*within) != 0)?;
+            let within = (0..CHUNK_CLUSTERS)
+                .rev()
+                .find(|within| chunk.get(*within) != 0)?;
             Some((number << CHUNK_BITS) + within as u64)
         })
     }
@@ -246,13 +257,18 @@ pub(super) struct ClusterSet {
 impl ClusterSet {
     pub(super) fn insert(&mut self, cluster: u64) {
         let (number, within) = split(cluster);
-        let words = self.chunks.entry(number).or_insert_with(|| Box::new([0; CHUNK_CLUSTERS / 64]));
+        let words = self
+            .chunks
+            .entry(number)
+            .or_insert_with(|| Box::new([0; CHUNK_CLUSTERS / 64]));
         words[within / 64] |= 1 << (within % 64);
     }
 
     pub(super) fn contains(&self, cluster: u64) -> bool {
         let (number, within) = split(cluster);
-        self.chunks.get(&number).is_some_and(|words| words[within / 64] >> (within % 64) & 1 != 0)
+        self.chunks
+            .get(&number)
+            .is_some_and(|words| words[within / 64] >> (within % 64) & 1 != 0)
     }
 }
 

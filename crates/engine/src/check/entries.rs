@@ -24,8 +24,16 @@ struct Place<'a> {
 
 impl std::fmt::Display for Place<'_> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let Self { table, index, guest, .. } = self;
-        write!(f, "L2 table at {table:#x}, entry {index} (guest offset {guest:#x}")?;
+        let Self {
+            table,
+            index,
+            guest,
+            ..
+        } = self;
+        write!(
+            f,
+            "L2 table at {table:#x}, entry {index} (guest offset {guest:#x}"
+        )?;
         match self.l2.first.0 {
             L1Owner::Active => f.write_str(")"),
             L1Owner::Snapshot(number) => write!(f, " of snapshot number {number})"),
@@ -46,30 +54,42 @@ impl Walked {
         let times = l1.references;
         let place = || match l1.owner {
             L1Owner::Active => format!("active L1 table, entry {index}"),
-            L1Owner::Snapshot(number) => format!("L1 table of snapshot number {number}, entry {index}"),
+            L1Owner::Snapshot(number) => {
+                format!("L1 table of snapshot number {number}, entry {index}")
+            }
         };
         if entry & L1_RESERVED != 0 {
-            self.report
-                .corruption(times, || format!("{}: reserved bits are set in {entry:#018x}", place()));
+            self.report.corruption(times, || {
+                format!("{}: reserved bits are set in {entry:#018x}", place())
+            });
         }
         let offset = entry & OFFSET_MASK;
         if offset == 0 {
             if entry & COPIED != 0 {
-                self.report.corruption(times, || format!("{}: COPIED without an offset", place()));
+                self.report
+                    .corruption(times, || format!("{}: COPIED without an offset", place()));
             }
             return;
         }
         let bytes = self.geometry.cluster_bytes();
-        let followed = self.refer(offset, bytes, times, || format!("the L2 table of {}", place()));
+        let followed = self.refer(offset, bytes, times, || {
+            format!("the L2 table of {}", place())
+        });
         if l1.owner == L1Owner::Active {
             self.check_copied(offset, entry, 1, place);
         }
         if self.geometry.in_cluster(offset) != 0 {
-            self.lose(times, || format!("{}: the offset {offset:#x} is not cluster-aligned", place()));
+            self.lose(times, || {
+                format!("{}: the offset {offset:#x} is not cluster-aligned", place())
+            });
         } else if followed {
             self.own(Role::L2, offset, bytes, times);
             let active = u64::from(l1.owner == L1Owner::Active);
-            let found = L2Use { references: 0, active: 0, first: (l1.owner, index) };
+            let found = L2Use {
+                references: 0,
+                active: 0,
+                first: (l1.owner, index),
+            };
             let l2 = self.l2.entry(offset).or_insert(found);
             l2.references += times;
             l2.active += active;
@@ -86,11 +106,21 @@ impl Walked {
         }
         self.copied_findings += times;
         if copied {
-            let text = || format!("{}: COPIED, but the refcount of cluster {cluster} is not 1", place());
+            let text = || {
+                format!(
+                    "{}: COPIED, but the refcount of cluster {cluster} is not 1",
+                    place()
+                )
+            };
             self.report.corruption(times, text);
         } else {
             self.report.copied_clear_at_one += times;
-            let text = || format!("{}: not COPIED, but the refcount of cluster {cluster} is 1", place());
+            let text = || {
+                format!(
+                    "{}: not COPIED, but the refcount of cluster {cluster} is 1",
+                    place()
+                )
+            };
             self.report.corruption(times, text);
         }
     }
@@ -102,7 +132,11 @@ impl Walked {
         let mut next_host = None;
         for index in 0..self.geometry.l2_entries() {
             let entry = entries.next().unwrap_or(0);
-            let bitmap = if extended { entries.next().unwrap_or(0) } else { 0 };
+            let bitmap = if extended {
+                entries.next().unwrap_or(0)
+            } else {
+                0
+            };
             if entry == 0 && bitmap == 0 {
                 continue;
             }
@@ -110,8 +144,14 @@ impl Walked {
                 return;
             }
             let l1_index = l2.first.1;
-            let guest = ((l1_index << self.geometry.l2_bits()) + index) << self.geometry.cluster_bits();
-            let place = Place { table: offset, index, l2, guest };
+            let guest =
+                ((l1_index << self.geometry.l2_bits()) + index) << self.geometry.cluster_bits();
+            let place = Place {
+                table: offset,
+                index,
+                l2,
+                guest,
+            };
             let words = Words { entry, bitmap };
             if entry & COMPRESSED != 0 {
                 self.compressed(&place, words);
@@ -141,7 +181,9 @@ impl Walked {
         let offset = entry & ((1 << offset_bits) - 1);
         let more_sectors = (entry & !(COPIED | COMPRESSED)) >> offset_bits;
         let bytes = (more_sectors + 1) * 512 - offset % 512;
-        self.refer(offset, bytes, times, || format!("the compressed data of {place}"));
+        self.refer(offset, bytes, times, || {
+            format!("the compressed data of {place}")
+        });
     }
 
     fn standard(&mut self, place: &Place<'_>, words: Words, next_host: &mut Option<u64>) {
@@ -152,7 +194,8 @@ impl Walked {
         let copied = entry & COPIED != 0;
         let (allocated, zero) = (bitmap & 0xffff_ffff, bitmap >> 32);
         let mut fault = |text: &str| {
-            self.report.corruption(times, || format!("{place}: {text} ({entry:#018x})"));
+            self.report
+                .corruption(times, || format!("{place}: {text} ({entry:#018x})"));
         };
         if entry & L2_RESERVED != 0 {
             fault("reserved bits are set");
@@ -183,13 +226,17 @@ impl Walked {
         }
         *next_host = Some(offset + self.geometry.cluster_bytes());
         if self.geometry.in_cluster(offset) != 0 {
-            self.lose(times, || format!("{place}: the offset {offset:#x} is not cluster-aligned"));
+            self.lose(times, || {
+                format!("{place}: the offset {offset:#x} is not cluster-aligned")
+            });
         }
         if self.data_file {
             // It has no refcounts: each of its clusters belongs to one guest cluster, always.
             if !copied && active != 0 {
                 self.copied_findings += active;
-                self.report.corruption(active, || format!("{place}: not COPIED, in an image with a data file"));
+                self.report.corruption(active, || {
+                    format!("{place}: not COPIED, in an image with a data file")
+                });
             }
             return;
         }

@@ -57,7 +57,10 @@ struct Limits {
     tables_bytes: u64,
 }
 
-const LIMITS: Limits = Limits { counts_bytes: 1 << 30, tables_bytes: 512 << 30 };
+const LIMITS: Limits = Limits {
+    counts_bytes: 1 << 30,
+    tables_bytes: 512 << 30,
+};
 
 /// Tables are read in pieces of at most so many bytes (at least one cluster).
 const READ_BYTES: u64 = 1 << 20;
@@ -143,9 +146,14 @@ pub(crate) async fn repair_dirty<S: Storage>(
     if report.is_sound() {
         return Ok(report);
     }
-    let worst = [Severity::Error, Severity::Corruption].into_iter().find_map(|severity| {
-        report.messages.iter().find(|finding| finding.severity == severity && !finding.repaired)
-    });
+    let worst = [Severity::Error, Severity::Corruption]
+        .into_iter()
+        .find_map(|severity| {
+            report
+                .messages
+                .iter()
+                .find(|finding| finding.severity == severity && !finding.repaired)
+        });
     Err(Error::Corrupt {
         file: CheckIo::name(worker).to_owned(),
         what: format!(
@@ -169,7 +177,9 @@ async fn run<I: CheckIo>(
     }
     if walked.incomplete {
         // Whatever was not seen may refer to any cluster.
-        walked.report.note(|| "nothing was repaired, because not everything could be checked".into());
+        walked
+            .report
+            .note(|| "nothing was repaired, because not everything could be checked".into());
         return Ok(walked.report);
     }
     let mended = repair::repair(io, header, &mut walked, repair == Repair::All).await?;
@@ -180,9 +190,13 @@ async fn run<I: CheckIo>(
         // COPIED flags are judged by the refcounts that are on disk: the first check's verdict on them does
         // not outlive the repair of the refcounts. So those changed are counted instead.
         let before = report.corruptions.saturating_sub(walked.copied_findings);
-        let remaining = after.report.corruptions.saturating_sub(after.copied_findings);
-        after.report.corruptions_fixed =
-            before.saturating_sub(remaining).saturating_add(mended.copied_changed);
+        let remaining = after
+            .report
+            .corruptions
+            .saturating_sub(after.copied_findings);
+        after.report.corruptions_fixed = before
+            .saturating_sub(remaining)
+            .saturating_add(mended.copied_changed);
         report = after.report.after(report);
     }
     let bits = header.incompatible & (incompatible::DIRTY | incompatible::CORRUPT);
@@ -198,8 +212,14 @@ fn refuse_unknown<I: CheckIo>(io: &I, header: &Header) -> Result<()> {
     if header.incompatible & !incompatible::KNOWN == 0 {
         return Ok(());
     }
-    let source = header.check_supported(false).err().unwrap_or_else(|| FormatError::Unsupported {
-        feature: "an unknown incompatible feature".into(),
-    });
-    Err(Error::Format { file: io.name().to_owned(), source })
+    let source = header
+        .check_supported(false)
+        .err()
+        .unwrap_or_else(|| FormatError::Unsupported {
+            feature: "an unknown incompatible feature".into(),
+        });
+    Err(Error::Format {
+        file: io.name().to_owned(),
+        source,
+    })
 }

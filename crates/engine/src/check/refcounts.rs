@@ -38,7 +38,10 @@ pub(super) struct RefcountTable {
 impl RefcountTable {
     /// The entry for the clusters of the block with this index.
     pub(super) fn find(&self, index: u64) -> Option<&Block> {
-        let at = self.blocks.binary_search_by_key(&index, |block| block.index).ok()?;
+        let at = self
+            .blocks
+            .binary_search_by_key(&index, |block| block.index)
+            .ok()?;
         Some(&self.blocks[at])
     }
 }
@@ -49,9 +52,15 @@ impl Walked {
         let bytes = u64::from(header.refcount_table_clusters) << self.geometry.cluster_bits();
         let mut blocks = Vec::new();
         let what = "the refcount table";
-        self.each_entry(io, header.refcount_table.0, bytes / 8, what, |_, index, entry| {
-            blocks.push((index, entry));
-        })
+        self.each_entry(
+            io,
+            header.refcount_table.0,
+            bytes / 8,
+            what,
+            |_, index, entry| {
+                blocks.push((index, entry));
+            },
+        )
         .await;
         let mut seen = BTreeSet::new();
         for (index, entry) in blocks {
@@ -64,8 +73,9 @@ impl Walked {
     fn judge(&mut self, index: u64, entry: u64, seen: &mut BTreeSet<u64>) -> Block {
         let offset = entry & !RESERVED;
         let mut fault = |text: &str| {
-            self.report
-                .corruption(1, || format!("refcount table, entry {index}: {text} ({entry:#018x})"));
+            self.report.corruption(1, || {
+                format!("refcount table, entry {index}: {text} ({entry:#018x})")
+            });
         };
         let mut bad = true;
         let mut readable = false;
@@ -82,9 +92,17 @@ impl Walked {
             // A block that is listed twice has the refcounts of its first place. Claiming it finds the rest.
             readable = offset != 0
                 && seen.insert(offset)
-                && self.charge(offset, self.geometry.cluster_bytes(), || "the refcount blocks".into());
+                && self.charge(offset, self.geometry.cluster_bytes(), || {
+                    "the refcount blocks".into()
+                });
         }
-        Block { index, offset, readable, bad, counted: false }
+        Block {
+            index,
+            offset,
+            readable,
+            bad,
+            counted: false,
+        }
     }
 
     /// Finds out which clusters have refcount 1 on disk.
@@ -93,7 +111,9 @@ impl Walked {
         let order = self.geometry.refcount_order();
         for at in 0..self.refcounts.blocks.len() {
             let block = self.refcounts.blocks[at];
-            let Some(bytes) = self.read_block(io, block).await else { continue };
+            let Some(bytes) = self.read_block(io, block).await else {
+                continue;
+            };
             let first = block.index << self.geometry.refcount_block_bits();
             let per_word = 64u64 >> order;
             for (place, word) in (0u64..).zip(words(&bytes)) {
@@ -114,7 +134,8 @@ impl Walked {
             return None;
         }
         let what = format!("refcount block {}", block.index);
-        self.read(io, block.offset, self.geometry.cluster_bytes(), &what).await
+        self.read(io, block.offset, self.geometry.cluster_bytes(), &what)
+            .await
     }
 
     /// Counts the references to the refcount structures, after all others: a block that something else uses
@@ -159,18 +180,23 @@ impl Walked {
     /// Sets refcounts against references.
     pub(super) async fn compare<I: CheckIo>(&mut self, io: &I) {
         // References may pass the end of the file by less than a cluster.
-        let end = self.file_clusters().max(self.counts.last().map_or(0, |last| last + 1));
+        let end = self
+            .file_clusters()
+            .max(self.counts.last().map_or(0, |last| last + 1));
         let mut last_used = None;
         let block_bits = self.geometry.refcount_block_bits();
         let mut references = vec![0; CHUNK_CLUSTERS.min(1 << block_bits)];
         for at in 0..self.refcounts.blocks.len() {
             let block = self.refcounts.blocks[at];
-            let Some(bytes) = self.read_block(io, block).await else { continue };
+            let Some(bytes) = self.read_block(io, block).await else {
+                continue;
+            };
             let first = block.index << block_bits;
             let piece_bytes = bytes.len() / ((1 << block_bits) / references.len());
             for (piece, bytes) in (0u64..).zip(bytes.chunks_exact(piece_bytes)) {
                 let first = first + piece * references.len() as u64;
-                if !self.counts.fill(first, &mut references) && bytes.iter().all(|byte| *byte == 0) {
+                if !self.counts.fill(first, &mut references) && bytes.iter().all(|byte| *byte == 0)
+                {
                     continue;
                 }
                 for (index, references) in (0u64..).zip(&references) {
@@ -208,7 +234,9 @@ impl Walked {
                 })
                 .take(CHUNK_CLUSTERS)
                 .collect();
-            let Some((last, _)) = without.last() else { return };
+            let Some((last, _)) = without.last() else {
+                return;
+            };
             next = last + 1;
             for (cluster, references) in without {
                 self.compare_cluster(cluster, 0, references, false);
@@ -224,8 +252,16 @@ impl Walked {
         }
         let what = || self.describe(cluster);
         if refcount > fitting {
-            let where_ = if past_end { ", past the end of the file" } else { "" };
-            let what = if references == 0 { String::new() } else { format!(" ({})", what()) };
+            let where_ = if past_end {
+                ", past the end of the file"
+            } else {
+                ""
+            };
+            let what = if references == 0 {
+                String::new()
+            } else {
+                format!(" ({})", what())
+            };
             self.report.leak(past_end, || {
                 format!("cluster {cluster}{where_}: refcount {refcount}, but {references} references{what}")
             });

@@ -55,8 +55,14 @@ impl Relocation {
         let mut relocation = Self {
             table: first_free(walked),
             table_clusters: 1,
-            blocks: Self::missing(walked).into_iter().map(|index| (index, 0)).collect(),
-            kept: kept.iter().map(|block| (block.index, block.offset >> bits)).collect(),
+            blocks: Self::missing(walked)
+                .into_iter()
+                .map(|index| (index, 0))
+                .collect(),
+            kept: kept
+                .iter()
+                .map(|block| (block.index, block.offset >> bits))
+                .collect(),
             dropped: dropped.iter().map(|block| block.index).collect(),
         };
         relocation.settle(walked)?;
@@ -116,7 +122,10 @@ impl Relocation {
         let geometry = walked.geometry;
         let table = (self.table..self.table + self.table_clusters)
             .map(|cluster| (Role::RefcountTable, cluster));
-        let blocks = self.blocks.values().map(|cluster| (Role::RefcountBlock, *cluster));
+        let blocks = self
+            .blocks
+            .values()
+            .map(|cluster| (Role::RefcountBlock, *cluster));
         for (role, cluster) in table.chain(blocks) {
             walked.counts.add(cluster, 1);
             walked.own(role, cluster << geometry.cluster_bits(), 1, 1);
@@ -137,8 +146,13 @@ impl Relocation {
     /// them yet.
     pub(super) fn places(&self, walked: &Walked) -> Vec<(u64, Option<u64>)> {
         let bits = walked.geometry.cluster_bits();
-        let blocks = self.blocks.iter().map(|(index, cluster)| (cluster << bits, Some(*index)));
-        std::iter::once((self.table << bits, None)).chain(blocks).collect()
+        let blocks = self
+            .blocks
+            .iter()
+            .map(|(index, cluster)| (cluster << bits, Some(*index)));
+        std::iter::once((self.table << bits, None))
+            .chain(blocks)
+            .collect()
     }
 
     /// The new table, or the new block with this index.
@@ -172,8 +186,17 @@ impl Relocation {
                 refcount::set(&mut block, cluster - first, order, 1);
             }
         }
-        for (cluster, _) in walked.counts.iter_from(first).take_while(|(cluster, _)| *cluster < end) {
-            refcount::set(&mut block, cluster - first, order, walked.right_refcount(cluster));
+        for (cluster, _) in walked
+            .counts
+            .iter_from(first)
+            .take_while(|(cluster, _)| *cluster < end)
+        {
+            refcount::set(
+                &mut block,
+                cluster - first,
+                order,
+                walked.right_refcount(cluster),
+            );
         }
         block
     }
@@ -188,5 +211,9 @@ fn table_range(walked: &Walked, header: &Header) -> std::ops::Range<u64> {
 fn first_free(walked: &Walked) -> u64 {
     let after_last = walked.counts.last().map_or(0, |last| last + 1);
     // What is lost may lie anywhere in the file.
-    if walked.lost { after_last.max(walked.file_clusters()) } else { after_last }
+    if walked.lost {
+        after_last.max(walked.file_clusters())
+    } else {
+        after_last
+    }
 }

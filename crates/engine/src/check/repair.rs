@@ -66,7 +66,9 @@ pub(super) async fn repair<I: CheckIo>(
     let relocation = match all.then(|| Relocation::plan(walked, header)).transpose() {
         Ok(relocation) => relocation.flatten(),
         Err(text) => {
-            walked.report.note(|| format!("nothing was repaired: {text}"));
+            walked
+                .report
+                .note(|| format!("nothing was repaired: {text}"));
             return Ok(Mended::default());
         }
     };
@@ -83,7 +85,12 @@ pub(super) async fn repair<I: CheckIo>(
         return Ok(Mended::default());
     }
 
-    let mut mender = Mender { io, walked, changed: false, mended: Mended::default() };
+    let mut mender = Mender {
+        io,
+        walked,
+        changed: false,
+        mended: Mended::default(),
+    };
     mender.drop_unknown_autoclear(header).await?;
     if flags {
         mender.copied_flags(header, Flags::Clear).await?;
@@ -119,7 +126,12 @@ pub(super) async fn repair<I: CheckIo>(
 /// Reads, writes and barriers that fail; `header` is as it was then.
 pub(super) async fn clear_bits<I: CheckIo>(io: &I, header: &mut Header) -> Result<()> {
     let bits = header.incompatible & !(incompatible::DIRTY | incompatible::CORRUPT);
-    write_fields(io, header.version, &[(INCOMPATIBLE_AT, &bits.to_be_bytes())]).await?;
+    write_fields(
+        io,
+        header.version,
+        &[(INCOMPATIBLE_AT, &bits.to_be_bytes())],
+    )
+    .await?;
     io.barrier().await?;
     header.incompatible = bits;
     Ok(())
@@ -133,7 +145,10 @@ const AUTOCLEAR_AT: usize = 88;
 async fn write_fields<I: CheckIo>(io: &I, version: u32, fields: &[(usize, &[u8])]) -> Result<()> {
     let mut sector = io.read(0, SECTOR_BYTES as u64).await?;
     for (at, value) in fields {
-        debug_assert!(version >= 3 || *at < INCOMPATIBLE_AT, "version 2 has no feature bits");
+        debug_assert!(
+            version >= 3 || *at < INCOMPATIBLE_AT,
+            "version 2 has no feature bits"
+        );
         sector[*at..at + value.len()].copy_from_slice(value);
     }
     io.write(0, &sector).await
@@ -260,7 +275,9 @@ impl<I: CheckIo> Mender<'_, I> {
             .next_multiple_of(SECTOR_BYTES as u64)
             .min(walked.file_len.saturating_sub(l1));
         let mut pieces = Vec::new();
-        if !(l1 >> bits..(l1 + l1_bytes).div_ceil(1 << bits)).any(|cluster| walked.overlaps(cluster)) {
+        if !(l1 >> bits..(l1 + l1_bytes).div_ceil(1 << bits))
+            .any(|cluster| walked.overlaps(cluster))
+        {
             for start in (0..l1_bytes).step_by(to_usize(READ_BYTES)) {
                 pieces.push((Table::L1, l1 + start, READ_BYTES.min(l1_bytes - start)));
             }

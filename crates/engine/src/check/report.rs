@@ -105,7 +105,11 @@ impl CheckReport {
     }
 
     pub(super) fn leak(&mut self, past_end: bool, text: impl FnOnce() -> String) {
-        *(if past_end { &mut self.leaks_past_end } else { &mut self.leaks }) += 1;
+        *(if past_end {
+            &mut self.leaks_past_end
+        } else {
+            &mut self.leaks
+        }) += 1;
         self.add(Severity::Leak, text);
     }
 
@@ -122,7 +126,11 @@ impl CheckReport {
         let kept = &mut self.kept[severity as usize];
         if *kept < MAX_FINDINGS {
             *kept += 1;
-            self.messages.push(Finding { severity, text: text(), repaired: false });
+            self.messages.push(Finding {
+                severity,
+                text: text(),
+                repaired: false,
+            });
         }
     }
 

@@ -23,14 +23,19 @@ impl Walked {
             return Vec::new();
         }
         if self.data_file {
-            self.report.corruption(1, || "there are snapshots, which cannot be with a data file".into());
+            self.report.corruption(1, || {
+                "there are snapshots, which cannot be with a data file".into()
+            });
         }
-        let Some(snapshots) = self.snapshot_table(io, header).await else { return Vec::new() };
+        let Some(snapshots) = self.snapshot_table(io, header).await else {
+            return Vec::new();
+        };
         let mut tables: BTreeMap<(u64, u64), (u32, u64)> = BTreeMap::new();
         for (number, snapshot) in (0..).zip(&snapshots) {
             let name = || format!("snapshot number {number} ({:?})", snapshot.name_text());
             if header.version >= 3 && snapshot.disk_bytes.is_none() {
-                self.report.corruption(1, || format!("{}: its entry lacks the disk size", name()));
+                self.report
+                    .corruption(1, || format!("{}: its entry lacks the disk size", name()));
             }
             if let Err(error) = snapshot.check_l1(&self.geometry) {
                 self.lose(1, || format!("{}: {error}", name()));
@@ -50,7 +55,11 @@ impl Walked {
             .collect()
     }
 
-    async fn snapshot_table<I: CheckIo>(&mut self, io: &I, header: &Header) -> Option<Vec<Snapshot>> {
+    async fn snapshot_table<I: CheckIo>(
+        &mut self,
+        io: &I,
+        header: &Header,
+    ) -> Option<Vec<Snapshot>> {
         let offset = header.snapshot_table.0;
         let mut bytes = FIRST_READ_BYTES;
         loop {
@@ -74,7 +83,12 @@ impl Walked {
 
     /// The bitmaps, where the header vouches for them. Others' clusters are leaks.
     pub(super) async fn bitmaps<I: CheckIo>(&mut self, io: &I, header: &Header) {
-        let Some(BitmapsExtension { count, directory_bytes, directory }) = header.bitmaps else {
+        let Some(BitmapsExtension {
+            count,
+            directory_bytes,
+            directory,
+        }) = header.bitmaps
+        else {
             return;
         };
         let what = "the bitmap directory";
@@ -83,7 +97,9 @@ impl Walked {
         {
             return;
         }
-        let Some(bytes) = self.read(io, directory.0, directory_bytes, what).await else { return };
+        let Some(bytes) = self.read(io, directory.0, directory_bytes, what).await else {
+            return;
+        };
         match bitmap::parse_directory(&bytes, count, &self.geometry) {
             Ok(bitmaps) => {
                 for bitmap in &bitmaps {
@@ -105,9 +121,15 @@ impl Walked {
         let bytes = self.geometry.cluster_bytes();
         self.each_entry(io, offset, entries, &what, |walked, index, entry| {
             let data = entry & OFFSET_MASK;
-            let reserved = if data == 0 { EMPTY_ENTRY_RESERVED } else { ENTRY_RESERVED };
+            let reserved = if data == 0 {
+                EMPTY_ENTRY_RESERVED
+            } else {
+                ENTRY_RESERVED
+            };
             if entry & reserved != 0 || walked.geometry.in_cluster(data) != 0 {
-                walked.lose(1, || format!("{what}, entry {index}: {entry:#018x} is no valid entry"));
+                walked.lose(1, || {
+                    format!("{what}, entry {index}: {entry:#018x} is no valid entry")
+                });
             } else if data != 0 {
                 walked.claim(Role::Bitmap, data, bytes, 1);
             }

@@ -127,7 +127,9 @@ pub(super) async fn walk<I: CheckIo>(io: &I, header: &Header, limits: Limits) ->
     }
     walked.claim_refcounts(header);
     if walked.counts.is_full() {
-        walked.stop(|| "the image refers to more clusters than fit into the memory for a check".into());
+        walked.stop(|| {
+            "the image refers to more clusters than fit into the memory for a check".into()
+        });
     }
     if !walked.incomplete {
         // Counts that are known to be too low would only give false findings.
@@ -157,7 +159,10 @@ impl Walked {
             copied_findings: 0,
             too_low: 0,
             // Tables that do not overlap are together no longer than the file; damage may add a few.
-            budget: file_len.saturating_mul(2).saturating_add(SPARE_BYTES).min(limits.tables_bytes),
+            budget: file_len
+                .saturating_mul(2)
+                .saturating_add(SPARE_BYTES)
+                .min(limits.tables_bytes),
         }
     }
 
@@ -240,7 +245,12 @@ impl Walked {
             let references = if role == Role::L2 { references } else { 1 };
             match self.roles.get_mut(&cluster) {
                 None => {
-                    let owned = Owned { role, references, other: None, reported: false };
+                    let owned = Owned {
+                        role,
+                        references,
+                        other: None,
+                        reported: false,
+                    };
                     self.roles.insert(cluster, owned);
                 }
                 // Snapshots share L2 tables.
@@ -256,12 +266,16 @@ impl Walked {
 
     /// Whether something else uses a cluster of metadata too.
     pub(super) fn overlaps(&self, cluster: u64) -> bool {
-        self.roles.get(&cluster).is_some_and(|owned| self.counts.get(cluster) > owned.references)
+        self.roles
+            .get(&cluster)
+            .is_some_and(|owned| self.counts.get(cluster) > owned.references)
     }
 
     /// What a cluster holds, for messages.
     pub(super) fn describe(&self, cluster: u64) -> String {
-        let Some(owned) = self.roles.get(&cluster) else { return "data".into() };
+        let Some(owned) = self.roles.get(&cluster) else {
+            return "data".into();
+        };
         let role = owned.role.describe();
         match owned.other {
             _ if !self.overlaps(cluster) => role.to_owned(),
@@ -281,12 +295,18 @@ impl Walked {
             .collect();
         for cluster in clusters {
             let what = self.describe(cluster);
-            self.report.corruption(1, || format!("cluster {cluster} has two uses: {what}"));
+            self.report
+                .corruption(1, || format!("cluster {cluster} has two uses: {what}"));
         }
     }
 
     /// Takes what the file holds of a table off the budget.
-    pub(super) fn charge(&mut self, offset: u64, bytes: u64, what: impl FnOnce() -> String) -> bool {
+    pub(super) fn charge(
+        &mut self,
+        offset: u64,
+        bytes: u64,
+        what: impl FnOnce() -> String,
+    ) -> bool {
         let bytes = bytes.min(self.file_len.saturating_sub(offset));
         if bytes <= self.budget {
             self.budget -= bytes;
@@ -328,7 +348,9 @@ impl Walked {
         let mut done = 0;
         while done < bytes && !self.counts.is_full() {
             let step = READ_BYTES.min(bytes - done);
-            let Some(piece) = self.read(io, offset + done, step, what).await else { return };
+            let Some(piece) = self.read(io, offset + done, step, what).await else {
+                return;
+            };
             for (index, word) in (done / 8..).zip(words(&piece)) {
                 if word != 0 {
                     visit(self, index, word);
@@ -355,9 +377,10 @@ impl Walked {
     async fn l1_table<I: CheckIo>(&mut self, io: &I, l1: &L1Use) {
         let (role, what) = match l1.owner {
             L1Owner::Active => (Role::ActiveL1, "the active L1 table".to_owned()),
-            L1Owner::Snapshot(number) => {
-                (Role::SnapshotL1, format!("the L1 table of snapshot number {number}"))
-            }
+            L1Owner::Snapshot(number) => (
+                Role::SnapshotL1,
+                format!("the L1 table of snapshot number {number}"),
+            ),
         };
         let bytes = l1.entries * 8;
         if !self.charge(l1.offset, bytes, || what.clone()) {
@@ -379,19 +402,27 @@ impl Walked {
         loop {
             let mut run: Vec<(u64, L2Use)> = Vec::new();
             for (offset, l2) in self.l2.range(next..).take(most) {
-                if run.last().is_some_and(|(last, _)| last + cluster_bytes != *offset) {
+                if run
+                    .last()
+                    .is_some_and(|(last, _)| last + cluster_bytes != *offset)
+                {
                     break;
                 }
                 run.push((*offset, *l2));
             }
-            let Some((first, _)) = run.first() else { return };
+            let Some((first, _)) = run.first() else {
+                return;
+            };
             let bytes = run.len() as u64 * cluster_bytes;
             if self.counts.is_full() || !self.charge(*first, bytes, || "the L2 tables".into()) {
                 return;
             }
             let what = format!("the L2 table at {first:#x}");
-            let Some(piece) = self.read(io, *first, bytes, &what).await else { return };
-            for ((offset, l2), table) in run.iter().zip(piece.chunks_exact(to_usize(cluster_bytes))) {
+            let Some(piece) = self.read(io, *first, bytes, &what).await else {
+                return;
+            };
+            for ((offset, l2), table) in run.iter().zip(piece.chunks_exact(to_usize(cluster_bytes)))
+            {
                 self.l2_table(*offset, l2, table);
             }
             next = first + bytes;
@@ -401,5 +432,7 @@ impl Walked {
 
 /// The big-endian words of a table.
 pub(super) fn words(bytes: &[u8]) -> impl Iterator<Item = u64> + '_ {
-    bytes.chunks_exact(8).map(|word| u64::from_be_bytes(word.try_into().expect("chunks of eight")))
+    bytes
+        .chunks_exact(8)
+        .map(|word| u64::from_be_bytes(word.try_into().expect("chunks of eight")))
 }

@@ -39,7 +39,11 @@ struct Faults {
 fn faults(image: &Image) -> Faults {
     let memory = Memory::new(&image.bytes);
     let walked = ready(walk(&memory, &memory.header(), LIMITS)).expect("memory never fails");
-    assert_eq!(walked.report.check_errors, 0, "{:#?}", walked.report.messages);
+    assert_eq!(
+        walked.report.check_errors, 0,
+        "{:#?}",
+        walked.report.messages
+    );
     let geometry = walked.geometry;
     let mut low = BTreeSet::new();
     for (cluster, references) in walked.counts.iter_from(0) {
@@ -54,15 +58,25 @@ fn faults(image: &Image) -> Faults {
             low.insert(cluster);
         }
     }
-    let texts = walked.report.messages.iter().filter(|one| one.severity == Severity::Corruption);
+    let texts = walked
+        .report
+        .messages
+        .iter()
+        .filter(|one| one.severity == Severity::Corruption);
     let copied: BTreeSet<String> = texts
         .filter(|finding| finding.text.contains(": COPIED, but"))
         .map(|finding| finding.text.clone())
         .collect();
-    assert!(walked.report.messages.len() < 500, "no finding was left out");
-    let others =
-        walked.report.corruptions - walked.copied_findings - low.len() as u64;
-    Faults { low, copied, others }
+    assert!(
+        walked.report.messages.len() < 500,
+        "no finding was left out"
+    );
+    let others = walked.report.corruptions - walked.copied_findings - low.len() as u64;
+    Faults {
+        low,
+        copied,
+        others,
+    }
 }
 
 /// Guest data and mapping, COPIED flags aside: what no repair may change.
@@ -129,7 +143,11 @@ fn states(start: &Image, pending: &[(u64, Vec<u8>)], dice: &mut Dice) -> Vec<Ima
         let odds = 1 + dice.below(9);
         let chosen: Vec<Vec<bool>> = pending
             .iter()
-            .map(|(_, data)| (0..data.len() / 512).map(|_| dice.below(10) < odds).collect())
+            .map(|(_, data)| {
+                (0..data.len() / 512)
+                    .map(|_| dice.below(10) < odds)
+                    .collect()
+            })
             .collect();
         states.push(cut(start, pending, |number, sector| chosen[number][sector]));
     }
@@ -137,7 +155,12 @@ fn states(start: &Image, pending: &[(u64, Vec<u8>)], dice: &mut Dice) -> Vec<Ima
 }
 
 /// Repairs, cuts the repair everywhere, and repairs what the cuts leave.
-fn assert_cuts_are_harmless(directory: &Directory, image: &Image, repair: Repair, what: &str) -> usize {
+fn assert_cuts_are_harmless(
+    directory: &Directory,
+    image: &Image,
+    repair: Repair,
+    what: &str,
+) -> usize {
     let whole = Memory::new(&image.bytes);
     let finished = check(&whole, repair);
     let before = faults(image);
@@ -157,14 +180,37 @@ fn assert_cuts_are_harmless(directory: &Directory, image: &Image, repair: Repair
         for state in states(&durable, &pending, &mut dice) {
             tried += 1;
             let after = faults(&state);
-            assert!(after.low.is_subset(&before.low), "{what}: {after:?} {before:?}");
-            assert!(after.copied.is_subset(&before.copied), "{what}: {after:?} {before:?}");
-            assert!(after.others <= before.others, "{what}: {after:?} {before:?}");
+            assert!(
+                after.low.is_subset(&before.low),
+                "{what}: {after:?} {before:?}"
+            );
+            assert!(
+                after.copied.is_subset(&before.copied),
+                "{what}: {after:?} {before:?}"
+            );
+            assert!(
+                after.others <= before.others,
+                "{what}: {after:?} {before:?}"
+            );
             let again = Memory::new(&state.bytes);
             let report = check(&again, repair);
-            assert_eq!(report.is_sound(), finished.is_sound(), "{what}: {:#?}", report.messages);
-            assert_eq!(report.is_clean(), finished.is_clean(), "{what}: {:#?}", report.messages);
-            assert_eq!(essence(&again.image()), guest, "{what}: what the guest sees");
+            assert_eq!(
+                report.is_sound(),
+                finished.is_sound(),
+                "{what}: {:#?}",
+                report.messages
+            );
+            assert_eq!(
+                report.is_clean(),
+                finished.is_clean(),
+                "{what}: {:#?}",
+                report.messages
+            );
+            assert_eq!(
+                essence(&again.image()),
+                guest,
+                "{what}: what the guest sees"
+            );
             if tried % 16 == 0 && finished.is_clean() {
                 directory.assert_clean(&again.image(), what);
             }
@@ -172,7 +218,10 @@ fn assert_cuts_are_harmless(directory: &Directory, image: &Image, repair: Repair
         durable = cut(&durable, &pending, |_, _| true);
         pending.clear();
     }
-    assert!(pending.is_empty(), "{what}: nothing is left without a barrier");
+    assert!(
+        pending.is_empty(),
+        "{what}: nothing is left without a barrier"
+    );
     assert_eq!(durable.bytes, whole.image().bytes);
     tried
 }
@@ -189,10 +238,14 @@ fn power_cuts_in_a_repair() {
         "cluster_size=512,refcount_bits=8",
     ] {
         let size = if options.contains("2k") { 4 } else { 1 };
-            let mut image = directory.make(
+        let mut image = directory.make(
             options,
             "1M",
-            &[format!("write -P 1 0 {}k", 60 * size), format!("write -P 2 {}k 20k", 140 * size), "write 300k 3k".into()],
+            &[
+                format!("write -P 1 0 {}k", 60 * size),
+                format!("write -P 2 {}k 20k", 140 * size),
+                "write 300k 3k".into(),
+            ],
         );
         if !options.contains("bits=1") {
             image = directory.with(&image, |path| {
@@ -246,11 +299,27 @@ fn power_cuts_in_a_repair() {
             ("a block is missing", &image.poked(table, 0), Repair::All),
             ("the second block is missing", &second, Repair::All),
             ("one cluster twice", &twice, Repair::All),
-            ("a bad entry", &image.poked(table, image.block(0) | 2), Repair::All),
-            ("data on a block", &image.poked(l2 + 6 * 8, image.block(0) | COPIED), Repair::All),
+            (
+                "a bad entry",
+                &image.poked(table, image.block(0) | 2),
+                Repair::All,
+            ),
+            (
+                "data on a block",
+                &image.poked(l2 + 6 * 8, image.block(0) | COPIED),
+                Repair::All,
+            ),
             ("no table", &without, Repair::All),
-            ("the table is the L1 table", &image.poked(48, l1), Repair::All),
-            ("an entry past the end", &mixed.poked(l2 + 8 * 8, 1 << 40), Repair::All),
+            (
+                "the table is the L1 table",
+                &image.poked(48, l1),
+                Repair::All,
+            ),
+            (
+                "an entry past the end",
+                &mixed.poked(l2 + 8 * 8, 1 << 40),
+                Repair::All,
+            ),
         ] {
             let what = format!("{options}: {name}");
             tried += assert_cuts_are_harmless(&directory, damaged, repair, &what);

@@ -24,11 +24,18 @@ fn repair(image: &Image, repair: Repair) -> (CheckReport, Image) {
 fn assert_repairs(directory: &Directory, image: &Image, what: &str) -> (CheckReport, Image) {
     let (report, repaired) = repair(image, Repair::All);
     assert!(report.is_clean(), "{what}: {:#?}", report.messages);
-    assert!(report.messages.iter().all(|finding| finding.repaired), "{what}: {:#?}", report.messages);
+    assert!(
+        report.messages.iter().all(|finding| finding.repaired),
+        "{what}: {:#?}",
+        report.messages
+    );
     directory.assert_clean(&repaired, what);
     directory.assert_same(&repaired, what);
     let again = Memory::new(&repaired.bytes);
-    assert!(check(&again, Repair::All).is_clean() && again.log.borrow().is_empty(), "{what}");
+    assert!(
+        check(&again, Repair::All).is_clean() && again.log.borrow().is_empty(),
+        "{what}"
+    );
     (report, repaired)
 }
 
@@ -51,7 +58,19 @@ fn assert_same_content(directory: &Directory, a: &Image, b: &Image) {
     let original = directory.path("original.qcow2");
     std::fs::write(&original, &a.bytes).unwrap();
     directory.with(b, |path| {
-        img(path, &["compare", "-q", "-f", "qcow2", "-F", "qcow2", original.to_str().unwrap()], &[]);
+        img(
+            path,
+            &[
+                "compare",
+                "-q",
+                "-f",
+                "qcow2",
+                "-F",
+                "qcow2",
+                original.to_str().unwrap(),
+            ],
+            &[],
+        );
     });
 }
 
@@ -73,7 +92,11 @@ fn refcounts_too_low_or_too_high() {
         for (what, cluster, refcount) in [
             ("the header's refcount is 0", 0, 0),
             ("the refcount table's refcount is 0", 1, 0),
-            ("the first block's refcount is 0", image.block(0) / cluster_bytes, 0),
+            (
+                "the first block's refcount is 0",
+                image.block(0) / cluster_bytes,
+                0,
+            ),
             ("an L2 table's refcount is 0", l2, 0),
             ("an L2 table's refcount is 2", l2, 2),
             ("a data cluster's refcount is 0", l2 + 1, 0),
@@ -89,7 +112,10 @@ fn refcounts_too_low_or_too_high() {
             let report = directory.assert_same(&damaged, &what);
             assert!(report.corruptions + report.leaks > 0, "{what}");
             let repaired = assert_repairs_as_qemu(&directory, &damaged, &what);
-            assert_eq!(repaired.bytes, image.bytes, "{what}: back to what it was, in place");
+            assert_eq!(
+                repaired.bytes, image.bytes,
+                "{what}: back to what it was, in place"
+            );
         }
     }
 }
@@ -109,13 +135,19 @@ fn leaks_alone() {
 
     let both = leaky.with_refcount(low, 0);
     let (report, repaired) = repair(&both, Repair::Leaks);
-    assert_eq!((report.leaks, report.leaks_fixed, report.corruptions_fixed), (0, 1, 0));
+    assert_eq!(
+        (report.leaks, report.leaks_fixed, report.corruptions_fixed),
+        (0, 1, 0)
+    );
     assert!(report.corruptions > 0);
     assert_eq!(repaired.bytes, image.with_refcount(low, 0).bytes);
     // COPIED at a refcount that falls to 1 becomes right by itself; a clear flag is not set.
     let clear = leaky.poked(image.l2(0) + 8, image.word(image.l2(0) + 8) & !COPIED);
     let (report, _) = repair(&clear, Repair::Leaks);
-    assert_eq!((report.leaks, report.corruptions, report.copied_clear_at_one), (0, 1, 1));
+    assert_eq!(
+        (report.leaks, report.corruptions, report.copied_clear_at_one),
+        (0, 1, 1)
+    );
 }
 
 /// Refcounts past the file's end, which an allocation leaves that a power cut ended.
@@ -145,7 +177,11 @@ fn copied_flags() {
             let what = format!("{options}: COPIED is clear in an entry of {what}");
             let damaged = image.poked(at, image.word(at) ^ COPIED);
             let report = directory.assert_same(&damaged, &what);
-            assert_eq!((report.corruptions, report.copied_clear_at_one), (1, 1), "{what}");
+            assert_eq!(
+                (report.corruptions, report.copied_clear_at_one),
+                (1, 1),
+                "{what}"
+            );
             let repaired = assert_repairs_as_qemu(&directory, &damaged, &what);
             assert_eq!(repaired.bytes, image.bytes);
         }
@@ -157,14 +193,19 @@ fn copied_flags() {
         let l1 = shared.l1();
         let data = shared.l2(0);
         for (what, at) in [("L1", l1), ("L2", data)] {
-            let what = format!("{options}: COPIED is set in an entry of {what} whose refcount is 2");
+            let what =
+                format!("{options}: COPIED is set in an entry of {what} whose refcount is 2");
             // With small clusters 1 MiB has an L2 table of its own, and the first one is shared.
             if shared.word(at) & COPIED != 0 {
                 continue;
             }
             let damaged = shared.poked(at, shared.word(at) | COPIED);
             let report = directory.assert_same(&damaged, &what);
-            assert_eq!((report.corruptions, report.copied_clear_at_one), (1, 0), "{what}");
+            assert_eq!(
+                (report.corruptions, report.copied_clear_at_one),
+                (1, 0),
+                "{what}"
+            );
             let repaired = assert_repairs_as_qemu(&directory, &damaged, &what);
             assert_eq!(repaired.bytes, shared.bytes);
         }
@@ -186,13 +227,23 @@ fn refcount_structures() {
             ("no block", 0, 0, true),
             ("no last block", last, 0, true),
             ("reserved bits", 0, image.block(0) | 2, true),
-            ("unaligned", 0, image.block(0) | 0x200, cluster_bytes == &512),
+            (
+                "unaligned",
+                0,
+                image.block(0) | 0x200,
+                cluster_bytes == &512,
+            ),
             ("past the end", 0, 1 << 40, true),
             ("absurd", last, 0xffff_ffff_ffff_fe00, false),
             ("twice the same", blocks, image.block(0), true),
             ("the table as a block", last, table, true),
             ("the L1 table as a block", last, l1, true),
-            ("a data cluster as a block", last, image.l2(0) + cluster_bytes, true),
+            (
+                "a data cluster as a block",
+                last,
+                image.l2(0) + cluster_bytes,
+                true,
+            ),
         ] {
             let what = format!("{options}: refcount table: {what}");
             let damaged = image.poked(table + index * 8, entry);
@@ -241,7 +292,12 @@ fn entries_that_cannot_be_repaired() {
             ("L2: unaligned", l2, entry | 0x200, *cluster_bytes != 512),
             ("L2: reserved low bits", l2, entry | 4, true),
             ("L2: reserved high bits", l2, entry | 1 << 60, true),
-            ("L2: compressed past the end", l2, COMPRESSED | past | 3, !options.contains("extended")),
+            (
+                "L2: compressed past the end",
+                l2,
+                COMPRESSED | past | 3,
+                !options.contains("extended"),
+            ),
             ("L1: past the end", l1, past | COPIED, true),
             ("L1: unaligned", l1, l1_entry | 0x200, false),
             ("L1: reserved bits", l1, l1_entry | 1, true),
@@ -251,7 +307,10 @@ fn entries_that_cannot_be_repaired() {
             if damaged.word(at) == image.word(at) || (value & 0x200 != 0 && *cluster_bytes == 512) {
                 continue;
             }
-            damaged.poke(72, damaged.word(72) | incompatible::DIRTY | incompatible::CORRUPT);
+            damaged.poke(
+                72,
+                damaged.word(72) | incompatible::DIRTY | incompatible::CORRUPT,
+            );
             let report = check(&Memory::new(&damaged.bytes), Repair::None);
             assert!(report.corruptions > 0, "{what}");
             if same {
@@ -263,7 +322,10 @@ fn entries_that_cannot_be_repaired() {
             assert_eq!(bits & 3, 3, "{what}: the bits stay");
             // Nothing was freed that may be what is lost.
             for cluster in 0..image.bytes.len() as u64 / cluster_bytes {
-                assert!(repaired.refcount(cluster) >= damaged.refcount(cluster), "{what}: {cluster}");
+                assert!(
+                    repaired.refcount(cluster) >= damaged.refcount(cluster),
+                    "{what}: {cluster}"
+                );
             }
             // A second repair changes nothing.
             let (_, again) = repair(&repaired, Repair::All);
@@ -318,15 +380,31 @@ fn overlaps() {
             let (report, repaired) = repair(&damaged, Repair::All);
             if host == l2 {
                 // A table that may be data is not written to, so one of its flags stays wrong too.
-                assert_eq!((report.corruptions, report.check_errors), (2, 0), "{what}: {report:#?}");
-                assert_eq!(repaired.word(l1) & COPIED, 0, "{what}: it is copied before it is written");
+                assert_eq!(
+                    (report.corruptions, report.check_errors),
+                    (2, 0),
+                    "{what}: {report:#?}"
+                );
+                assert_eq!(
+                    repaired.word(l1) & COPIED,
+                    0,
+                    "{what}: it is copied before it is written"
+                );
                 assert_eq!(repaired.word(l2), damaged.word(l2), "{what}");
                 continue;
             }
             if stays {
-                assert_eq!((report.corruptions, report.check_errors), (1, 0), "{what}: {report:#?}");
+                assert_eq!(
+                    (report.corruptions, report.check_errors),
+                    (1, 0),
+                    "{what}: {report:#?}"
+                );
                 assert_eq!(repaired.refcount(host / cluster_bytes), 2, "{what}");
-                assert_eq!(repaired.word(l2) & COPIED, 0, "{what}: it is copied before it is written");
+                assert_eq!(
+                    repaired.word(l2) & COPIED,
+                    0,
+                    "{what}: it is copied before it is written"
+                );
             } else {
                 // What overlapped was moved away.
                 assert!(report.is_clean(), "{what}: {report:#?}");
@@ -389,7 +467,11 @@ fn snapshots_and_bitmaps() {
     let bitmap_table = image.word(directory_at);
     for (what, at, value) in [
         ("a snapshot's L1 table past the end", table, 1 << 40),
-        ("a snapshot's L1 table unaligned", table, image.word(table) + 512),
+        (
+            "a snapshot's L1 table unaligned",
+            table,
+            image.word(table) + 512,
+        ),
         ("a snapshot's L1 table on the active one", table, image.l1()),
         ("a bitmap's table past the end", directory_at, 1 << 40),
         ("a bitmap past the end", bitmap_table, 1 << 40),
@@ -400,7 +482,10 @@ fn snapshots_and_bitmaps() {
         assert!(report.corruptions > 0, "{what}");
         let (report, _) = repair(&damaged, Repair::All);
         // QEMU calls two uses of one cluster right once the refcount is 2.
-        assert!(report.corruptions > 0 || what.contains("neighbour"), "{what}: {report:#?}");
+        assert!(
+            report.corruptions > 0 || what.contains("neighbour"),
+            "{what}: {report:#?}"
+        );
     }
     // The snapshot's L2 tables hold references too.
     let l1 = image.word(table);
@@ -418,7 +503,12 @@ fn unreadable_tables() {
     let directory = Directory::new();
     let image = base(&directory, "", 64 << 10);
     let image = image.with_refcount(image.l2(0) / 65536 + 1, 0);
-    for at in [image.l1(), image.l2(0), image.block(0), image.header().refcount_table.0] {
+    for at in [
+        image.l1(),
+        image.l2(0),
+        image.block(0),
+        image.header().refcount_table.0,
+    ] {
         let memory = Memory::new(&image.bytes);
         memory.unreadable.set(Some(at));
         let report = check(&memory, Repair::All);
@@ -442,7 +532,11 @@ fn failing_writes() {
         let memory = Memory::new(&image.bytes);
         memory.failing.set(Some(failing));
         assert!(try_check_within(&memory, Repair::All, LIMITS).is_err());
-        assert_eq!(memory.log.borrow().len(), failing + 1, "nothing is written after a failure");
+        assert_eq!(
+            memory.log.borrow().len(),
+            failing + 1,
+            "nothing is written after a failure"
+        );
         let bits = memory.header().incompatible;
         // The last event is the barrier after the bit was cleared.
         assert_eq!(bits & 1, u64::from(failing + 1 < events));
@@ -462,7 +556,10 @@ fn feature_bits() {
 
     let marked = image.poked(88, 1 << 40);
     let (report, same) = repair(&marked, Repair::All);
-    assert!(report.is_clean() && same.bytes == marked.bytes, "nothing to change");
+    assert!(
+        report.is_clean() && same.bytes == marked.bytes,
+        "nothing to change"
+    );
     let (report, repaired) = repair(&marked.with_refcount(0, 0), Repair::All);
     assert!(report.is_clean());
     assert_eq!(repaired.header().autoclear, 0);
@@ -479,7 +576,16 @@ fn feature_bits() {
 fn limits() {
     let directory = Directory::new();
     let image = base(&directory, "cluster_size=512", 512).with_refcount(9, 0);
-    for limits in [Limits { counts_bytes: 1000, ..LIMITS }, Limits { tables_bytes: 4000, ..LIMITS }] {
+    for limits in [
+        Limits {
+            counts_bytes: 1000,
+            ..LIMITS
+        },
+        Limits {
+            tables_bytes: 4000,
+            ..LIMITS
+        },
+    ] {
         let memory = Memory::new(&image.bytes);
         let report = try_check_within(&memory, Repair::All, limits).unwrap();
         assert_eq!(report.check_errors, 1, "{report:#?}");
@@ -487,5 +593,8 @@ fn limits() {
     }
     let numbers = Numbers::from(&check(&Memory::new(&image.bytes), Repair::None));
     assert_eq!(numbers.check_errors, 0);
-    assert_eq!(ready(Memory::new(&image.bytes).read(0, 4)).unwrap(), b"QFI\xfb");
+    assert_eq!(
+        ready(Memory::new(&image.bytes).read(0, 4)).unwrap(),
+        b"QFI\xfb"
+    );
 }

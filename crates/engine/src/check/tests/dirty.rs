@@ -8,8 +8,8 @@ use urus_format::incompatible;
 
 use super::qemu::{Directory, create, img, io};
 use super::{Image, check};
-use crate::check::tests::memory::Memory;
 use crate::check::Repair;
+use crate::check::tests::memory::Memory;
 
 /// Runs qemu-io on an image, and kills it once it has done the last command.
 fn work_and_kill(path: &Path, commands: &[String]) {
@@ -45,7 +45,11 @@ fn work_and_kill(path: &Path, commands: &[String]) {
 }
 
 fn assert_repaired_as_by_qemu(directory: &Directory, image: &Image, what: &str) {
-    assert_ne!(image.header().incompatible & incompatible::DIRTY, 0, "{what}");
+    assert_ne!(
+        image.header().incompatible & incompatible::DIRTY,
+        0,
+        "{what}"
+    );
     let before = directory.assert_same(image, what);
     assert!(before.corruptions > 0, "{what}: the refcounts lag");
 
@@ -66,19 +70,29 @@ fn assert_repaired_as_by_qemu(directory: &Directory, image: &Image, what: &str) 
     // The same mapping with the same flags, the same data, and the same refcounts where QEMU has not moved
     // its refcount structures to.
     let (l1, entries) = (ours.l1(), u64::from(ours.header().l1_entries));
-    assert_eq!((theirs.l1(), u64::from(theirs.header().l1_entries)), (l1, entries));
+    assert_eq!(
+        (theirs.l1(), u64::from(theirs.header().l1_entries)),
+        (l1, entries)
+    );
     for at in (0..entries).map(|index| l1 + index * 8) {
         assert_eq!(ours.word(at), theirs.word(at), "{what}: L1 at {at:#x}");
         let l2 = ours.word(at) & crate::check::entries::OFFSET_MASK;
         for at in (l2..l2 + ours.header().geometry().cluster_bytes()).step_by(8) {
-            assert!(l2 == 0 || ours.word(at) == theirs.word(at), "{what}: L2 at {at:#x}");
+            assert!(
+                l2 == 0 || ours.word(at) == theirs.word(at),
+                "{what}: L2 at {at:#x}"
+            );
         }
     }
     let path = directory.path("theirs.qcow2");
     std::fs::write(&path, &theirs.bytes).unwrap();
     directory.with(&ours, |ours| {
         let theirs = path.to_str().unwrap();
-        img(ours, &["compare", "-q", "-f", "qcow2", "-F", "qcow2", theirs], &[]);
+        img(
+            ours,
+            &["compare", "-q", "-f", "qcow2", "-F", "qcow2", theirs],
+            &[],
+        );
     });
 }
 
@@ -111,7 +125,9 @@ fn killed_with_lazy_refcounts() {
             commands.push("flush".into());
             commands.push("write -P 77 33M 300k".into());
             work_and_kill(&path, &commands);
-            let image = Image { bytes: std::fs::read(&path).unwrap() };
+            let image = Image {
+                bytes: std::fs::read(&path).unwrap(),
+            };
             let what = format!("{options}, snapshot: {snapshot}");
             assert_repaired_as_by_qemu(&directory, &image, &what);
         }

@@ -13,7 +13,11 @@ use crate::check::{CheckReport, Limits, Repair};
 
 /// A small image with a few clusters of everything, made by hand: no need of other tools here.
 fn small(cluster_bits: u32, refcount_order: u32) -> Image {
-    let options = CreateOptions { cluster_bits, refcount_order, ..CreateOptions::new(1 << (cluster_bits + 7)) };
+    let options = CreateOptions {
+        cluster_bits,
+        refcount_order,
+        ..CreateOptions::new(1 << (cluster_bits + 7))
+    };
     let new = layout(&options).expect("a layout");
     let mut bytes = vec![0; crate::to_usize(new.file_bytes)];
     for (offset, data) in &new.writes {
@@ -38,7 +42,10 @@ fn small(cluster_bits: u32, refcount_order: u32) -> Image {
     image.poke(l1 + 8, (l2 + cluster) | COPIED);
     for index in 0..3 {
         image.poke(l2 + index * 8, l2 + (2 + index) * cluster);
-        image.poke(l2 + cluster + index * 8, (l2 + (5 + index) * cluster) | COPIED);
+        image.poke(
+            l2 + cluster + index * 8,
+            (l2 + (5 + index) * cluster) | COPIED,
+        );
     }
     image.poke(l2 + 5 * 8, COMPRESSED | (l2 + 8 * cluster + 77));
     let memory = Memory::new(&image.bytes);
@@ -58,7 +65,9 @@ fn assert_bounded(image: &Image, len: u64) {
         let memory = Memory::new(&image.bytes);
         memory.len.set(len);
         let mut read = 0;
-        let Ok(report) = try_check_within(&memory, repair, LIMITS) else { continue };
+        let Ok(report) = try_check_within(&memory, repair, LIMITS) else {
+            continue;
+        };
         if repair == Repair::None {
             // Tables once, refcount blocks twice, and a little for each.
             read = memory.read.get();
@@ -67,7 +76,10 @@ fn assert_bounded(image: &Image, len: u64) {
         }
         assert!(memory.read.get() <= 8 * len + 8 * read + (400 << 20));
         let grown = memory.bytes.borrow().len() as u64;
-        assert!(grown <= len + (len / 8) + (16 << 20), "{len} grew to {grown}");
+        assert!(
+            grown <= len + (len / 8) + (16 << 20),
+            "{len} grew to {grown}"
+        );
         if repair == Repair::None || report.check_errors > 0 {
             continue;
         }
@@ -81,7 +93,9 @@ fn assert_bounded(image: &Image, len: u64) {
             let same = memory.log.borrow().len() == before;
             assert!(same || lost, "{repair:?} {last:#?} {again:#?}");
             if same {
-                let counts = |report: &CheckReport| (report.corruptions, report.leaks, report.leaks_past_end);
+                let counts = |report: &CheckReport| {
+                    (report.corruptions, report.leaks, report.leaks_past_end)
+                };
                 assert_eq!(counts(&again), counts(&last), "{repair:?} {last:#?}");
                 break;
             }
@@ -144,9 +158,17 @@ fn tables_in_circles() {
         let image = small(cluster_bits, 4);
         let (l1, l2, block) = (image.l1(), image.l2(1), image.block(0));
         let table = image.header().refcount_table.0;
-        for (at, host) in
-            [(l1, l1), (l1 + 8, l1), (l2, l2), (l2, l1), (table, table), (table + 8, table), (table, l1), (table, 0), (l2, block)]
-        {
+        for (at, host) in [
+            (l1, l1),
+            (l1 + 8, l1),
+            (l2, l2),
+            (l2, l1),
+            (table, table),
+            (table + 8, table),
+            (table, l1),
+            (table, 0),
+            (l2, block),
+        ] {
             assert_bounded(&image.poked(at, host), image.bytes.len() as u64);
             assert_bounded(&image.poked(at, host | COPIED), image.bytes.len() as u64);
         }
@@ -173,7 +195,9 @@ fn with_snapshots(count: u32, l1: impl Fn(u32) -> (u64, u32), l1_bytes: usize) -
         image.bytes.extend_from_slice(&16u32.to_be_bytes());
         image.bytes.extend_from_slice(&[0; 16]);
     }
-    image.bytes.resize(image.bytes.len().next_multiple_of(4096) + l1_bytes, 0);
+    image
+        .bytes
+        .resize(image.bytes.len().next_multiple_of(4096) + l1_bytes, 0);
     image.bytes[60..64].copy_from_slice(&count.to_be_bytes());
     image.poke(64, table);
     image
@@ -198,7 +222,11 @@ fn snapshots_that_share() {
     assert!(report.corruptions > 0 && report.check_errors == 0);
     assert!(memory.read.get() < 20 << 20, "{} bytes", memory.read.get());
 
-    let lengths = fill(with_snapshots(65536, |number| (start, entries - number), 1 << 20));
+    let lengths = fill(with_snapshots(
+        65536,
+        |number| (start, entries - number),
+        1 << 20,
+    ));
     let shifted = |number| (start + u64::from(number % 256) * 4096, 1 + number);
     for image in [lengths, fill(with_snapshots(65536, shifted, 1 << 20))] {
         let memory = Memory::new(&image.bytes);
@@ -217,9 +245,15 @@ fn sparse_files() {
     let l2 = image.l2(1);
     for index in 0..512u64 {
         damaged.poke(l2 + index * 8, (index << 44) | 4096);
-        damaged.poke(image.header().refcount_table.0 + index * 8, (index << 40) + 4096);
+        damaged.poke(
+            image.header().refcount_table.0 + index * 8,
+            (index << 40) + 4096,
+        );
     }
-    let limits = Limits { counts_bytes: 32 << 10, ..LIMITS };
+    let limits = Limits {
+        counts_bytes: 32 << 10,
+        ..LIMITS
+    };
     for (limits, errors) in [(LIMITS, 0), (limits, 1)] {
         let memory = Memory::new(&damaged.bytes);
         memory.len.set(i64::MAX.unsigned_abs());

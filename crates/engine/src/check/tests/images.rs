@@ -50,12 +50,17 @@ fn every_cluster_size_and_refcount_width() {
             let options = format!("cluster_size={},refcount_bits={refcount_bits}", 1 << bits);
             let mut work = work(1 << bits);
             // Compressed clusters share host clusters: more references than a snapshot could double.
-            work.retain(|command| refcount_bits == 1 || refcount_bits > 8 || !command.contains("-c"));
+            work.retain(|command| {
+                refcount_bits == 1 || refcount_bits > 8 || !command.contains("-c")
+            });
             let mut image = directory.make(&options, "12M", &work);
             if refcount_bits > 1 {
                 image = directory.with(&image, |path| {
                     img(path, &["snapshot", "-c", "one"], &[]);
-                    io(path, &["write -P 9 0 100k", "discard 2M 64k", "write -P 8 5M 64k"]);
+                    io(
+                        path,
+                        &["write -P 9 0 100k", "discard 2M 64k", "write -P 8 5M 64k"],
+                    );
                 });
             }
             let report = assert_sound(&directory, &image, &options);
@@ -79,7 +84,11 @@ fn versions_sizes_and_compression() {
         ("cluster_size=2M,refcount_bits=1", "1T"),
         ("", "1P"),
     ] {
-        let mut work = work(if options.contains("2M") { 2 << 20 } else { 128 << 10 });
+        let mut work = work(if options.contains("2M") {
+            2 << 20
+        } else {
+            128 << 10
+        });
         // No zero flag in version 2.
         work.retain(|command| !options.contains("compat") || !command.contains("-z"));
         // QEMU compresses only into what is not allocated.
@@ -97,7 +106,12 @@ fn versions_sizes_and_compression() {
 #[test]
 fn snapshots() {
     let directory = Directory::new();
-    for options in ["", "cluster_size=512", "compat=0.10", "cluster_size=4k,refcount_bits=64"] {
+    for options in [
+        "",
+        "cluster_size=512",
+        "compat=0.10",
+        "cluster_size=4k,refcount_bits=64",
+    ] {
         let mut image = directory.make(options, "4M", &["write -P 1 0 1M", "write -c -P 7 2M 64k"]);
         image = directory.with(&image, |path| {
             for (turn, name) in ["a", "b", "c", "d"].into_iter().enumerate() {

@@ -45,7 +45,9 @@ impl Memory {
     }
 
     pub(super) fn image(&self) -> super::Image {
-        super::Image { bytes: self.bytes.borrow().clone() }
+        super::Image {
+            bytes: self.bytes.borrow().clone(),
+        }
     }
 
     fn event(&self, event: Event) -> Result<()> {
@@ -59,7 +61,13 @@ impl Memory {
 }
 
 fn fault(operation: &'static str, offset: u64) -> Error {
-    Error::Io { operation, file: "memory".into(), offset, bytes: 0, errno: 5 }
+    Error::Io {
+        operation,
+        file: "memory".into(),
+        offset,
+        bytes: 0,
+        errno: 5,
+    }
 }
 
 /// Writes as a file does.
@@ -74,7 +82,11 @@ pub(super) fn write(bytes: &mut Vec<u8>, offset: u64, data: &[u8]) {
 impl CheckIo for Memory {
     async fn read(&self, offset: u64, len: u64) -> Result<Vec<u8>> {
         self.read.set(self.read.get() + len);
-        if self.unreadable.get().is_some_and(|bad| (offset..offset + len).contains(&bad)) {
+        if self
+            .unreadable
+            .get()
+            .is_some_and(|bad| (offset..offset + len).contains(&bad))
+        {
             return Err(fault("read", offset));
         }
         let bytes = self.bytes.borrow();
@@ -86,10 +98,14 @@ impl CheckIo for Memory {
     }
 
     async fn write(&self, offset: u64, bytes: &[u8]) -> Result<()> {
-        assert!(offset.is_multiple_of(512) && bytes.len().is_multiple_of(512), "whole sectors");
+        assert!(
+            offset.is_multiple_of(512) && bytes.len().is_multiple_of(512),
+            "whole sectors"
+        );
         self.event(Event::Write(offset, bytes.to_vec()))?;
         write(&mut self.bytes.borrow_mut(), offset, bytes);
-        self.len.set(self.len.get().max(offset + bytes.len() as u64));
+        self.len
+            .set(self.len.get().max(offset + bytes.len() as u64));
         Ok(())
     }
 

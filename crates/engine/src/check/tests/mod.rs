@@ -86,7 +86,8 @@ impl Image {
     fn refcount(&self, cluster: u64) -> u64 {
         let geometry = self.header().geometry();
         let index = cluster >> geometry.refcount_block_bits();
-        if index * 8 >= u64::from(self.header().refcount_table_clusters) * geometry.cluster_bytes() {
+        if index * 8 >= u64::from(self.header().refcount_table_clusters) * geometry.cluster_bytes()
+        {
             return 0;
         }
         let start = crate::to_usize(self.block(index));

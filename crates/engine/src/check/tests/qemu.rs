@@ -65,7 +65,9 @@ impl Directory {
         let path = self.path("new.qcow2");
         create(&path, options, size);
         io(&path, commands);
-        Image { bytes: fs::read(path).expect("an image") }
+        Image {
+            bytes: fs::read(path).expect("an image"),
+        }
     }
 
     /// Has a tool work on an image.
@@ -73,7 +75,9 @@ impl Directory {
         let path = self.path("work.qcow2");
         fs::write(&path, &image.bytes).expect("room for an image");
         work(&path);
-        Image { bytes: fs::read(path).expect("an image") }
+        Image {
+            bytes: fs::read(path).expect("an image"),
+        }
     }
 
     /// `qemu-img check` of an image; with `repair` (`leaks`, `all`) the image is repaired in place.
@@ -85,7 +89,10 @@ impl Directory {
         if let Some(repair) = repair {
             command.args(["-r", repair]);
         }
-        let output = command.arg(&path).output().expect("these tests need `qemu-img` on the PATH");
+        let output = command
+            .arg(&path)
+            .output()
+            .expect("these tests need `qemu-img` on the PATH");
         image.bytes = fs::read(&path).expect("an image");
         verdict(&output)
     }
@@ -109,7 +116,11 @@ impl Directory {
         let verdict = self.qemu_check(&mut image.clone(), None);
         assert_eq!(verdict.code, 0, "{what}: {}", verdict.said);
         let header = image.header();
-        assert_eq!(header.incompatible & 3, 0, "{what}: neither dirty nor corrupt");
+        assert_eq!(
+            header.incompatible & 3,
+            0,
+            "{what}: neither dirty nor corrupt"
+        );
     }
 }
 
@@ -138,11 +149,18 @@ pub(super) fn io<C: AsRef<str>>(path: &Path, commands: &[C]) {
 
 /// qemu-img with a subcommand.
 pub(super) fn img(path: &Path, arguments: &[&str], last: &[&str]) {
-    succeed(Command::new("qemu-img").args(arguments).arg(path).args(last));
+    succeed(
+        Command::new("qemu-img")
+            .args(arguments)
+            .arg(path)
+            .args(last),
+    );
 }
 
 fn succeed(command: &mut Command) -> String {
-    let output = command.output().expect("these tests need QEMU's tools on the PATH");
+    let output = command
+        .output()
+        .expect("these tests need QEMU's tools on the PATH");
     let said = said(&output);
     assert!(output.status.success(), "{command:?}: {said}");
     said
@@ -150,7 +168,11 @@ fn succeed(command: &mut Command) -> String {
 
 fn said(output: &Output) -> String {
     let (out, err) = (&output.stdout, &output.stderr);
-    let said = format!("{}{}", String::from_utf8_lossy(out), String::from_utf8_lossy(err));
+    let said = format!(
+        "{}{}",
+        String::from_utf8_lossy(out),
+        String::from_utf8_lossy(err)
+    );
     said.lines().take(30).collect::<Vec<_>>().join("\n")
 }
 
@@ -158,9 +180,14 @@ fn verdict(output: &Output) -> Verdict {
     let json = String::from_utf8_lossy(&output.stdout);
     let field = |name: &str| -> u64 {
         let key = format!("\"{name}\":");
-        let Some((_, rest)) = json.split_once(&key) else { return 0 };
-        let digits: String =
-            rest.trim_start().chars().take_while(char::is_ascii_digit).collect();
+        let Some((_, rest)) = json.split_once(&key) else {
+            return 0;
+        };
+        let digits: String = rest
+            .trim_start()
+            .chars()
+            .take_while(char::is_ascii_digit)
+            .collect();
         digits.parse().expect("a number")
     };
     Verdict {
