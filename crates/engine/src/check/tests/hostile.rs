@@ -16,7 +16,8 @@ fn small(cluster_bits: u32, refcount_order: u32) -> Image {
     let options = CreateOptions {
         cluster_bits,
         refcount_order,
-        ..CreateOptions::new(1 << (cluster_bits + 7))
+        // What two L2 tables map.
+        ..CreateOptions::new(1 << (2 * cluster_bits - 2))
     };
     let new = layout(&options).expect("a layout");
     let mut bytes = vec![0; crate::to_usize(new.file_bytes)];
@@ -36,7 +37,7 @@ fn small(cluster_bits: u32, refcount_order: u32) -> Image {
     image.poke(snapshots, snapshot_l1);
     image.poke(snapshots + 8, 1 << 32 | 1 << 16 | 1);
     image.poke(snapshots + 32, 16);
-    image.poke(snapshots + 48, 1 << (cluster_bits + 7));
+    image.poke(snapshots + 48, 1 << (2 * cluster_bits - 2));
     image.poke(snapshot_l1, l2);
     image.poke(l1, l2);
     image.poke(l1 + 8, (l2 + cluster) | COPIED);
