@@ -72,7 +72,7 @@ pub struct Extent {
     pub present: bool,
     /// Reads as zeroes.
     pub zero: bool,
-    /// Has data in a file (a preallocated zero cluster does).
+    /// Has data in a file (a preallocated zero cluster has none, as QEMU counts).
     pub data: bool,
     /// Compressed.
     pub compressed: bool,

@@ -1,6 +1,7 @@
-//! How often each cluster is referred to, and which refcounts are one: by cluster number, in memory that what
-//! the file holds bounds, not what its entries point at.
+//! How often each cluster is referred to, and which refcounts are one. Memory is bounded by what the file
+//! holds, not by where its entries point.
 
+use std::cell::Cell;
 use std::collections::BTreeMap;
 
 /// log2 of the clusters in a chunk.
@@ -12,9 +13,10 @@ const SPARSE_MAX: usize = CHUNK_CLUSTERS / 4;
 /// Stands for a count that is found in `large`.
 const LARGE: u16 = u16::MAX;
 
-/// Estimated cost of an empty chunk and of an entry in `large`.
-const CHUNK_COST_BYTES: u64 = 96;
-const LARGE_COST_BYTES: u64 = 48;
+/// Estimated cost of an entry in a map.
+pub(super) const MAP_ENTRY_BYTES: u64 = 80;
+const CHUNK_COST_BYTES: u64 = MAP_ENTRY_BYTES + 32;
+const LARGE_COST_BYTES: u64 = MAP_ENTRY_BYTES;
 const DENSE_COST_BYTES: u64 = (CHUNK_CLUSTERS * 2) as u64;
 const SPARSE_COST_BYTES: u64 = 8;
 
@@ -85,7 +87,7 @@ fn position(within: usize) -> u16 {
     u16::try_from(within).expect("a chunk has fewer clusters than a u16 counts")
 }
 
-/// References by cluster.
+/// References by cluster. It keeps the account of the memory for the other maps of a check too.
 pub(super) struct Counts {
     /// Chunk number to index in `chunks`.
     index: BTreeMap<u64, usize>,
@@ -109,6 +111,11 @@ impl Counts {
             bytes: 0,
             max_bytes,
         }
+    }
+
+    /// Notes memory that is used beside the counts.
+    pub(super) fn charge(&mut self, bytes: u64) {
+        self.bytes = self.bytes.saturating_add(bytes);
     }
 
     /// Whether the memory is used up. Later references are not counted: the counts are useless then.
@@ -248,27 +255,44 @@ impl Counts {
     }
 }
 
-/// A set of clusters. Its memory follows the blocks it is made from: 256 bytes for each 2048 clusters.
+/// A set of clusters. Its memory follows the refcount blocks it is made from: 256 bytes for 2048 clusters.
 #[derive(Default)]
 pub(super) struct ClusterSet {
-    chunks: BTreeMap<u64, Box<[u64; CHUNK_CLUSTERS / 64]>>,
+    /// Chunk number to index in `chunks`.
+    index: BTreeMap<u64, usize>,
+    chunks: Vec<[u64; CHUNK_CLUSTERS / 64]>,
+    /// The chunk looked at last.
+    last: Cell<Option<(u64, usize)>>,
 }
 
 impl ClusterSet {
-    pub(super) fn insert(&mut self, cluster: u64) {
-        let (number, within) = split(cluster);
-        let words = self
-            .chunks
-            .entry(number)
-            .or_insert_with(|| Box::new([0; CHUNK_CLUSTERS / 64]));
-        words[within / 64] |= 1 << (within % 64);
+    /// Adds those of 64 clusters whose bit is set, from `first` on, a multiple of 64.
+    pub(super) fn insert(&mut self, first: u64, members: u64) {
+        debug_assert_eq!(first % 64, 0);
+        if members == 0 {
+            return;
+        }
+        let (number, within) = split(first);
+        let index = *self.index.entry(number).or_insert(self.chunks.len());
+        if index == self.chunks.len() {
+            self.chunks.push([0; CHUNK_CLUSTERS / 64]);
+        }
+        self.chunks[index][within / 64] |= members;
     }
 
     pub(super) fn contains(&self, cluster: u64) -> bool {
         let (number, within) = split(cluster);
-        self.chunks
-            .get(&number)
-            .is_some_and(|words| words[within / 64] >> (within % 64) & 1 != 0)
+        let index = match self.last.get() {
+            Some((last, index)) if last == number => index,
+            _ => {
+                let Some(index) = self.index.get(&number) else {
+                    return false;
+                };
+                self.last.set(Some((number, *index)));
+                *index
+            }
+        };
+        self.chunks[index][within / 64] >> (within % 64) & 1 != 0
     }
 }
 
@@ -328,10 +352,13 @@ mod tests {
     #[test]
     fn sets() {
         let mut set = ClusterSet::default();
-        for cluster in [0, 63, 64, 2047, 2048, 1 << 60] {
+        for cluster in [0u64, 63, 64, 2047, 2048, 1 << 60] {
             assert!(!set.contains(cluster));
-            set.insert(cluster);
-            assert!(set.contains(cluster) && !set.contains(cluster + 1 << 1 | 1 << 40));
+            set.insert(cluster - cluster % 64, 1 << (cluster % 64));
+            assert!(set.contains(cluster) && !set.contains(cluster ^ 1 << 40));
+            assert!(!set.contains(cluster ^ 2));
         }
+        set.insert(1 << 50, 0);
+        assert_eq!(set.chunks.len(), 3, "nothing is kept of nothing");
     }
 }

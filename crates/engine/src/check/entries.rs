@@ -1,5 +1,6 @@
 //! Judges the entries of L1 and L2 tables.
 
+use super::counts::MAP_ENTRY_BYTES;
 use super::walk::{L1Owner, L1Use, L2Use, Role, Walked, words};
 
 /// Refcount exactly one (bit 63).
@@ -90,7 +91,10 @@ impl Walked {
                 active: 0,
                 first: (l1.owner, index),
             };
-            let l2 = self.l2.entry(offset).or_insert(found);
+            let l2 = self.l2.entry(offset).or_insert_with(|| {
+                self.counts.charge(MAP_ENTRY_BYTES);
+                found
+            });
             l2.references += times;
             l2.active += active;
         }

@@ -1,18 +1,19 @@
 //! Checking an image's metadata, and repairing it.
 //!
-//! - [`walk`] follows every table and counts who refers to which cluster ([`counts`]); [`entries`] judges the
-//!   entries of L1 and L2 tables, [`side_tables`] snapshots and bitmaps.
-//! - [`refcounts`] reads the refcount structures and sets them against the counts.
-//! - [`repair`] makes refcounts and COPIED flags right. [`relocate`] plans new refcount structures where the old
+//! - `walk` follows every table and counts who refers to which cluster (`counts`); `entries` judges the entries
+//!   of L1 and L2 tables, `side_tables` snapshots and bitmaps.
+//! - `refcounts` reads the refcount structures and sets them against the counts.
+//! - `repair` makes refcounts and COPIED flags right. `relocate` plans new refcount structures where the old
 //!   ones cannot be mended in place.
 //!
 //! What it finds is counted as `qemu-img check` counts it ([`CheckReport`]), with two additions: entries that
 //! urus cannot use though QEMU ignores their flags, and metadata clusters that something else uses too, even
 //! where their refcount agrees.
 //!
-//! A repair never makes the image worse, wherever it is cut off: the worst that it leaves behind is a leak more. It changes
-//! refcounts, COPIED flags and the header's refcount table and bits, and nothing else: what a broken entry
-//! pointed at stays lost, and as long as there is one no cluster is freed, because it may be one of those.
+//! A repair never makes the image worse, wherever it is cut off: the worst that it leaves behind is one leak
+//! more. It changes refcounts, COPIED flags and the header's refcount table and bits, and nothing else: what a
+//! broken entry pointed at stays lost, and as long as there is one no cluster is freed, because it may be one
+//! of those.
 //!
 //! Work and memory follow what the file holds. Each table is read once however often it is referred to; tables
 //! that overlap are noticed because together they are longer than the file.
@@ -51,15 +52,18 @@ pub enum Repair {
 /// What a check may use.
 #[derive(Clone, Copy, Debug)]
 struct Limits {
-    /// Memory for counting references. The default lasts for 32 TiB of 64 KiB clusters.
-    counts_bytes: u64,
+    /// Memory. The default lasts for 30 TiB of 64 KiB clusters.
+    memory_bytes: u64,
     /// Bytes of tables read, holes in sparse files included: the L2 tables of 2 PiB of 64 KiB clusters.
     tables_bytes: u64,
+    /// Bytes of new refcount structures: 100 TiB of 64 KiB clusters. A sparse file may pretend to need more.
+    relocation_bytes: u64,
 }
 
 const LIMITS: Limits = Limits {
-    counts_bytes: 1 << 30,
+    memory_bytes: 1 << 30,
     tables_bytes: 512 << 30,
+    relocation_bytes: 4 << 30,
 };
 
 /// Tables are read in pieces of at most so many bytes (at least one cluster).

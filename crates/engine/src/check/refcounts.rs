@@ -5,8 +5,8 @@ use std::collections::BTreeSet;
 use urus_format::{Header, refcount};
 
 use super::CheckIo;
-use super::counts::{CHUNK_CLUSTERS, ClusterSet};
-use super::walk::{Role, Walked, words};
+use super::counts::{CHUNK_CLUSTERS, ClusterSet, MAP_ENTRY_BYTES};
+use super::walk::{Role, Walked};
 
 /// Bits of a refcount table entry that must be 0.
 const RESERVED: u64 = 511;
@@ -66,6 +66,7 @@ impl Walked {
         for (index, entry) in blocks {
             let block = self.judge(index, entry, &mut seen);
             self.refcounts.blocks.push(block);
+            self.counts.charge(MAP_ENTRY_BYTES);
         }
         self.read_singles(io).await;
     }
@@ -115,16 +116,15 @@ impl Walked {
                 continue;
             };
             let first = block.index << self.geometry.refcount_block_bits();
-            let per_word = 64u64 >> order;
-            for (place, word) in (0u64..).zip(words(&bytes)) {
-                if word == 0 {
+            // Counters of 64 clusters take 8 bytes for each bit that one has.
+            for (group, counters) in (0u64..).zip(bytes.chunks_exact(8 << order)) {
+                if counters.iter().all(|byte| *byte == 0) {
                     continue;
                 }
-                for index in place * per_word..(place + 1) * per_word {
-                    if refcount::get(&bytes, index, order) == 1 {
-                        self.singles.insert(first + index);
-                    }
-                }
+                let members = (0..64).fold(0, |members, index| {
+                    members | u64::from(refcount::get(counters, index, order) == 1) << index
+                });
+                self.singles.insert(first + group * 64, members);
             }
         }
     }
@@ -263,13 +263,19 @@ impl Walked {
                 format!(" ({})", what())
             };
             self.report.leak(past_end, || {
-                format!("cluster {cluster}{where_}: refcount {refcount}, but {references} references{what}")
+                format!(
+                    "cluster {cluster}{where_}: refcount {refcount}, but {}{what}",
+                    counted(references)
+                )
             });
             return;
         }
         let what = what();
         self.report.corruption(1, || {
-            format!("cluster {cluster}: refcount {refcount}, but {references} references ({what})")
+            format!(
+                "cluster {cluster}: refcount {refcount}, but {} ({what})",
+                counted(references)
+            )
         });
         self.too_low += 1;
         if let Some(owned) = self.roles.get_mut(&cluster) {
@@ -280,5 +286,13 @@ impl Walked {
     /// The refcount that a cluster must have.
     pub(super) fn right_refcount(&self, cluster: u64) -> u64 {
         self.counts.get(cluster).min(self.geometry.refcount_max())
+    }
+}
+
+fn counted(references: u64) -> String {
+    match references {
+        0 => "no reference".into(),
+        1 => "1 reference".into(),
+        _ => format!("{references} references"),
     }
 }

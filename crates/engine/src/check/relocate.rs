@@ -106,6 +106,13 @@ impl Relocation {
                 ));
             }
             self.table_clusters = geometry.clusters_for(table_bytes);
+            let bytes = (self.table_clusters + self.blocks.len() as u64) << geometry.cluster_bits();
+            let most = walked.limits.relocation_bytes;
+            if bytes > most {
+                return Err(format!(
+                    "{bytes} bytes of new refcount structures, and at most {most} are made"
+                ));
+            }
             if self.table_clusters + self.blocks.len() as u64 == total {
                 break;
             }

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use urus_format::{Geometry, Header, HostOffset, incompatible};
 
-use super::counts::{ClusterSet, Counts};
+use super::counts::{ClusterSet, Counts, MAP_ENTRY_BYTES};
 use super::refcounts::RefcountTable;
 use super::report::CheckReport;
 use super::{CheckIo, Limits, READ_BYTES};
@@ -91,6 +91,7 @@ pub(super) struct L1Use {
 /// Everything that a walk has learnt.
 pub(super) struct Walked {
     pub(super) geometry: Geometry,
+    pub(super) limits: Limits,
     /// Length of the file, in whole sectors as QEMU counts it.
     pub(super) file_len: u64,
     pub(super) report: CheckReport,
@@ -146,9 +147,10 @@ impl Walked {
         report.total_clusters = geometry.clusters_for(header.size - header.size % 512);
         Self {
             geometry,
+            limits,
             file_len: file_len.next_multiple_of(512),
             report,
-            counts: Counts::new(limits.counts_bytes),
+            counts: Counts::new(limits.memory_bytes),
             singles: ClusterSet::default(),
             roles: BTreeMap::new(),
             l2: BTreeMap::new(),
@@ -252,6 +254,7 @@ impl Walked {
                         reported: false,
                     };
                     self.roles.insert(cluster, owned);
+                    self.counts.charge(MAP_ENTRY_BYTES);
                 }
                 // Snapshots share L2 tables.
                 Some(owned) if owned.role == Role::L2 && role == Role::L2 => {

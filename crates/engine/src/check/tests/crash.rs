@@ -279,11 +279,26 @@ fn power_cuts_in_a_repair() {
         let mut without = image.clone();
         without.bytes[48..60].fill(0);
 
+        // Only then the old refcount table's refcount is in a block that stays.
+        let mut second = image.clone();
+        if second.word(table + 8) != 0 {
+            second.poke(table + 8, 0);
+        }
+
+        // Both COPIED, and the refcount still 1.
+        let own: Vec<u64> = (l2..l2 + cluster)
+            .step_by(8)
+            .filter(|at| image.word(*at) & COPIED != 0)
+            .collect();
+        let twice = image.poked(own[0], image.word(own[1]));
+
         for (name, damaged, repair) in [
             ("refcounts that lag", &lagging, Repair::All),
             ("refcounts and flags", &mixed, Repair::All),
             ("leaks alone", &mixed, Repair::Leaks),
             ("a block is missing", &image.poked(table, 0), Repair::All),
+            ("the second block is missing", &second, Repair::All),
+            ("one cluster twice", &twice, Repair::All),
             (
                 "a bad entry",
                 &image.poked(table, image.block(0) | 2),

@@ -441,7 +441,7 @@ fn cut_off_images() {
             let mut damaged = image.clone();
             damaged.bytes.truncate(keep.next_multiple_of(512));
             let what = format!("{options}: {keep} of {len} bytes");
-            if !urus_format::Header::parse(&damaged.bytes, damaged.bytes.len() as u64).is_ok() {
+            if urus_format::Header::parse(&damaged.bytes, damaged.bytes.len() as u64).is_err() {
                 continue;
             }
             directory.assert_same(&damaged, &what);
@@ -578,7 +578,7 @@ fn limits() {
     let image = base(&directory, "cluster_size=512", 512).with_refcount(9, 0);
     for limits in [
         Limits {
-            counts_bytes: 1000,
+            memory_bytes: 1000,
             ..LIMITS
         },
         Limits {

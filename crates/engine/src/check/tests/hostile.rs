@@ -251,7 +251,7 @@ fn sparse_files() {
         );
     }
     let limits = Limits {
-        counts_bytes: 32 << 10,
+        memory_bytes: 64 << 10,
         ..LIMITS
     };
     for (limits, errors) in [(LIMITS, 0), (limits, 1)] {
@@ -261,4 +261,23 @@ fn sparse_files() {
         assert_eq!(report.check_errors, errors);
         assert!(memory.read.get() < 16 << 20);
     }
+    // Each cluster would need a refcount block of its own.
+    let mut damaged = image.clone();
+    for index in 0..512u64 {
+        damaged.poke(l2 + index * 8, (index << 28) | 4096);
+    }
+    let memory = Memory::new(&damaged.bytes);
+    memory.len.set(1 << 40);
+    let limits = Limits {
+        relocation_bytes: 1 << 20,
+        ..LIMITS
+    };
+    let report = try_check_within(&memory, Repair::All, limits).unwrap();
+    assert!(
+        memory.log.borrow().is_empty(),
+        "{:?}",
+        report.messages.last()
+    );
+    let last = report.messages.last().unwrap();
+    assert!(last.text.contains("new refcount structures"), "{last}");
 }
