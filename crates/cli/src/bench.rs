@@ -148,7 +148,7 @@ pub(crate) fn run(args: Args) -> Outcome {
     let span = span(&args, &image)?;
     if !args.json {
         print(&format!(
-            "{}: copying {} into a raw file beside it, which also warms the image…\n",
+            "{}: copying {} into a raw file beside it, and reading both…\n",
             args.image.display(),
             crate::size::human(span)
         ));

@@ -211,20 +211,22 @@ impl Worker {
         while queue.in_flight() > 0 {
             // Starts everything that was submitted since the last time.
             queue.wait(None);
+            // First all that is done, then all that is new: what comes together goes together. (And reads from the page cache, done as soon
+            // as they are begun, could else keep this loop from ever looking at the clock.)
             while let Some(completion) = queue.completion() {
                 operations += 1;
                 if let Err(error) = completion.result {
-                    is_over = true;
                     failed.get_or_insert(error);
                 }
-                let buffer = completion.buffer.expect("reads and writes have a buffer");
-                if is_over {
-                    self.buffers.push(buffer);
-                } else {
+                self.buffers
+                    .push(completion.buffer.expect("reads and writes have a buffer"));
+            }
+            is_over = is_over || failed.is_some() || start.elapsed() >= self.plan.slice;
+            if !is_over {
+                for buffer in self.buffers.drain(..) {
                     submit(queue, buffer);
                 }
             }
-            is_over = is_over || start.elapsed() >= self.plan.slice;
         }
         match failed {
             Some(error) => Err(error.into()),
