@@ -172,7 +172,9 @@ impl Config {
         };
         let mut file = FileSpec::new(bytes);
         if self.device {
-            let len = file.contents.len() + index(self.sectors * 512) * 2;
+            // Room for what waits to be freed, and for what each queue has reserved.
+            let reserved = self.queues << (self.cluster_bits + 6);
+            let len = file.contents.len() + index(self.sectors * 512) * 2 + reserved;
             file = file.block_device(len.next_multiple_of(4096), 7);
         }
         if self.alignment > 1 {
@@ -243,7 +245,7 @@ impl Config {
         match self.behaviour {
             Behaviour::Any => {}
             Behaviour::Eager => config.eager = true,
-            Behaviour::Slow => config.slow = 160,
+            Behaviour::Slow => (config.slow, config.stuck) = (160, 32),
             Behaviour::Split => config.split = 200,
         }
         config

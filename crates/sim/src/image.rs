@@ -231,10 +231,8 @@ impl Builder<'_> {
             stamp(sector, lba, version);
         }
         let contents = vec![Content::Version(version); index(sectors)];
-        if self.plan.compressed
-            && kind < 5
-            && let Some(entry) = self.compress(&data, references)
-        {
+        let wanted = self.plan.compressed && kind < 5;
+        if let Some(entry) = wanted.then(|| self.compress(&data, references)).flatten() {
             return Cell { entry, contents };
         }
         let host = self.take(1);
@@ -313,7 +311,7 @@ impl Builder<'_> {
                 entry.copy_from_slice(&cell.entry.encode(&self.geometry).entry.to_be_bytes());
             }
             self.put(table.0, &bytes);
-            let copied = state == 0 && (!shared || diverged);
+            let copied = state == 0 && (diverged || !shared);
             tables[state].push(L1Entry { table, copied }.encode());
         }
         if states == 1 {

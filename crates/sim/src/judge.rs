@@ -8,7 +8,7 @@ use urus_engine::storage::FileId;
 use urus_engine::{Maintenance, Options, check_image};
 use urus_format::Header;
 
-use crate::checker::{self, GuestReader};
+use crate::checker::{self, GuestReader, Report};
 use crate::config::{Config, Fixture, layers};
 use crate::contents::{Change, Contents, index};
 use crate::crash::{Class, CrashCursor, Limits, State};
@@ -47,6 +47,13 @@ impl Scene {
         }
     }
 
+    /// The files before the first request.
+    #[must_use]
+    pub fn files(&self) -> Vec<&[u8]> {
+        let files = self.fixture.files.iter();
+        files.map(|file| &file.contents[..]).collect()
+    }
+
     /// Judges files without the engine: is the structure sound, may each sector hold what it holds, is the
     /// snapshot what it was?
     ///
@@ -62,19 +69,37 @@ impl Scene {
     }
 
     fn judge_marked(&self, files: &[&[u8]], view: &View, marked: bool) -> Result<Found, String> {
+        let size = index(self.config.sectors * 512);
+        let (guest, report) = self.look(files, size)?;
+        if !marked && (report.corrupt || report.dirty) {
+            return Err("the image is marked dirty or corrupt".to_owned());
+        }
+        view.check(0, &guest)
+            .map_err(|mismatch| mismatch.to_string())?;
+        Ok(Found {
+            leaks: report.leak_count,
+            guest,
+        })
+    }
+
+    /// What the guest reads, and how many clusters have leaked; for any size of the disk.
+    ///
+    /// # Errors
+    /// What is wrong.
+    pub fn guest(&self, files: &[&[u8]], size: usize) -> Result<(Vec<u8>, u64), String> {
+        let (guest, report) = self.look(files, size)?;
+        Ok((guest, report.leak_count))
+    }
+
+    fn look(&self, files: &[&[u8]], size: usize) -> Result<(Vec<u8>, Report), String> {
         if self.config.raw {
             let mut guest = files[0].to_vec();
-            guest.resize(index(self.config.sectors * 512), 0);
-            view.check(0, &guest)
-                .map_err(|mismatch| mismatch.to_string())?;
-            return Ok(Found { leaks: 0, guest });
+            guest.resize(size, 0);
+            return Ok((guest, Report::default()));
         }
         let report = checker::check(files[0]);
         if let Some(violation) = report.violations.first() {
             return Err(violation.to_string());
-        }
-        if !marked && (report.corrupt || report.dirty) {
-            return Err("the image is marked dirty or corrupt".to_owned());
         }
         let behind = |offset: u64, len: usize| {
             let bytes = self.fixture.behind.as_deref().unwrap_or_default();
@@ -83,23 +108,20 @@ impl Scene {
         };
         let reader =
             GuestReader::open(files[0], Some(&behind)).map_err(|error| error.to_string())?;
-        let size = index(self.config.sectors * 512);
+        if reader.size() != size as u64 {
+            return Err(format!("the disk has {} bytes, not {size}", reader.size()));
+        }
         let guest = reader.read(0, size).map_err(|error| error.to_string())?;
-        view.check(0, &guest)
-            .map_err(|mismatch| mismatch.to_string())?;
         if let Some(snapshot) = &self.fixture.snapshot {
             let found = reader
                 .snapshot(0)
-                .and_then(|reader| reader.read(0, size))
+                .and_then(|reader| reader.read(0, snapshot.len()))
                 .map_err(|error| error.to_string())?;
             if let Some(at) = found.iter().zip(snapshot).position(|(a, b)| a != b) {
                 return Err(format!("the snapshot has changed in sector {}", at / 512));
             }
         }
-        Ok(Found {
-            leaks: report.leak_count,
-            guest,
-        })
+        Ok((guest, report))
     }
 
     /// A machine with these files.

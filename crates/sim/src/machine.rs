@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use urus_engine::request::{Reply, Request, RequestKind};
 use urus_engine::storage::{FileId, IMAGE};
 use urus_engine::sync::{Arc, Mutex};
-use urus_engine::{Control, Error, LayerSpec, Maintenance, Options, Queue, Shared};
+use urus_engine::{Control, ControlReply, Error, LayerSpec, Maintenance, Options, Queue, Shared};
 
 use crate::memory::SimMemory;
 use crate::model::{GuestOp, Model};
@@ -19,12 +19,16 @@ use crate::world::SimWorld;
 /// A request in flight.
 #[derive(Clone, Debug)]
 struct Open {
-    ask: Ask,
+    /// Nothing where somebody else judges the reply.
+    ask: Option<Ask>,
     issued: u64,
     change: Option<GuestOp>,
     /// A sync had failed before it was issued.
     poisoned: bool,
 }
+
+/// Token, result and memory of a reply.
+pub type Answer = (u64, Result<(), String>, Option<SimMemory>);
 
 struct Seat {
     queue: Queue<SimStorage>,
@@ -52,6 +56,8 @@ pub struct Machine {
     pub model: Model,
     /// Requests that failed.
     pub failed: u64,
+    /// Replies to [`submit_kind`](Self::submit_kind).
+    pub replies: Vec<Answer>,
     maintenance: Option<Maintenance<SimStorage>>,
     maintenance_handle: usize,
     seats: Vec<Seat>,
@@ -93,6 +99,7 @@ impl Machine {
             world: world.clone(),
             model,
             failed: 0,
+            replies: Vec::new(),
             maintenance: Some(maintenance),
             maintenance_handle,
             seats,
@@ -195,11 +202,35 @@ impl Machine {
         };
         let poisoned = self.is_poisoned();
         let open = Open {
-            ask,
+            ask: Some(ask),
             issued,
             change,
             poisoned,
         };
+        self.send(number, token, open, kind);
+        true
+    }
+
+    /// Submits a request that the caller judges itself: the reply comes into [`replies`](Self::replies). Its token,
+    /// or nothing where the queue drawn by lot is full.
+    pub fn submit_kind(&mut self, kind: RequestKind<SimMemory>) -> Option<u64> {
+        let number = self.rng.index(self.seats.len());
+        if self.seats[number].queue.in_flight() >= self.driving.depth {
+            return None;
+        }
+        let token = self.next_token;
+        self.next_token += 1;
+        let open = Open {
+            ask: None,
+            issued: self.world.tick(),
+            change: None,
+            poisoned: false,
+        };
+        self.send(number, token, open, kind);
+        Some(token)
+    }
+
+    fn send(&mut self, number: usize, token: u64, open: Open, kind: RequestKind<SimMemory>) {
         self.open.insert(token, open);
         let queue = &mut self.seats[number].queue;
         assert!(
@@ -211,10 +242,10 @@ impl Machine {
         } else {
             self.unkicked = true;
         }
-        true
     }
 
-    fn guest_memory(&mut self, bytes: Vec<u8>) -> SimMemory {
+    /// Memory of a guest that does not care for alignment.
+    pub fn guest_memory(&mut self, bytes: Vec<u8>) -> SimMemory {
         let skew = [0, 0, 0, 512, 8][self.rng.index(5)];
         SimMemory::skewed(bytes, skew)
     }
@@ -261,6 +292,11 @@ impl Machine {
                 "a reply to a request that is not in flight (token {token})"
             ));
         };
+        let Some(ask) = open.ask else {
+            let result = result.map_err(|error| error.to_string());
+            self.replies.push((token, result, memory));
+            return Ok(());
+        };
         if let Some(op) = open.change {
             self.model.complete(op, now, result.is_ok());
         }
@@ -273,31 +309,29 @@ impl Machine {
                     _ => false,
                 };
                 if !self.driving.errors || !expected {
-                    return Err(format!("{:?} failed: {error}", open.ask));
+                    return Err(format!("{:?} failed: {error}", ask));
                 }
             }
-            Ok(())
-                if open.poisoned && !matches!(open.ask, Ask::Read { .. } | Ask::Status { .. }) =>
-            {
-                return Err(format!("{:?} succeeded after a sync had failed", open.ask));
+            Ok(()) if open.poisoned && !matches!(ask, Ask::Read { .. } | Ask::Status { .. }) => {
+                return Err(format!("{:?} succeeded after a sync had failed", ask));
             }
-            Ok(()) => match open.ask {
+            Ok(()) => match ask {
                 Ask::Read { lba, .. } => {
                     let bytes = memory.ok_or("a read gave no memory back")?.to_vec();
                     self.model
                         .check_read(lba, &bytes, open.issued, now)
-                        .map_err(|mismatch| format!("read: {mismatch} ({:?})", open.ask))?;
+                        .map_err(|mismatch| format!("read: {mismatch} ({:?})", ask))?;
                 }
                 Ask::Status { lba, count } => {
                     let mut at = lba * 512;
                     for extent in &extents {
                         if extent.start != at || extent.len == 0 {
-                            return Err(format!("block status: {extents:?} for {:?}", open.ask));
+                            return Err(format!("block status: {extents:?} for {:?}", ask));
                         }
                         at += extent.len;
                     }
                     if at > (lba + count) * 512 || extents.is_empty() {
-                        return Err(format!("block status: {extents:?} for {:?}", open.ask));
+                        return Err(format!("block status: {extents:?} for {:?}", ask));
                     }
                 }
                 _ => {}
@@ -368,11 +402,19 @@ impl Machine {
     pub fn ask(&mut self, ask: Ask) -> Result<(), String> {
         let mut submitted = self.submit(ask);
         while !submitted {
-            let before = self.open.len();
-            self.run_until("requests", |machine| machine.open.len() < before)?;
+            self.make_room()?;
             submitted = self.submit(ask);
         }
         Ok(())
+    }
+
+    /// Goes on until one request more has its reply.
+    ///
+    /// # Errors
+    /// As [`drain`](Self::drain).
+    pub fn make_room(&mut self) -> Result<(), String> {
+        let before = self.open.len();
+        self.run_until("requests", |machine| machine.open.len() < before)
     }
 
     fn run_until(&mut self, what: &str, done: impl Fn(&Self) -> bool) -> Result<(), String> {
@@ -403,26 +445,30 @@ impl Machine {
         Ok(())
     }
 
+    /// Asks something of the device and waits for the answer.
+    ///
+    /// # Errors
+    /// As [`step`](Self::step); what the device answers.
+    pub fn control(&mut self, control: impl FnOnce(ControlReply) -> Control) -> Result<(), String> {
+        let answer = Arc::new(Mutex::new(None));
+        let slot = Arc::clone(&answer);
+        let reply: ControlReply = Box::new(move |result| *slot.lock() = Some(result));
+        self.shared().control(control(reply));
+        self.run_until("a control", |_| answer.lock().is_some())?;
+        let result = answer.lock().take().unwrap_or(Ok(()));
+        result.map_err(|error| error.to_string())
+    }
+
     /// Closes the device.
     ///
     /// # Errors
     /// As [`step`](Self::step); what closing says.
     pub fn close(&mut self) -> Result<(), String> {
         self.drain()?;
-        let answer = Arc::new(Mutex::new(None));
-        let slot = Arc::clone(&answer);
-        self.shared()
-            .control(Control::Close(Box::new(move |result| {
-                *slot.lock() = Some(result)
-            })));
-        self.run_until("closing", |_| answer.lock().is_some())?;
-        let result = answer.lock().take();
+        let result = self.control(Control::Close);
         self.seats.clear();
         self.maintenance = None;
-        match result {
-            Some(Err(error)) => Err(format!("closing failed: {error}")),
-            _ => Ok(()),
-        }
+        result.map_err(|error| format!("closing failed: {error}"))
     }
 
     /// Reads the whole disk, in pieces.

@@ -1,60 +1,171 @@
-//! The simulator's command.
-use urus_sim::config;
-use urus_sim::runner::{Effort, run};
+//! Runs the simulator and prints what it saw.
+//!
+//! `urus-sim [--part cuts|sequences|errors|model|plants|trace]... [--seed S] [--states N] [--minutes M] [--threads T]
+//! [--config NAME|NUMBER] [--plant NAME] [--exact SEED [--inject K]]`
+//!
+//! Without `--part` it runs all parts, each with the budget of `--states`. It exits with 1 where something is wrong.
 
-fn main() {
-    let seed: u64 = std::env::args()
-        .nth(1)
-        .and_then(|s| s.parse().ok())
-        .unwrap_or(1);
-    let n: u64 = std::env::args()
-        .nth(2)
-        .and_then(|s| s.parse().ok())
-        .unwrap_or(1);
-    let only: Option<usize> = std::env::args().nth(3).and_then(|s| s.parse().ok());
-    let effort = Effort::QUICK;
-    let mut all = 0;
-    std::panic::set_hook(Box::new(|_| {}));
-    if std::env::args().nth(4).as_deref() == Some("plants") {
-        for bug in urus_engine::planted::Bug::ALL {
-            let hunt = urus_sim::plants::hunt(bug, seed, n);
-            println!(
-                "{bug:?}: {} workloads, {} states: {:?}",
-                hunt.workloads, hunt.states, hunt.found
-            );
-        }
-        return;
-    }
-    let errors = std::env::args().nth(4).as_deref() == Some("errors");
-    for (i, config) in config::all().iter().enumerate() {
-        if only.is_some_and(|o| o != i) {
-            continue;
-        }
-        let (mut states, mut reopened, mut bad, mut leak) = (0, 0, 0, 0);
-        let start = std::time::Instant::now();
-        for seed in seed..seed + n {
-            let outcome = if errors {
-                urus_sim::errors::run_random(config, seed, &Effort::ERRORS)
-            } else {
-                run(config, seed, &effort)
-            };
-            states += outcome.states;
-            reopened += outcome.reopened;
-            leak = leak.max(outcome.largest_leak);
-            if let Some(violation) = outcome.violation {
-                bad += 1;
-                if bad < 4 {
-                    println!("  {i} {}: seed {seed}: {violation}", config.name);
-                }
+use std::process::ExitCode;
+use std::time::Duration;
+
+use urus_engine::planted::Bug;
+use urus_sim::config::{self, Config};
+use urus_sim::runner::{Effort, quiet_panics, run};
+use urus_sim::sweep::{self, Budget, Part, Tally};
+
+struct Arguments {
+    parts: Vec<String>,
+    seed: u64,
+    states: u64,
+    minutes: Option<f64>,
+    threads: usize,
+    config: Option<Config>,
+    plant: Option<Bug>,
+    exact: Option<u64>,
+    inject: Option<usize>,
+}
+
+fn arguments() -> Result<Arguments, String> {
+    let mut arguments = Arguments {
+        parts: Vec::new(),
+        seed: 1,
+        states: 50_000,
+        minutes: None,
+        threads: std::thread::available_parallelism().map_or(2, usize::from),
+        config: None,
+        plant: None,
+        exact: None,
+        inject: None,
+    };
+    let mut given = std::env::args().skip(1);
+    while let Some(name) = given.next() {
+        let value = given
+            .next()
+            .ok_or_else(|| format!("{name} needs a value"))?;
+        let wrong = || format!("{name} {value}: not understood");
+        match name.as_str() {
+            "--part" => arguments.parts.push(value.clone()),
+            "--seed" => arguments.seed = value.parse().map_err(|_| wrong())?,
+            "--states" => arguments.states = value.replace('_', "").parse().map_err(|_| wrong())?,
+            "--minutes" => arguments.minutes = Some(value.parse().map_err(|_| wrong())?),
+            "--threads" => arguments.threads = value.parse().map_err(|_| wrong())?,
+            "--exact" => arguments.exact = Some(value.parse().map_err(|_| wrong())?),
+            "--inject" => arguments.inject = Some(value.parse().map_err(|_| wrong())?),
+            "--config" => arguments.config = Some(config::find(&value).ok_or_else(wrong)?),
+            "--plant" => {
+                let bug = Bug::ALL.into_iter().find(|bug| format!("{bug:?}") == value);
+                arguments.plant = Some(bug.ok_or_else(wrong)?);
             }
+            _ => return Err(format!("{name}: not understood")),
         }
-        all += states;
-        let t = start.elapsed().as_secs_f64();
-        println!(
-            "{i:2} {:28} {states:7} states {reopened:5} reopened {bad:4} bad, leak {leak}, {t:.2} s {:.0}/s",
-            config.name,
-            states as f64 / t
-        );
     }
-    println!("{all} states");
+    Ok(arguments)
+}
+
+fn main() -> ExitCode {
+    let arguments = match arguments() {
+        Ok(arguments) => arguments,
+        Err(error) => {
+            eprintln!("urus-sim: {error}");
+            return ExitCode::from(2);
+        }
+    };
+    quiet_panics();
+    if let Some(seed) = arguments.exact {
+        return again(&arguments, seed);
+    }
+    let wanted =
+        |name: &str| arguments.parts.is_empty() || arguments.parts.iter().any(|part| part == name);
+    let known = |part: &String| {
+        ["plants", "trace"].contains(&part.as_str())
+            || Part::ALL.iter().any(|known| known.name() == part)
+    };
+    if let Some(unknown) = arguments.parts.iter().find(|part| !known(part)) {
+        eprintln!("urus-sim: --part {unknown}: there is none");
+        return ExitCode::from(2);
+    }
+    let mut sound = true;
+    println!("{}", Tally::head());
+    for part in Part::ALL {
+        if arguments.plant.is_none() && wanted(part.name()) {
+            sound &= sweep_part(part, &arguments);
+        }
+    }
+    if arguments.plant.is_none() && wanted("trace") {
+        sound &= trace(&arguments);
+    }
+    if wanted("plants") || arguments.plant.is_some() {
+        let bugs = arguments.plant.map_or(Bug::ALL.to_vec(), |bug| vec![bug]);
+        let (lines, all) = sweep::hunt_all(&bugs, arguments.seed, 3, 4000, arguments.threads);
+        lines.iter().for_each(|line| println!("{line}"));
+        sound &= all;
+    }
+    if sound {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    }
+}
+
+fn sweep_part(part: Part, arguments: &Arguments) -> bool {
+    let budget = Budget {
+        states: arguments.minutes.map_or(arguments.states, |_| u64::MAX),
+        time: arguments.minutes.map_or(Duration::MAX, |minutes| {
+            Duration::from_secs_f64(minutes * 60.0)
+        }),
+        threads: arguments.threads,
+    };
+    let tally = sweep::run(part, arguments.seed, arguments.config.as_ref(), &budget);
+    println!("{tally}");
+    for violation in &tally.violations {
+        println!("  VIOLATION: {violation}");
+    }
+    tally.violations.is_empty()
+}
+
+/// One seed twice gives one trace, in every configuration.
+fn trace(arguments: &Arguments) -> bool {
+    let effort = Effort {
+        cuts: 2,
+        ..Effort::QUICK
+    };
+    let differs = |config: &Config| {
+        run(config, arguments.seed, &effort).trace != run(config, arguments.seed, &effort).trace
+    };
+    let configs = config::all();
+    let different: Vec<&str> = configs
+        .iter()
+        .filter(|c| differs(c))
+        .map(|c| c.name)
+        .collect();
+    println!(
+        "{:<28} {:>9} runs, twice each: {} differ {different:?}",
+        "trace",
+        configs.len(),
+        different.len()
+    );
+    different.is_empty()
+}
+
+fn again(arguments: &Arguments, seed: u64) -> ExitCode {
+    let name = arguments.parts.first().map_or("cuts", String::as_str);
+    let part = Part::ALL.into_iter().find(|part| part.name() == name);
+    let (Some(part), Some(config)) = (part, &arguments.config) else {
+        eprintln!("urus-sim: --exact goes with --part and --config");
+        return ExitCode::from(2);
+    };
+    if let Some(bug) = arguments.plant {
+        urus_engine::planted::plant(bug);
+    }
+    let outcome = sweep::exact(part, config, seed, arguments.inject);
+    match &outcome.violation {
+        Some(violation) => {
+            println!("{}: {violation}", config.name);
+            ExitCode::FAILURE
+        }
+        None => {
+            println!("{}: {} states, nothing wrong", config.name, outcome.states);
+            ExitCode::SUCCESS
+        }
+    }
 }

@@ -10,6 +10,7 @@ use crate::fault::{Action, OpClass, errno, error};
 use crate::log::{Event, OpId};
 use crate::memory::SimMemory;
 use crate::storage::bytes_of;
+use crate::world::STUCK_STEPS;
 use crate::world::{MAX_FILE_BYTES, World};
 
 pub(crate) type Job = Box<dyn FnOnce() + Send>;
@@ -41,6 +42,8 @@ pub(crate) struct Running {
     pub(crate) kind: OpKind<SimMemory>,
     pub(crate) kicked: bool,
     pub(crate) slow: bool,
+    /// Nothing happens before this step.
+    pub(crate) stuck_until: u64,
     fault: Option<Action>,
     /// The sectors still to do, once a first part is done.
     left: Option<Rc<[bool]>>,
@@ -163,6 +166,11 @@ impl World {
             self.record(Event::SyncSubmitted { op: id, file });
         }
         let slow = self.rng.chance(self.config.slow);
+        let stuck_until = if self.rng.chance(self.config.stuck) {
+            self.steps + self.rng.below(STUCK_STEPS)
+        } else {
+            0
+        };
         let left = None;
         self.running.push(Running {
             op: id,
@@ -172,6 +180,7 @@ impl World {
             kind,
             kicked: false,
             slow,
+            stuck_until,
             fault,
             left,
             at_submission,

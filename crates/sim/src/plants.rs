@@ -3,8 +3,9 @@
 use urus_engine::planted::{Bug, plant};
 
 use crate::config::{self, Config};
+use crate::contents::index;
 use crate::errors;
-use crate::rng::mix;
+use crate::rng::{Rng, mix};
 use crate::runner::{self, Effort, Outcome};
 
 /// How the search for one planted bug ended.
@@ -18,18 +19,60 @@ pub struct Hunt {
     pub found: Option<(&'static str, u64, String)>,
 }
 
-/// One workload of a hunt: every third has errors.
-fn workload(configs: &[Config], seed: u64, number: u64) -> (&Config, u64, Outcome) {
+/// Configurations in which the rule that a bug breaks matters most: half of the workloads are there.
+fn homes(bug: Bug) -> &'static [&'static str] {
+    match bug {
+        Bug::EarlyRefcountBlock => &[
+            "64-bit refcounts",
+            "refcount table grows",
+            "table grows, two queues",
+        ],
+        Bug::NoInFlightPins => &["three queues, slow", "slow", "deep"],
+        Bug::IgnoreSnapshots => &["snapshot", "snapshot, three queues"],
+        Bug::NoClearing => &["half full", "1K"],
+        Bug::EarlyL1Entry => &["tiny cache", "tiny cache, snapshot"],
+        Bug::EarlyPunch => &["half full", "full"],
+        _ => &[],
+    }
+}
+
+/// Of three workloads, so many have errors.
+fn with_errors(bug: Bug) -> u64 {
+    match bug {
+        Bug::DoubleGiveBack | Bug::NoPoison => 3,
+        _ => 1,
+    }
+}
+
+fn workload<'a>(
+    configs: &'a [Config],
+    bug: Bug,
+    seed: u64,
+    number: u64,
+) -> (&'a Config, u64, Outcome) {
     let seed = mix(seed ^ mix(number));
-    let config = &configs[crate::contents::index(seed % configs.len() as u64)];
-    let effort = Effort {
-        reopen: 12,
-        ..Effort::QUICK
-    };
-    let outcome = if number % 3 == 2 {
-        errors::run_random(config, seed, &effort)
+    let mut rng = Rng::new(seed);
+    let homes = homes(bug);
+    let config = if !homes.is_empty() && rng.chance(128) {
+        let home = homes[rng.index(homes.len())];
+        configs
+            .iter()
+            .find(|config| config.name == home)
+            .expect("homes exist")
     } else {
-        runner::run(config, seed, &effort)
+        &configs[index(rng.below(configs.len() as u64))]
+    };
+    let outcome = if number % 3 < with_errors(bug) {
+        errors::run_random(config, seed, &Effort::ERRORS)
+    } else {
+        runner::run(
+            config,
+            seed,
+            &Effort {
+                reopen: 12,
+                ..Effort::QUICK
+            },
+        )
     };
     (config, seed, outcome)
 }
@@ -45,7 +88,7 @@ pub fn hunt(bug: Bug, seed: u64, workloads: u64) -> Hunt {
     };
     plant(bug);
     for number in 0..workloads {
-        let (config, seed, outcome) = workload(&configs, seed, number);
+        let (config, seed, outcome) = workload(&configs, bug, seed, number);
         hunt.workloads += 1;
         hunt.states += outcome.states + 1;
         if let Some(violation) = outcome.violation {

@@ -1,8 +1,8 @@
 //! One workload: run it, look at the image, then cut the power again and again. From some of the states it goes on
 //! writing, and cuts once more.
 
-use std::collections::BTreeSet;
-use std::collections::HashSet;
+use std::cell::RefCell;
+use std::collections::{BTreeSet, HashSet};
 use std::ops::ControlFlow;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
@@ -17,11 +17,13 @@ use crate::judge::Scene;
 use crate::machine::Machine;
 use crate::model::Model;
 use crate::rng::Rng;
-use crate::workload::Workload;
+use crate::workload::{Ask, Workload};
 
 /// What one workload gave.
 #[derive(Clone, Debug, Default)]
 pub struct Outcome {
+    /// Workloads, where there was more than one.
+    pub workloads: u64,
     /// Cut points.
     pub cuts: u64,
     /// States judged.
@@ -115,9 +117,24 @@ pub fn guarded(f: impl FnOnce(&mut Outcome) -> Result<(), String>) -> Outcome {
     outcome.violation = match result {
         Ok(Ok(())) => None,
         Ok(Err(violation)) => Some(violation),
-        Err(panic) => Some(format!("panic: {}", panic_text(&*panic))),
+        Err(panic) => {
+            let place = PANIC_PLACE.with_borrow_mut(std::mem::take);
+            Some(format!("panic: {}{place}", panic_text(&*panic)))
+        }
     };
     outcome
+}
+
+thread_local! {
+    static PANIC_PLACE: RefCell<String> = const { RefCell::new(String::new()) };
+}
+
+/// Panics are told with the violation, and not printed.
+pub fn quiet_panics() {
+    std::panic::set_hook(Box::new(|panic| {
+        let place = panic.location().map(|place| format!(" ({place})"));
+        PANIC_PLACE.set(place.unwrap_or_default());
+    }));
 }
 
 /// What a panic said.
@@ -139,12 +156,7 @@ fn attempt(
 ) -> Result<(), String> {
     let mut rng = Rng::new(seed);
     let scene = Scene::new(config, &mut rng.fork(1));
-    let files: Vec<&[u8]> = scene
-        .fixture
-        .files
-        .iter()
-        .map(|file| &file.contents[..])
-        .collect();
+    let files = scene.files();
     let model = Model::new(scene.fixture.initial.clone(), FIRST_VERSION);
     let initial = scene
         .judge(&files, &model.after_cut(0))
@@ -170,6 +182,35 @@ fn attempt(
         injection,
     };
     run.whole(machine, workload, effort.requests, &mut rng, outcome)
+}
+
+/// Runs a list of requests, one after another or all at once, and cuts at every point.
+#[must_use]
+pub fn run_list(config: &Config, seed: u64, effort: &Effort, asks: &[Ask]) -> Outcome {
+    guarded(|outcome| {
+        let mut rng = Rng::new(seed);
+        let scene = Scene::new(config, &mut rng.fork(1));
+        let files = scene.files();
+        let model = Model::new(scene.fixture.initial.clone(), FIRST_VERSION);
+        let guest = scene.judge(&files, &model.after_cut(0))?.guest;
+        let driving = scene.driving(&mut rng);
+        let mut machine = scene.machine(&files, &guest, &model, driving, Vec::new(), &mut rng)?;
+        let at_once = rng.chance(128);
+        for ask in asks {
+            machine.ask(*ask)?;
+            if !at_once {
+                machine.drain()?;
+            }
+        }
+        let run = Run {
+            scene: &scene,
+            effort,
+            leaks: 0,
+            depth: 1,
+            injection: None,
+        };
+        run.end(machine, &mut rng, outcome)
+    })
 }
 
 /// One life of a device, from opening to closing.
@@ -200,10 +241,20 @@ impl Run<'_> {
             }
         }
         machine.drain()?;
-        let world = machine.world.clone();
         if self.injection.is_some() {
             self.recover(&mut machine, &mut workload, outcome)?;
         }
+        self.end(machine, rng, outcome)
+    }
+
+    fn end(
+        &self,
+        mut machine: Machine,
+        rng: &mut Rng,
+        outcome: &mut Outcome,
+    ) -> Result<(), String> {
+        machine.drain()?;
+        let world = machine.world.clone();
         // Some devices are never closed.
         let mut closed = rng.chance(192);
         if closed {
@@ -270,6 +321,9 @@ impl Run<'_> {
     fn points(&self, machine: &Machine, rng: &mut Rng) -> BTreeSet<usize> {
         let events = machine.world.log().events.len();
         let cuts = if self.depth == 1 { self.effort.cuts } else { 2 };
+        if cuts >= events as u64 {
+            return (1..=events).collect();
+        }
         (0..cuts)
             .filter(|_| events > 0)
             .map(|_| 1 + rng.index(events))

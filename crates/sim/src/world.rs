@@ -82,6 +82,9 @@ impl FileSpec {
     }
 }
 
+/// Steps that a stuck operation waits, at most.
+pub const STUCK_STEPS: u64 = 4000;
+
 /// How the simulated machine behaves.
 #[derive(Clone, Copy, Debug)]
 pub struct SimConfig {
@@ -91,6 +94,9 @@ pub struct SimConfig {
     pub refuse: u32,
     /// So many in 256 operations are slow: others overtake them for a long time.
     pub slow: u32,
+    /// So many in 256 operations are stuck: nothing of them happens for a drawn number of steps (at most
+    /// [`STUCK_STEPS`]), unless nothing else can happen.
+    pub stuck: u32,
     /// So many in 256 operations of several sectors take effect in two parts.
     pub split: u32,
     /// Whether operations may start before `kick`. Off, a forgotten kick shows as a hang.
@@ -103,6 +109,7 @@ impl Default for SimConfig {
             depth: 64,
             refuse: 4,
             slow: 32,
+            stuck: 0,
             split: 48,
             eager: false,
         }
@@ -118,6 +125,7 @@ impl SimConfig {
             depth: pick(rng, &[1, 2, 4, 16, 64, 256]) as usize,
             refuse: pick(rng, &[0, 0, 4, 64]),
             slow: pick(rng, &[0, 16, 64, 128]),
+            stuck: pick(rng, &[0, 0, 4, 16]),
             split: pick(rng, &[0, 32, 128]),
             eager: rng.chance(64),
         }
@@ -152,6 +160,7 @@ pub(crate) struct World {
     pub(crate) faults: FaultPlan,
     pub(crate) trace: TraceHash,
     pub(crate) now: u64,
+    pub(crate) steps: u64,
     pub(crate) next_op: u32,
     pub(crate) complaints: Vec<String>,
     /// Waits in a row during which nothing could happen.
@@ -177,8 +186,28 @@ impl World {
 
     /// One thing happens. What is left to run after the world is released comes back.
     fn step(&mut self) -> Outcome {
-        let startable = |op: &Running| op.kicked || self.config.eager;
-        let candidates = self.running.iter().filter(|op| startable(op)).count() + self.landed.len();
+        self.steps += 1;
+        let (eager, steps) = (self.config.eager, self.steps);
+        let may_start = |op: &Running| op.kicked || eager;
+        let mut startable: Vec<usize> = Vec::new();
+        let mut stuck: Vec<usize> = Vec::new();
+        for (at, op) in self
+            .running
+            .iter()
+            .enumerate()
+            .filter(|(_, op)| may_start(op))
+        {
+            let list = if op.stuck_until > steps {
+                &mut stuck
+            } else {
+                &mut startable
+            };
+            list.push(at);
+        }
+        if startable.is_empty() && self.landed.is_empty() {
+            startable = stuck;
+        }
+        let candidates = startable.len() + self.landed.len();
         if candidates == 0 {
             return Outcome::Idle;
         }
@@ -191,13 +220,7 @@ impl World {
                 self.arrive(landed);
                 return Outcome::Done;
             }
-            let nth = drawn - self.landed.len();
-            let eager = self.config.eager;
-            let startable = |op: &Running| op.kicked || eager;
-            let found = (0..self.running.len())
-                .filter(|i| startable(&self.running[*i]))
-                .nth(nth);
-            let at = found.expect("counted above");
+            let at = startable[drawn - self.landed.len()];
             if attempt < 8 && self.running[at].slow && self.rng.chance(240) {
                 continue;
             }
@@ -250,6 +273,7 @@ impl SimWorld {
             faults: FaultPlan::default(),
             trace: TraceHash::default(),
             now: 0,
+            steps: 0,
             next_op: 0,
             complaints: Vec::new(),
             idle_waits: 0,
