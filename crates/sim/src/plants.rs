@@ -44,12 +44,7 @@ fn with_errors(bug: Bug) -> u64 {
     }
 }
 
-fn workload<'a>(
-    configs: &'a [Config],
-    bug: Bug,
-    seed: u64,
-    number: u64,
-) -> (&'a Config, u64, Outcome) {
+fn workload(configs: &[Config], bug: Bug, seed: u64, number: u64) -> (&Config, u64, Outcome) {
     let seed = mix(seed ^ mix(number));
     let mut rng = Rng::new(seed);
     let homes = homes(bug);
