@@ -210,6 +210,10 @@ async fn open_image<S: Storage>(
     }
     load_l1(worker, 0, &header).await?;
     if !writable {
+        // A snapshot table that cannot be right is refused whether it is needed or not.
+        if header.snapshot_count > 0 {
+            read_snapshots(worker, &header).await?;
+        }
         return Ok(None);
     }
     let image = writable_state(worker, &mut header).await?;
@@ -332,7 +336,21 @@ async fn collect_owners<S: Storage>(
 ) -> Result<Owners> {
     let name = worker.shared.image_name();
     let mut owners = Owners::default();
+    let file_bytes = worker
+        .reactor
+        .with_storage(|storage| storage.file_len(IMAGE))
+        .map_err(|error| worker.io_error("find the length", IMAGE, 0, 0, &error))?;
     let mut claim = |offset: u64, bytes: u64, owner: Owner, place: &dyn Fn() -> String| {
+        if bytes > 0 && offset >= file_bytes {
+            return Err(Error::Corrupt {
+                file: name.to_owned(),
+                what: format!(
+                    "{} at {offset:#x} lies past the end of the file",
+                    owner.describe()
+                ),
+                place: place(),
+            });
+        }
         let first = geometry.host_cluster(HostOffset(offset)).0;
         for cluster in first..first + geometry.clusters_for(bytes) {
             if let Some(other) = owners.insert(cluster, owner) {

@@ -340,6 +340,11 @@ impl<S: Storage> Worker<S> {
             };
             let words = match source {
                 None => Ok(vec![0; to_usize(map.slice_bytes() / 8)]),
+                Some(offset) if self.is_past_end(layer.file, offset) => Err(Error::Corrupt {
+                    file: layer.name.clone(),
+                    what: format!("an L2 table at {offset:#x} lies past the end of the file"),
+                    place: format!("L1 table entry {table}"),
+                }),
                 Some(offset) => {
                     Shared::count(&self.shared.stats.slice_loads, 1);
                     let bytes = self
