@@ -75,6 +75,8 @@ pub struct Config {
     pub punch: bool,
     /// What the machine is like.
     pub behaviour: Behaviour,
+    /// Host clusters change hands all the time.
+    pub churn: bool,
 }
 
 /// Versions of stamps in backing files.
@@ -121,6 +123,7 @@ impl Config {
             alignment: 1,
             punch: true,
             behaviour: Behaviour::Any,
+            churn: false,
         }
     }
 
@@ -334,6 +337,12 @@ pub fn all() -> Vec<Config> {
             depth: 32,
             queues: 2,
             ..c("deep")
+        },
+        Config {
+            churn: true,
+            behaviour: Behaviour::Slow,
+            queues: 2,
+            ..c("churn")
         },
         Config {
             depth: 1,

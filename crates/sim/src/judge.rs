@@ -278,11 +278,13 @@ impl Scene {
     /// A workload for this configuration.
     #[must_use]
     pub fn workload(&self, rng: &mut Rng) -> Workload {
-        Workload::new(
-            rng.fork(12),
-            self.config.sectors,
-            self.config.cluster_sectors(),
-        )
+        let (sectors, cluster) = (self.config.sectors, self.config.cluster_sectors());
+        let workload = Workload::new(rng.fork(12), sectors, cluster);
+        if self.config.churn {
+            workload.churning()
+        } else {
+            workload
+        }
     }
 
     /// How a machine is driven, by lot.

@@ -10,8 +10,7 @@ use crate::fault::{Action, OpClass, errno, error};
 use crate::log::{Event, OpId};
 use crate::memory::SimMemory;
 use crate::storage::bytes_of;
-use crate::world::STUCK_STEPS;
-use crate::world::{MAX_FILE_BYTES, World};
+use crate::world::{MAX_FILE_BYTES, STUCK_STEPS_BITS, World};
 
 pub(crate) type Job = Box<dyn FnOnce() + Send>;
 
@@ -167,7 +166,8 @@ impl World {
         }
         let slow = self.rng.chance(self.config.slow);
         let stuck_until = if self.rng.chance(self.config.stuck) {
-            self.steps + self.rng.below(STUCK_STEPS)
+            let most = 1 << self.rng.below(STUCK_STEPS_BITS);
+            self.steps + self.rng.below(most)
         } else {
             0
         };

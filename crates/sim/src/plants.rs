@@ -27,11 +27,11 @@ fn homes(bug: Bug) -> &'static [&'static str] {
             "refcount table grows",
             "table grows, two queues",
         ],
-        Bug::NoInFlightPins => &["three queues, slow", "slow", "deep"],
+        Bug::NoInFlightPins => &["churn"],
         Bug::IgnoreSnapshots => &["snapshot", "snapshot, three queues"],
         Bug::NoClearing => &["half full", "1K"],
         Bug::EarlyL1Entry => &["tiny cache", "tiny cache, snapshot"],
-        Bug::EarlyPunch => &["half full", "full"],
+        Bug::EarlyPunch => &["compressed", "zstd", "4-bit, compressed"],
         _ => &[],
     }
 }
@@ -60,14 +60,19 @@ fn workload(configs: &[Config], bug: Bug, seed: u64, number: u64) -> (&Config, u
     let outcome = if number % 3 < with_errors(bug) {
         errors::run_random(config, seed, &Effort::ERRORS)
     } else {
-        runner::run(
-            config,
-            seed,
-            &Effort {
+        // What shows while the device runs needs few cuts.
+        let effort = if bug == Bug::NoInFlightPins {
+            Effort {
+                requests: 600,
+                ..Effort::ERRORS
+            }
+        } else {
+            Effort {
                 reopen: 12,
                 ..Effort::QUICK
-            },
-        )
+            }
+        };
+        runner::run(config, seed, &effort)
     };
     (config, seed, outcome)
 }

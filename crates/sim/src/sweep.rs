@@ -347,6 +347,7 @@ pub fn hunt_all(
             .iter()
             .find_map(|(_, hunt)| hunt.found.as_ref())
             .map_or("nothing", |(_, _, violation)| violation.as_str());
+        let seen = seen.split(" (Read").next().unwrap_or(seen);
         all &= found == hunts.len();
         lines.push(format!(
             "{:<26} {found:>3}/{:<3} {:>10} {:>10}  {:.90}",

@@ -59,6 +59,8 @@ pub struct Workload {
     /// Weights: read, write, discard, zero, flush, status.
     weights: [u64; 6],
     fua: u32,
+    /// So many in 256 requests are long.
+    long: u32,
     window: (u64, u64),
 }
 
@@ -82,10 +84,20 @@ impl Workload {
             cluster_sectors,
             weights,
             fua,
+            long: 12,
             window: (0, sectors),
         };
         this.move_window();
         this
+    }
+
+    /// Host clusters change hands all the time: much is written, discarded and flushed, all over a small disk.
+    #[must_use]
+    pub fn churning(mut self) -> Self {
+        self.weights = [6, 16, 10, 4, 5, 0];
+        self.long = 64;
+        self.window = (0, self.sectors.min(self.cluster_sectors * 96));
+        self
     }
 
     fn move_window(&mut self) {
@@ -104,6 +116,7 @@ impl Workload {
         };
         let mut start = base + self.rng.below(len);
         let mut count = match self.rng.index(4) {
+            _ if self.rng.chance(self.long) => 1 + self.rng.below(self.cluster_sectors * 40),
             0 => 1,
             1 => 1 + self.rng.below(self.cluster_sectors),
             2 => self.cluster_sectors,

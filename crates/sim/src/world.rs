@@ -82,8 +82,8 @@ impl FileSpec {
     }
 }
 
-/// Steps that a stuck operation waits, at most.
-pub const STUCK_STEPS: u64 = 4000;
+/// log2 of the steps that a stuck operation waits, at most.
+pub const STUCK_STEPS_BITS: u64 = 15;
 
 /// How the simulated machine behaves.
 #[derive(Clone, Copy, Debug)]
@@ -95,7 +95,7 @@ pub struct SimConfig {
     /// So many in 256 operations are slow: others overtake them for a long time.
     pub slow: u32,
     /// So many in 256 operations are stuck: nothing of them happens for a drawn number of steps (at most
-    /// [`STUCK_STEPS`]), unless nothing else can happen.
+    /// 2 to the power of [`STUCK_STEPS_BITS`]), unless nothing else can happen.
     pub stuck: u32,
     /// So many in 256 operations of several sectors take effect in two parts.
     pub split: u32,
