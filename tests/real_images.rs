@@ -160,7 +160,7 @@ fn fio_verifies_four_connections_with_the_blocking_driver() {
 fn mounted(stored: Stored, driver: Driver) {
     let scratch = Scratch::new();
     let top = overlay(&scratch, stored);
-    let directories = fixture::some_directories(100 * MIB);
+    let directories = fixture::some_directories(80 * MIB);
     let tar = scratch.file("tree.tar");
     program("tar")
         .words("-C / -cf")

@@ -5,19 +5,23 @@
 //! time, and a file appears under its name only when it is whole.
 
 use crate::program::program;
-use crate::{GIB, MIB, qemu, scratch};
+use crate::{GIB, KIB, MIB, qemu, scratch};
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 /// Changes whenever the way of building changes, so that an old directory is not taken for a new one.
-const VERSION: &str = "urus-fixtures/v1";
+const VERSION: &str = "urus-fixtures/v2";
 /// The least that the file system must hold.
 const ENOUGH: u64 = GIB;
 /// A directory that would lead past this is left out.
 const TOO_MUCH: u64 = GIB + 80 * MIB;
 /// Room that the file system keeps free, for tests that unpack something into it.
 const FREE: u64 = 400 * MIB;
+
+/// The least mean size of a directory's files. mke2fs needs most of its time for the number of files, and tens of
+/// thousands of links to manual pages would teach nothing that some thousand files do not.
+const WORTHWHILE: u64 = 16 * KIB;
 
 /// For one step of building, on a machine that is busy with other things.
 const PATIENCE: Duration = Duration::from_secs(500);
@@ -71,16 +75,16 @@ pub fn link(fixture: &Path, name: &Path) {
         .unwrap_or_else(|error| panic!("linking {}: {error}", name.display()));
 }
 
-/// Directories with real files of altogether about `bytes`, for unpacking somewhere. All lie in /usr/share.
+/// Directories and files of altogether about `bytes`, for unpacking somewhere.
 ///
 /// # Panics
 /// When there is too little.
 #[must_use]
 pub fn some_directories(bytes: u64) -> Vec<PathBuf> {
-    let (chosen, total) = choose(&[PathBuf::from("/usr/share")], bytes, bytes + bytes / 2);
+    let (chosen, total) = choose(&sources(), bytes, bytes + bytes / 2);
     assert!(
         total >= bytes,
-        "/usr/share holds only {total} bytes in suitable directories"
+        "this machine has only {total} bytes of suitable files"
     );
     chosen
 }
@@ -118,10 +122,17 @@ fn ext4_in(directory: &Path) -> PathBuf {
         let _ = std::fs::remove_dir_all(&tree);
         std::fs::create_dir(&tree).expect("a directory for copies");
         for some in chosen.chunks(500) {
+            // From the root by relative names: with absolute ones --parents stumbles over its own directories.
+            let names = some
+                .iter()
+                .map(|path| path.strip_prefix("/").unwrap_or(path));
             let copy = program("cp")
                 .words("-a --parents --reflink=auto")
-                .args(some);
-            copy.arg(&tree).limit(PATIENCE).ok();
+                .args(names);
+            copy.arg(&tree)
+                .current_dir(Path::new("/"))
+                .limit(PATIENCE)
+                .ok();
         }
         let size = (total + total / 16 + FREE).next_multiple_of(MIB);
         let mke2fs = program("mke2fs")
@@ -158,12 +169,12 @@ fn choose(from: &[PathBuf], enough: u64, too_much: u64) -> (Vec<PathBuf>, u64) {
         .collect();
     while total < enough {
         let Some(entry) = ahead.pop() else { break };
-        let size = size_of(&entry, too_much);
+        let (size, files) = size_of(&entry, too_much);
         if total + size > too_much {
             if entry.is_dir() && !entry.is_symlink() {
                 ahead.extend(reversed_entries(&entry));
             }
-        } else if size > 0 {
+        } else if size > 0 && size / files >= WORTHWHILE {
             total += size;
             chosen.push(entry);
         }
@@ -186,21 +197,27 @@ fn entries(directory: &Path) -> Vec<PathBuf> {
     entries
 }
 
-/// Bytes in regular files at and below `path`; stops counting past `limit`.
-fn size_of(path: &Path, limit: u64) -> u64 {
+/// Bytes in regular files at and below `path`, and how many files there are; stops counting past `limit` bytes.
+fn size_of(path: &Path, limit: u64) -> (u64, u64) {
     let Ok(metadata) = std::fs::symlink_metadata(path) else {
-        return 0;
+        return (0, 1);
     };
-    if metadata.is_file() {
-        return metadata.len();
+    if !metadata.is_dir() {
+        return (
+            if metadata.is_file() {
+                metadata.len()
+            } else {
+                0
+            },
+            1,
+        );
     }
-    let mut total = 0;
-    if metadata.is_dir() {
-        for entry in entries(path) {
-            total += size_of(&entry, limit);
-            if total > limit {
-                break;
-            }
+    let mut total = (0, 1);
+    for entry in entries(path) {
+        let (bytes, files) = size_of(&entry, limit);
+        total = (total.0 + bytes, total.1 + files);
+        if total.0 > limit {
+            break;
         }
     }
     total
