@@ -4,7 +4,7 @@
 //! programs that urus did not write judge the result: qemu-img and qemu-io, the libnbd tools, fio, e2fsck, the
 //! kernel's own file systems.
 //!
-//! - [`program`] runs a program with a time limit and keeps what it printed.
+//! - [`mod@program`] runs a program with a time limit and keeps what it printed.
 //! - [`served`] runs `urus serve` and takes it down again, politely or not.
 //! - [`qemu`] is the second opinion: create, check, convert, compare, JSON.
 //! - [`script`] makes random write scripts and the contents that they must lead to.

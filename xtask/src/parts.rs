@@ -12,7 +12,7 @@ struct Part {
 const PARTS: &[Part] = &[
     Part {
         name: "cuts",
-        small: Some(&["--states", "100000"]),
+        small: Some(&["--states", "45000"]),
     },
     Part {
         name: "sequences",

@@ -1,7 +1,7 @@
 //! Simulated files, and a scheduler that decides by lot when an operation takes effect and when its completion
 //! arrives. The two differ, and the engine may look for completions later still.
 //!
-//! [`SimWorld`] is shared by all [`SimStorage`](crate::storage::SimStorage) handles of a device (one for each queue,
+//! [`SimWorld`] is shared by all [`SimStorage`] handles of a device (one for each queue,
 //! one for maintenance). Everything that happens comes from [`SimWorld::step`] and from the calls on the handles,
 //! so one seed gives one run.
 
