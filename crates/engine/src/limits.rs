@@ -26,6 +26,8 @@ pub const ZERO_STEP_CLUSTERS: u64 = 512;
 pub const WRITE_STEP_CLUSTERS: u64 = 64;
 /// Pieces of a request served without a task.
 pub const DIRECT_PIECES: usize = 8;
+/// What storage writes whole or not at all (ordering.md, assumptions).
+pub const SECTOR_BYTES: u64 = 512;
 /// How often an interrupted operation (EINTR, EAGAIN) is tried again before it counts as failed.
 pub const RETRIES: u32 = 16;
 /// Bytes of zeroes written in one operation where a range has to be cleared by writing.

@@ -470,8 +470,8 @@ impl<S: Storage> Core<S> {
                 None
             }
             Ok(bytes) if direct.retries < limits::RETRIES => {
-                // Short: from the last whole block on. Bounded, as an unaligned end makes no progress.
-                let whole = self.worker.whole_blocks(direct.file, bytes);
+                // Short: from the last whole sector on. Bounded, as less than one makes no progress.
+                let whole = self.worker.whole_blocks(direct.file, direct.offset, bytes);
                 direct.retries += u32::from(whole < bytes);
                 direct.offset += whole as u64;
                 direct.memory = direct.memory.slice(whole, direct.memory.len() - whole);

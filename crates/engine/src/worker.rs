@@ -150,9 +150,9 @@ impl<S: Storage> Worker<S> {
                     return Ok(());
                 }
                 Ok(bytes)
-                    if bytes > self.whole_blocks(file, bytes) && retries < limits::RETRIES =>
+                    if bytes > self.whole_blocks(file, at, bytes) && retries < limits::RETRIES =>
                 {
-                    done += self.whole_blocks(file, bytes);
+                    done += self.whole_blocks(file, at, bytes);
                     retries += 1;
                 }
                 Ok(bytes) => done += bytes,
@@ -178,16 +178,21 @@ impl<S: Storage> Worker<S> {
             .is_ok_and(|bytes| bytes <= offset)
     }
 
-    /// Whether a read that stopped here has met the end of the file inside a block: under O_DIRECT, going on from
-    /// there would be refused.
-    pub(crate) fn ends_file(&self, file: FileId, end: u64) -> bool {
-        let align = u64::from(self.reactor.properties(file).alignment);
-        !end.is_multiple_of(align) && self.is_past_end(file, end)
+    /// Where a short read or write may go on: at a whole sector, or the guest sees a sector of which one half is older
+    /// than the other; under O_DIRECT at a whole block, or it is refused.
+    fn resume_unit(&self, file: FileId) -> u64 {
+        u64::from(self.reactor.properties(file).alignment).max(limits::SECTOR_BYTES)
     }
 
-    /// The part of a short read or write from which one can go on.
-    pub(crate) fn whole_blocks(&self, file: FileId, bytes: usize) -> usize {
-        bytes - bytes % self.reactor.properties(file).alignment as usize
+    /// Whether a read that stopped here has met the end of the file inside a sector or block.
+    pub(crate) fn ends_file(&self, file: FileId, end: u64) -> bool {
+        !end.is_multiple_of(self.resume_unit(file)) && self.is_past_end(file, end)
+    }
+
+    /// The part of a short read or write at `offset` after which one can go on.
+    pub(crate) fn whole_blocks(&self, file: FileId, offset: u64, bytes: usize) -> usize {
+        let end = offset + bytes as u64;
+        to_usize((end - end % self.resume_unit(file)).saturating_sub(offset))
     }
 
     /// Writes all of `memory`. Offset and length obey the file's alignment.
@@ -229,9 +234,9 @@ impl<S: Storage> Worker<S> {
                     ));
                 }
                 Ok(bytes)
-                    if bytes > self.whole_blocks(file, bytes) && retries < limits::RETRIES =>
+                    if bytes > self.whole_blocks(file, at, bytes) && retries < limits::RETRIES =>
                 {
-                    done += self.whole_blocks(file, bytes);
+                    done += self.whole_blocks(file, at, bytes);
                     retries += 1;
                 }
                 Ok(bytes) => done += bytes,

@@ -1,0 +1,33 @@
+//! Errors that the simulator found the engine wrong about: each as a test by its name.
+
+use urus_sim::config;
+use urus_sim::errors::{Injection, measure};
+use urus_sim::fault::Action;
+use urus_sim::runner::{Effort, run_with};
+
+/// A read that the storage cuts short inside a sector goes on at a whole sector: the two halves of a sector never come
+/// from two moments.
+#[test]
+fn a_short_read_never_tears_a_sector() {
+    let effort = Effort {
+        requests: 40,
+        cuts: 0,
+        ..Effort::ERRORS
+    };
+    let configs =
+        ["no discard", "deep", "slow"].map(|name| config::find(name).expect("there is one"));
+    let mut hit = 0;
+    for (config, seed) in configs
+        .iter()
+        .flat_map(|config| (0..3).map(move |seed| (config, seed)))
+    {
+        let (ops, _) = measure(config, seed, &effort).expect("sound without errors");
+        for op in 0..ops {
+            let injection = Injection::Once(op, Action::ShortByHalf);
+            let outcome = run_with(config, seed, &effort, Some(injection));
+            assert_eq!(outcome.violation, None, "{}, seed {seed}", config.name);
+            hit += outcome.injected;
+        }
+    }
+    assert!(hit > 100, "only {hit} operations were cut short");
+}
