@@ -262,6 +262,7 @@ impl<S: Storage> Device<S> {
             self.data_barrier().await?;
         }
         self.refcount_entries_durable(&entries);
+        self.tables_durable(sealed);
         if sealed.writes_pointers() {
             self.write_pointers(sealed).await?;
             if !planted::is(Bug::EarlyAcknowledge) {
@@ -274,6 +275,18 @@ impl<S: Storage> Device<S> {
             self.refcount_entries_durable(&entries);
         }
         Ok(())
+    }
+
+    /// The new tables are whole on disk. Should what follows fail, their L1 entries may be there too (O15): so the next
+    /// commit treats them as tables in use, and changes them behind its barrier 1 only.
+    fn tables_durable(&self, sealed: &Sealed) {
+        if planted::is(Bug::RewrittenTable) {
+            return;
+        }
+        let mut meta = self.shared().meta.lock();
+        for (l1_index, _, _) in &sealed.new_tables {
+            meta.new_tables.remove(l1_index);
+        }
     }
 
     fn refcount_entries_durable(&self, entries: &[u64]) {

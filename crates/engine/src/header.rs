@@ -6,6 +6,7 @@ use crate::error::{Error, Result};
 use crate::maintenance::Device;
 use crate::shared::Owner;
 use crate::storage::{IMAGE, Storage};
+use crate::sync::Ordering;
 use crate::to_usize;
 
 impl<S: Storage> Device<S> {
@@ -31,10 +32,45 @@ impl<S: Storage> Device<S> {
             source,
         })?;
         let sector = to_usize(self.sector_bytes());
-        self.write_metadata(0, &bytes[..sector], Owner::Header)
-            .await?;
+        if let Err(error) = self
+            .write_metadata(0, &bytes[..sector], Owner::Header)
+            .await
+        {
+            return Err(self.restore_header(error).await);
+        }
         self.data_barrier().await?;
         *image.header.borrow_mut() = header;
         Ok(())
+    }
+
+    /// The header's write failed: the disk has the old or the new one (O15). Only when it surely has the old one again
+    /// may what the new one names be used for something else; without that certainty the device is poisoned (O11).
+    async fn restore_header(&self, failure: Error) -> Error {
+        if failure.is_out_of_space() {
+            // No space: nothing of the sector was written.
+            return failure;
+        }
+        let sector = to_usize(self.sector_bytes());
+        let restored = async {
+            let bytes = self
+                .with_header(Header::encode)
+                .map_err(|source| Error::Format {
+                    file: self.shared().image_name().to_owned(),
+                    source,
+                })?;
+            self.write_metadata(0, &bytes[..sector], Owner::Header)
+                .await?;
+            self.data_barrier().await
+        }
+        .await;
+        if let Err(error) = restored {
+            self.shared().poisoned.store(true, Ordering::SeqCst);
+            tracing::error!(
+                image = self.shared().image_name(),
+                %error,
+                "the header could be neither changed nor restored: no more writes are taken"
+            );
+        }
+        failure
     }
 }

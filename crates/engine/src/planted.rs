@@ -38,11 +38,13 @@ pub enum Bug {
     NoPoison = 14,
     /// O10: COPIED is kept on a cluster that an internal snapshot shares, so it is written in place.
     IgnoreSnapshots = 15,
+    /// O15: after a failed commit a table that may be in use counts as new, and is rewritten before barrier 1.
+    RewrittenTable = 16,
 }
 
 impl Bug {
     /// Every planted bug.
-    pub const ALL: [Self; 15] = [
+    pub const ALL: [Self; 16] = [
         Self::RefcountsAfterPointers,
         Self::NoBarrierBeforePointers,
         Self::EarlyL1Entry,
@@ -58,6 +60,7 @@ impl Bug {
         Self::LiveEntries,
         Self::NoPoison,
         Self::IgnoreSnapshots,
+        Self::RewrittenTable,
     ];
 }
 

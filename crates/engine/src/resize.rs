@@ -86,6 +86,41 @@ impl<S: Storage> Device<S> {
             .await?;
         let (old_table, old_entries) =
             self.with_header(|header| (header.l1_table, u64::from(header.l1_entries)));
+        let old = (
+            geometry.host_cluster(old_table).0,
+            geometry.clusters_for(old_entries * 8),
+        );
+        let moved = self.move_l1(first, clusters, entries, old_entries).await;
+        if moved.is_err() && self.shared().is_poisoned() {
+            // Nobody knows which place the header names.
+            return moved;
+        }
+        // O11: whichever place is not the table's is free.
+        let (first, count) = if moved.is_ok() {
+            old
+        } else {
+            (first, clusters)
+        };
+        let mark = {
+            let mut meta = self.shared().meta.lock();
+            for cluster in first..first + count {
+                meta.owners.remove(&cluster);
+            }
+            self.shared().pins.mark()
+        };
+        self.settle_later(vec![Removed { first, count, mark }]);
+        moved
+    }
+
+    /// Writes the L1 table to a new place, and makes the header name it.
+    async fn move_l1(
+        &self,
+        first: u64,
+        clusters: u64,
+        entries: u64,
+        old_entries: u64,
+    ) -> Result<()> {
+        let geometry = self.worker.image().geometry;
         let mut bytes: Vec<u8> = (0..old_entries)
             .flat_map(|index| self.worker.image().map.l1(index).to_be_bytes())
             .collect();
@@ -104,21 +139,6 @@ impl<S: Storage> Device<S> {
             header.l1_table = HostOffset(offset);
             header.l1_entries = u32::try_from(entries).expect("checked against the largest table");
         })
-        .await?;
-        let old_first = geometry.host_cluster(old_table).0;
-        let old_clusters = geometry.clusters_for(old_entries * 8);
-        let mark = {
-            let mut meta = self.shared().meta.lock();
-            for cluster in old_first..old_first + old_clusters {
-                meta.owners.remove(&cluster);
-            }
-            self.shared().pins.mark()
-        };
-        self.settle_later(vec![Removed {
-            first: old_first,
-            count: old_clusters,
-            mark,
-        }]);
-        Ok(())
+        .await
     }
 }

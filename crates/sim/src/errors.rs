@@ -12,6 +12,8 @@ pub enum Injection {
     Once(u64, Action),
     /// At one operation and all later ones, until the fault is lifted.
     From(u64, Action),
+    /// At one operation in so many, from the first number on.
+    Every(u64, u64, Action),
     /// At one fdatasync.
     Sync(u64, Action),
 }
@@ -23,6 +25,7 @@ impl Injection {
         let (trigger, action) = match self {
             Self::Once(op, action) => (Trigger::Op(op), action),
             Self::From(op, action) => (Trigger::Ops(op, u64::MAX), action),
+            Self::Every(first, of, action) => (Trigger::Every(first, of), action),
             Self::Sync(sync, action) => (Trigger::Sync(sync), action),
         };
         Fault { trigger, action }
@@ -39,13 +42,18 @@ impl Injection {
         }
     }
 
-    /// Every operation with every action, every operation with ENOSPC from there on, every fdatasync failing.
+    /// Every operation with every action, every operation with ENOSPC from there on, errors again and again, every
+    /// fdatasync failing.
     #[must_use]
     pub fn every(ops: u64, syncs: u64) -> Vec<Self> {
         let mut all = Vec::new();
         for op in 0..ops {
             all.extend(ACTIONS.map(|action| Self::Once(op, action)));
             all.push(Self::From(op, Action::Enospc));
+        }
+        for action in [Action::Eio, Action::Enospc] {
+            let often = |of: u64| (0..of.min(ops)).map(move |first| Self::Every(first, of, action));
+            all.extend([5, 11, 23].into_iter().flat_map(often));
         }
         all.extend((0..syncs).map(|sync| Self::Sync(sync, Action::Eio)));
         all

@@ -25,6 +25,8 @@ pub enum Trigger {
     Op(u64),
     /// Every operation from the first number up to, not including, the second.
     Ops(u64, u64),
+    /// One in so many, counted from the first number, except fdatasyncs.
+    Every(u64, u64),
     /// The fdatasync with this number (they are also counted apart, from 0).
     Sync(u64),
 }
@@ -101,6 +103,9 @@ impl FaultPlan {
             let now = match fault.trigger {
                 Trigger::Op(k) => k == op,
                 Trigger::Ops(from, to) => (from..to).contains(&op),
+                Trigger::Every(first, of) => {
+                    class != OpClass::Sync && op >= first && (op - first).is_multiple_of(of)
+                }
                 Trigger::Sync(k) => class == OpClass::Sync && k == sync,
             };
             let fits = match fault.action {

@@ -4,7 +4,8 @@ use urus_engine::planted::{Bug, plant};
 
 use crate::config::{self, Config};
 use crate::contents::index;
-use crate::errors;
+use crate::errors::{self, Injection};
+use crate::fault::Action;
 use crate::rng::{Rng, mix};
 use crate::runner::{self, Effort, Outcome};
 
@@ -30,6 +31,7 @@ fn homes(bug: Bug) -> &'static [&'static str] {
         Bug::NoInFlightPins => &["churn"],
         Bug::IgnoreSnapshots => &["snapshot", "snapshot, three queues"],
         Bug::NoClearing => &["half full", "1K"],
+        Bug::RewrittenTable => &["half full"],
         Bug::EarlyL1Entry => &["tiny cache", "tiny cache, snapshot"],
         Bug::EarlyPunch => &["compressed", "zstd", "4-bit, compressed"],
         _ => &[],
@@ -57,7 +59,15 @@ fn workload(configs: &[Config], bug: Bug, seed: u64, number: u64) -> (&Config, u
     } else {
         &configs[index(rng.below(configs.len() as u64))]
     };
-    let outcome = if number % 3 < with_errors(bug) {
+    let outcome = if bug == Bug::RewrittenTable {
+        // Shows between a commit that failed and the next one.
+        let effort = Effort {
+            cuts: 120,
+            ..Effort::ERRORS
+        };
+        let injection = Injection::Every(rng.below(16), 5 + rng.below(16), Action::Eio);
+        runner::run_with(config, seed, &effort, Some(injection))
+    } else if number % 3 < with_errors(bug) {
         errors::run_random(config, seed, &Effort::ERRORS)
     } else {
         // What shows while the device runs needs few cuts.

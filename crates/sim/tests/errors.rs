@@ -31,3 +31,24 @@ fn a_short_read_never_tears_a_sector() {
     }
     assert!(hit > 100, "only {hit} operations were cut short");
 }
+
+/// O15: a commit that failed after its barrier 1 may have made a new L2 table reachable, so the next one changes it
+/// behind its own barrier 1, as any other table.
+#[test]
+fn a_table_that_may_be_in_use_is_not_rewritten_as_new() {
+    let effort = Effort {
+        cuts: 40,
+        ..Effort::ERRORS
+    };
+    let config = config::find("half full").expect("there is one");
+    let mut states = 0;
+    let seed = 13_382_970_043_324_668_455;
+    let (ops, _) = measure(&config, seed, &effort).expect("sound without errors");
+    for op in 0..ops {
+        let injection = Injection::Once(op, Action::Eio);
+        let outcome = run_with(&config, seed, &effort, Some(injection));
+        assert_eq!(outcome.violation, None, "operation {op}");
+        states += outcome.states;
+    }
+    assert!(states > 10_000, "only {states} states");
+}
