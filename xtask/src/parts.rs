@@ -1,38 +1,87 @@
 //! The proofs: each part in small for CI, and for as long as told in `soak`.
+//!
+//! Most are runs of the simulator; the interleavings and schedules are tests that need the engine built on other atomics.
 
 use crate::steps::Steps;
 
-/// A part: a run of the simulator.
+/// A part.
 struct Part {
     name: &'static str,
-    /// Its budget in CI.
-    small: &'static [&'static str],
+    means: Means,
+}
+
+enum Means {
+    /// A run of the simulator, with its budget in CI.
+    Simulator(&'static [&'static str]),
+    /// A test of its own: cargo's arguments, the variable that says how much, how much in CI, and in soak.
+    Test {
+        arguments: &'static [&'static str],
+        variable: &'static str,
+        small: &'static str,
+        long: &'static str,
+    },
 }
 
 const PARTS: &[Part] = &[
     Part {
         name: "cuts",
-        small: &["--states", "1000000"],
+        means: Means::Simulator(&["--states", "1000000"]),
     },
     Part {
         name: "sequences",
-        small: &["--states", "1000000"],
+        means: Means::Simulator(&["--states", "1000000"]),
     },
     Part {
         name: "errors",
-        small: &["--states", "150000"],
+        means: Means::Simulator(&["--states", "150000"]),
     },
     Part {
         name: "model",
-        small: &["--states", "40000"],
+        means: Means::Simulator(&["--states", "40000"]),
     },
     Part {
         name: "plants",
-        small: &[],
+        means: Means::Simulator(&[]),
     },
     Part {
         name: "trace",
-        small: &[],
+        means: Means::Simulator(&[]),
+    },
+    Part {
+        name: "interleavings",
+        means: Means::Test {
+            arguments: &[
+                "test",
+                "--locked",
+                "-p",
+                "urus-engine",
+                "--features",
+                "loom",
+                "--lib",
+                "interleavings",
+            ],
+            variable: "LOOM_MAX_PREEMPTIONS",
+            small: "3",
+            long: "5",
+        },
+    },
+    Part {
+        name: "schedules",
+        means: Means::Test {
+            arguments: &[
+                "test",
+                "--locked",
+                "-p",
+                "urus-sim",
+                "--features",
+                "shuttle",
+                "--test",
+                "shuttle",
+            ],
+            variable: "URUS_SCHEDULES",
+            small: "1000",
+            long: "200000",
+        },
     },
 ];
 
@@ -88,14 +137,32 @@ fn simulate(steps: &mut Steps, name: &str, arguments: &[&str]) {
     steps.cargo(&format!("simulate {name}"), &all);
 }
 
-/// Every part, as far as CI's time allows.
-pub(crate) fn small(steps: &mut Steps) {
-    for part in PARTS {
-        simulate(steps, part.name, part.small);
+impl Part {
+    fn run(&self, steps: &mut Steps, budget: Option<&[&str]>) {
+        match &self.means {
+            Means::Simulator(small) => simulate(steps, self.name, budget.unwrap_or(small)),
+            Means::Test {
+                arguments,
+                variable,
+                small,
+                long,
+            } => {
+                let mut command = steps.cargo_command(arguments);
+                command.env(variable, if budget.is_some() { long } else { small });
+                steps.run(self.name, command);
+            }
+        }
     }
 }
 
-/// The parts asked for, sharing the time.
+/// Every part, as far as CI's time allows.
+pub(crate) fn small(steps: &mut Steps) {
+    for part in PARTS {
+        part.run(steps, None);
+    }
+}
+
+/// The parts asked for, sharing the time. (The tests take what they take.)
 pub(crate) fn soak(steps: &mut Steps, options: &SoakOptions) {
     let chosen: Vec<&Part> = PARTS
         .iter()
@@ -104,6 +171,6 @@ pub(crate) fn soak(steps: &mut Steps, options: &SoakOptions) {
     let minutes = (options.minutes / chosen.len() as u64).max(1).to_string();
     let seed = options.seed.to_string();
     for part in chosen {
-        simulate(steps, part.name, &["--minutes", &minutes, "--seed", &seed]);
+        part.run(steps, Some(&["--minutes", &minutes, "--seed", &seed]));
     }
 }

@@ -27,6 +27,8 @@ mod commit;
 mod decoded;
 mod frames;
 mod header;
+#[cfg(all(test, feature = "loom"))]
+mod interleavings;
 mod maintenance;
 mod map;
 mod open;

@@ -1,7 +1,7 @@
 //! Every limit of the engine, in one place.
 
 /// Bytes of a mapping-cache frame's slice, where clusters are at least as large.
-pub const SLICE_BYTES: u64 = 4096;
+pub const SLICE_BYTES: u64 = if cfg!(feature = "loom") { 16 } else { 4096 };
 /// Bytes of a cached slice of refcounts, where clusters are at least as large.
 pub const REFCOUNT_SLICE_BYTES: u64 = 4096;
 /// Default budget of the mapping cache: holds the whole map of 512 GiB with 64 KiB clusters.

@@ -8,15 +8,15 @@
 use urus_format::{Geometry, GuestCluster, L2Raw};
 
 use crate::limits;
-use crate::sync::{AtomicBool, AtomicU32, AtomicU64, OnceLock, Ordering, fence};
+use crate::sync::{AtomicBool, AtomicU32, AtomicU64, OnceLock, Ordering, fence, spin_loop};
 use crate::to_usize;
 
 /// Tables per chunk of the directory.
-const CHUNK: usize = 512;
+const CHUNK: usize = if cfg!(feature = "loom") { 2 } else { 512 };
 /// How often a look-up that meets a changing frame starts over before it counts as a miss.
-const LOOKUP_TRIES: u32 = 64;
+const LOOKUP_TRIES: u32 = if cfg!(feature = "loom") { 2 } else { 64 };
 /// Frames per chunk of the pool.
-const FRAME_CHUNK: usize = 64;
+const FRAME_CHUNK: usize = if cfg!(feature = "loom") { 2 } else { 64 };
 
 /// A slice of the layer's L2 tables: `l1_index * slices_per_table + slice`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -179,7 +179,7 @@ impl Map {
             let version = frame.version.load(Ordering::Acquire);
             if version & 1 != 0 || frame.owner.load(Ordering::Acquire) != slice.0 + 1 {
                 // The frame changes hands, or has done so since the directory was read.
-                std::hint::spin_loop();
+                spin_loop();
                 continue;
             }
             let raw = if self.geometry.l2_entry_bytes() == 8 {

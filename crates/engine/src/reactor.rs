@@ -11,7 +11,7 @@ use std::time::Duration;
 use slab::Slab;
 
 use crate::storage::{Completion, FileId, FileProperties, Notify, Op, OpKind, Slot, Storage};
-use crate::sync::{Arc, AtomicBool, Mutex, Ordering};
+use crate::sync::{Arc, AtomicBool, Mutex, Ordering, fence};
 
 type Task = Pin<Box<dyn Future<Output = ()>>>;
 
@@ -26,16 +26,37 @@ pub(crate) struct Inbox {
 }
 
 impl Inbox {
+    pub(crate) fn new(notify: Arc<dyn Notify>) -> Self {
+        Self {
+            ready: Mutex::new(VecDeque::new()),
+            sleeping: AtomicBool::new(false),
+            filled: AtomicBool::new(false),
+            notify,
+        }
+    }
+
     fn push(&self, task: usize) {
         self.ready.lock().push_back(task);
         self.nudge();
     }
 
+    /// Announces that the owner is about to sleep; `false` where it must look again first.
+    pub(crate) fn prepare_sleep(&self) -> bool {
+        self.sleeping.store(true, Ordering::Relaxed);
+        // Pairs with the fence in `nudge`: one of the two sees what the other stored before.
+        fence(Ordering::SeqCst);
+        if self.filled.load(Ordering::Acquire) {
+            self.sleeping.store(false, Ordering::Relaxed);
+            return false;
+        }
+        true
+    }
+
     /// Makes the owner look again.
     pub(crate) fn nudge(&self) {
-        self.filled.store(true, Ordering::SeqCst);
-        // Pairs with `Reactor::prepare_sleep`: flag set, then inbox checked.
-        if self.sleeping.swap(false, Ordering::SeqCst) {
+        self.filled.store(true, Ordering::Release);
+        fence(Ordering::SeqCst);
+        if self.sleeping.load(Ordering::Relaxed) && self.sleeping.swap(false, Ordering::AcqRel) {
             self.notify.notify();
         }
     }
@@ -75,12 +96,7 @@ pub(crate) struct Reactor<S: Storage, D = ()> {
 
 impl<S: Storage, D> Reactor<S, D> {
     pub(crate) fn new(storage: S) -> Self {
-        let inbox = Arc::new(Inbox {
-            ready: Mutex::new(VecDeque::new()),
-            sleeping: AtomicBool::new(false),
-            filled: AtomicBool::new(false),
-            notify: storage.notifier(),
-        });
+        let inbox = Arc::new(Inbox::new(storage.notifier()));
         Self {
             storage: RefCell::new(storage),
             slots: RefCell::new(Slab::new()),
@@ -265,12 +281,7 @@ impl<S: Storage, D> Reactor<S, D> {
 
     /// Announces that the owner is about to sleep; `false` where it must look again first.
     pub(crate) fn prepare_sleep(&self) -> bool {
-        self.inbox.sleeping.store(true, Ordering::SeqCst);
-        if self.inbox.filled.load(Ordering::SeqCst) {
-            self.inbox.sleeping.store(false, Ordering::SeqCst);
-            return false;
-        }
-        true
+        self.inbox.prepare_sleep()
     }
 
     /// Sleeps until a completion or a wake.
