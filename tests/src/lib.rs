@@ -12,6 +12,8 @@
 //! - [`header`] pokes bytes of an image, for inputs that no well-meaning program writes.
 //! - [`fixture`] builds the images of real files, once, and keeps them in the target directory.
 //! - [`mounted`] turns an NBD export into a mounted file system and always takes it apart again.
+//! - [`nbd`] is an NBD client of our own, for loads that are to lose their server.
+//! - [`load`] is such a load: it knows what each sector may hold afterwards.
 //! - [`scratch`] says where all of this may put its files.
 //!
 //! `cargo xtask test` builds the program, installs the packages listed in `packages.txt` and passes the program's path
@@ -20,7 +22,9 @@
 pub mod content;
 pub mod fixture;
 pub mod header;
+pub mod load;
 pub mod mounted;
+pub mod nbd;
 pub mod program;
 pub mod qemu;
 pub mod scratch;

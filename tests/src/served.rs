@@ -176,6 +176,30 @@ impl Serve {
         }
     }
 
+    /// Starts a server and kills it so long after, wherever it is by then.
+    ///
+    /// # Panics
+    /// When it cannot be killed, or its locks stay.
+    pub fn killed_after(self, delay: Duration) {
+        let directory = tempfile::Builder::new()
+            .prefix("urus-")
+            .tempdir()
+            .expect("a directory for a socket");
+        let socket = directory.path().join("nbd");
+        let (child, line) = self
+            .command(&socket)
+            .background(&directory.path().join("log"));
+        std::thread::sleep(delay);
+        let served = Served {
+            child,
+            line,
+            image: self.image,
+            directory,
+            ready_after: delay,
+        };
+        served.kill();
+    }
+
     /// Starts a server that must give up by itself, within ten seconds, with an exit code other than 0.
     #[must_use]
     pub fn refused(self) -> Finished {
