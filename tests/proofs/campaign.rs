@@ -65,6 +65,11 @@ impl Plan {
         self
     }
 
+    pub(crate) const fn sized(mut self, size: u64) -> Self {
+        self.size = size;
+        self
+    }
+
     /// Makes the image in `directory`, and the disk that it is.
     pub(crate) fn build(&self, directory: &Path) -> (PathBuf, Disk) {
         let image = directory.join("image.qcow2");
@@ -72,7 +77,12 @@ impl Plan {
         let options = format!("cluster_size={}{}", self.cluster, self.options);
         // Two thirds stamped, with holes, and where it is a backing file it ends before the overlay does.
         let mut bytes = Vec::new();
-        for piece in 0..(self.size * 3 / 4 / (64 * KIB)) {
+        let stamped_bytes = if self.start == Start::Empty {
+            0
+        } else {
+            self.size.min(16 * MIB) * 3 / 4
+        };
+        for piece in 0..(stamped_bytes / (64 * KIB)) {
             let (lba, sectors) = (piece * 128, 128);
             if piece % 3 == 2 {
                 bytes.resize(bytes.len() + 64 * 1024, 0);
@@ -96,10 +106,11 @@ impl Plan {
                 .ok();
         };
         match self.start {
-            Start::Empty => bytes.clear(),
+            Start::Empty => {}
             Start::Compressed => {
                 compress(&image);
                 sized();
+                let _ = std::fs::remove_file(&raw);
             }
             Start::OverRaw => {
                 qemu::create_overlay(&image, &options, "raw", "raw");
@@ -107,6 +118,7 @@ impl Plan {
             }
             Start::OverZlib => {
                 compress(&directory.join("base.qcow2"));
+                let _ = std::fs::remove_file(&raw);
                 qemu::create_overlay(&image, &options, "base.qcow2", "qcow2");
                 sized();
             }

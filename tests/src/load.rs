@@ -15,7 +15,7 @@ use urus_sim::model::{GuestOp, Model};
 use urus_sim::rng::Rng;
 use urus_sim::stamp::{Content, stamped};
 
-use crate::nbd::{self, Command, NO_SPACE, Receiver, SHUTDOWN, Sender};
+use crate::nbd::{self, Client, Command, NO_SPACE, Receiver, SHUTDOWN, Sender};
 
 /// Bytes of a sector.
 pub const SECTOR: u64 = 512;
@@ -196,6 +196,38 @@ impl Disk {
         let (issued, completed) = (state.tick(), state.tick());
         let judged = state.model.check_read(0, bytes, issued, completed);
         judged.map_err(|mismatch| mismatch.to_string())
+    }
+
+    /// One change, made and answered while nothing else is in flight, and without an error.
+    ///
+    /// # Errors
+    /// The server's, or the socket's.
+    pub fn ask(
+        &self,
+        client: &mut Client,
+        command: Command,
+        lba: u64,
+        count: u64,
+    ) -> Result<(), String> {
+        let (op, version) = {
+            let mut state = self.locked();
+            let issued = state.tick();
+            match command {
+                Command::Write { fua } => {
+                    let (op, version) = state.model.write(lba, count, fua, issued);
+                    (op, Some(version))
+                }
+                Command::Zero { fua, .. } => (state.model.zero(lba, count, fua, issued), None),
+                Command::Trim => (state.model.discard(lba, count, issued), None),
+                _ => (state.model.flush(issued), None),
+            }
+        };
+        let bytes = version.map_or_else(Vec::new, |version| stamped(lba, count, version));
+        let asked = client.ask(command, lba * SECTOR, count * SECTOR, &bytes);
+        let mut state = self.locked();
+        let completed = state.tick();
+        state.model.complete(op, completed, asked.is_ok());
+        asked.map(drop).map_err(|error| error.to_string())
     }
 
     fn locked(&self) -> MutexGuard<'_, State> {
