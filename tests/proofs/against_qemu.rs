@@ -200,8 +200,7 @@ fn in_turn(
         let who = if ours { driver.name() } else { "QEMU" };
         let context = |text: String| context(format!("turn {turn} by {who}: {text}"));
         if rng.chance(64) && !(shape.snapshot && shape.version == 2) {
-            size = resize(&image, size, ours, shape.snapshot, rng).map_err(context)?;
-            model.resize(size);
+            size = resize(&image, &raw, shape, ours, &mut model, rng).map_err(context)?;
             tally.add("resizes", 1);
             // The script was made for another size.
             let steps = script::random(rng.next_u64(), size, shape.cluster, 10);
@@ -295,23 +294,26 @@ fn by_urus(
     Ok(())
 }
 
-/// Grows the image by either program, or shrinks it by QEMU, which alone can.
+/// Grows the image by either program, or shrinks it by QEMU, which alone can. The model is settled, and follows.
 fn resize(
     image: &Path,
-    size: u64,
+    raw: &Path,
+    shape: Shape,
     ours: bool,
-    snapshot: bool,
+    model: &mut Model,
     rng: &mut Rng,
 ) -> Result<u64, String> {
+    let size = model.bytes().len() as u64;
     let grown = size + (1 + rng.below(3000)) * 512;
     if ours {
         let text = |error: urus::Error| error.to_string();
         let device = urus::OpenOptions::new().open(image).map_err(text)?;
         device.resize(grown).map_err(text)?;
         device.close().map_err(text)?;
+        model.resize(grown);
         return Ok(grown);
     }
-    let (flag, new) = if snapshot || rng.chance(128) {
+    let (flag, new) = if shape.snapshot || rng.chance(128) {
         ("", grown)
     } else {
         ("--shrink", size / 512 * 3 / 4 * 512)
@@ -321,6 +323,18 @@ fn resize(
         .arg(image)
         .arg(new.to_string())
         .ok();
+    model.resize(new);
+    // Of a cluster that shrinking cut in two QEMU keeps the second half, and growing shows it again. (urus shows
+    // zeroes, which the model demands above.)
+    let tail = size..size.next_multiple_of(shape.cluster).min(new);
+    if !tail.is_empty() {
+        qemu::convert_to_raw(image, raw);
+        let at = |offset: u64| usize::try_from(offset).expect("small");
+        let tail = at(tail.start)..at(tail.end);
+        let mut bytes = model.bytes().to_vec();
+        bytes[tail.clone()].copy_from_slice(&content::bytes(raw)[tail]);
+        *model = Model::holding(bytes);
+    }
     Ok(new)
 }
 
@@ -431,6 +445,7 @@ fn crowd(
             ..Weights::MIXED
         },
         may_fill_up: false,
+        reads_need_room: false,
         lies: false,
     };
     let seed = rng.next_u64();

