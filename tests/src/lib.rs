@@ -2,7 +2,8 @@
 //!
 //! These tests know nothing of the engine's Rust interfaces. They start the `urus` program as a user would, and let
 //! programs that urus did not write judge the result: qemu-img and qemu-io, the libnbd tools, fio, e2fsck, the
-//! kernel's own file systems.
+//! kernel's own file systems. Only the stamps and the model of a disk, with which [`load`] judges, come from the
+//! simulator. `urus-proofs` (in `proofs/`) is the long-running part: kill -9, QEMU in turn, full disks, large sectors.
 //!
 //! - [`mod@program`] runs a program with a time limit and keeps what it printed.
 //! - [`served`] runs `urus serve` and takes it down again, politely or not.
