@@ -26,6 +26,15 @@ pub(crate) struct Inbox {
 }
 
 impl Inbox {
+    pub(crate) fn new(notify: Arc<dyn Notify>) -> Self {
+        Self {
+            ready: Mutex::new(VecDeque::new()),
+            sleeping: AtomicBool::new(false),
+            filled: AtomicBool::new(false),
+            notify,
+        }
+    }
+
     fn push(&self, task: usize) {
         self.ready.lock().push_back(task);
         self.nudge();
@@ -75,12 +84,7 @@ pub(crate) struct Reactor<S: Storage, D = ()> {
 
 impl<S: Storage, D> Reactor<S, D> {
     pub(crate) fn new(storage: S) -> Self {
-        let inbox = Arc::new(Inbox {
-            ready: Mutex::new(VecDeque::new()),
-            sleeping: AtomicBool::new(false),
-            filled: AtomicBool::new(false),
-            notify: storage.notifier(),
-        });
+        let inbox = Arc::new(Inbox::new(storage.notifier()));
         Self {
             storage: RefCell::new(storage),
             slots: RefCell::new(Slab::new()),
