@@ -42,7 +42,7 @@ const PLANS: [Plan; 6] = [
 /// The part `space`.
 pub(crate) fn run(arguments: &Arguments) -> Tally {
     let figures = [
-        "fills", "refused", "requests", "kills", "stops", "sectors", "stuck", "late",
+        "fills", "refused", "requests", "kills", "stops", "sectors", "stuck", "late", "unread",
     ];
     let mut tally = Tally::new("space", arguments.seed, arguments.budget(12), &figures);
     let plans: Vec<&Plan> = PLANS
