@@ -196,6 +196,10 @@ fn fill(
     }
 }
 
+fn is_full(error: &str) -> bool {
+    error.ends_with("error 28")
+}
+
 /// A known gap: where the cache of L2 slices is so small that all of it waits for a commit that has no room, slices that
 /// are not cached cannot be read either. What was there is judged once there is room.
 fn few_slices(plan: &Plan) -> bool {
@@ -218,11 +222,19 @@ fn freed(
     let sectors = plan.size / SECTOR;
     let mut by_discard = by_discard;
     if by_discard {
-        // All but the last eighth.
-        disk.ask(&mut client, Command::Trim, 0, sectors / 8 * 7)?;
-        // Nothing is free before the discard is committed, and committing it may itself need room: for tables of writes
-        // that were answered before the disk was full. Then only the host can help.
-        if disk.ask(&mut client, Command::Flush, 0, 0).is_err() {
+        // All but the last eighth. Nothing is free before this is committed, and committing it may itself need room: for
+        // tables of writes that were answered before the disk was full. Then only the host can help.
+        let trimmed = disk.ask(&mut client, Command::Trim, 0, sectors / 8 * 7);
+        let full = trimmed.as_ref().is_err_and(|error| is_full(error));
+        if !(full && few_slices(plan)) {
+            trimmed?;
+        }
+        let flushed = disk.ask(&mut client, Command::Flush, 0, 0);
+        let flush_full = flushed.as_ref().is_err_and(|error| is_full(error));
+        if !flush_full {
+            flushed?;
+        }
+        if full || flush_full {
             tally.add("stuck", 1);
             by_discard = false;
         }
@@ -238,9 +250,7 @@ fn freed(
         // Clusters are given back to the disk some time after the flush that let go of them.
         let written = poll(PATIENCE, || {
             let asked = disk.ask(&mut client, Command::Write { fua }, lba, 128);
-            let full = asked
-                .as_ref()
-                .is_err_and(|error| error.ends_with("error 28"));
+            let full = asked.as_ref().is_err_and(|error| is_full(error));
             if full {
                 tally.add("late", 1);
             }
