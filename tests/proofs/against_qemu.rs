@@ -114,6 +114,11 @@ impl Shape {
         }
     }
 
+    fn is_overlay(self) -> bool {
+        use Content::{OverCompressed, OverQcow2, OverRaw};
+        matches!(self.start, OverRaw | OverQcow2 | OverCompressed)
+    }
+
     fn options(self) -> String {
         let compat = if self.version == 2 { "0.10" } else { "1.1" };
         let (cluster, width) = (self.cluster, 1_u64 << self.refcount_order);
@@ -313,7 +318,9 @@ fn resize(
         model.resize(grown);
         return Ok(grown);
     }
-    let (flag, new) = if shape.snapshot || rng.chance(128) {
+    // Where zeroes cannot be recorded, QEMU does not grow an overlay that is shorter than its backing file.
+    let never_shrunk = shape.version == 2 && shape.is_overlay();
+    let (flag, new) = if shape.snapshot || never_shrunk || rng.chance(128) {
         ("", grown)
     } else {
         ("--shrink", size / 512 * 3 / 4 * 512)
