@@ -191,6 +191,15 @@ fn zoo(directory: &Path) -> Vec<&'static str> {
     qemu::create_overlay(&at("over-raw.qcow2"), "", "noise", "raw");
     qemu::io_file(&at("over-raw.qcow2"), &["write -q -P 9 1M 64k"]);
     qemu::create(&at("odd.qcow2"), "", 10 * MIB + 1536);
+    // Longer than what lies below, which itself is longer than what lies below it.
+    for (name, below, format, size) in [
+        ("longer.qcow2", "noise", "raw", 6 * MIB + 512),
+        ("longest.qcow2", "longer.qcow2", "qcow2", 80 * MIB),
+    ] {
+        qemu::create_overlay(&at(name), "", below, format);
+        let resize = qemu::img("resize -q -f qcow2").arg(at(name));
+        resize.arg(size.to_string()).ok();
+    }
     vec![
         "default.qcow2",
         "v2.qcow2",
@@ -209,6 +218,8 @@ fn zoo(directory: &Path) -> Vec<&'static str> {
         "second-overlay.qcow2",
         "over-raw.qcow2",
         "odd.qcow2",
+        "longer.qcow2",
+        "longest.qcow2",
     ]
 }
 

@@ -2,7 +2,8 @@
 //!
 //! These tests know nothing of the engine's Rust interfaces. They start the `urus` program as a user would, and let
 //! programs that urus did not write judge the result: qemu-img and qemu-io, the libnbd tools, fio, e2fsck, the
-//! kernel's own file systems.
+//! kernel's own file systems. Only the stamps and the model of a disk, with which [`load`] judges, come from the
+//! simulator. `urus-proofs` (in `proofs/`) is the long-running part: kill -9, QEMU in turn, full disks, large sectors.
 //!
 //! - [`mod@program`] runs a program with a time limit and keeps what it printed.
 //! - [`served`] runs `urus serve` and takes it down again, politely or not.
@@ -12,6 +13,8 @@
 //! - [`header`] pokes bytes of an image, for inputs that no well-meaning program writes.
 //! - [`fixture`] builds the images of real files, once, and keeps them in the target directory.
 //! - [`mounted`] turns an NBD export into a mounted file system and always takes it apart again.
+//! - [`nbd`] is an NBD client of our own, for loads that are to lose their server.
+//! - [`load`] is such a load: it knows what each sector may hold afterwards.
 //! - [`scratch`] says where all of this may put its files.
 //!
 //! `cargo xtask test` builds the program, installs the packages listed in `packages.txt` and passes the program's path
@@ -20,7 +23,9 @@
 pub mod content;
 pub mod fixture;
 pub mod header;
+pub mod load;
 pub mod mounted;
+pub mod nbd;
 pub mod program;
 pub mod qemu;
 pub mod scratch;

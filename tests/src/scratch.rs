@@ -62,20 +62,25 @@ pub fn shared_directory(name: &str) -> PathBuf {
     directory
 }
 
-/// `<target>/<profile>`: the directory above `deps`, which the running test was built into.
+/// `<target>/<profile>`: the directory that the running program was built into, or, if it is a test, the one above.
 ///
 /// # Panics
 /// When the running program was not built by Cargo.
 #[must_use]
 pub fn profile_directory() -> PathBuf {
     let this = std::env::current_exe().expect("the path of the running test");
-    let deps = this.parent().expect("a test lies in a directory");
+    let directory = this.parent().expect("a program lies in a directory");
+    let profile = if directory.ends_with("deps") {
+        directory
+            .parent()
+            .expect("deps lies in a profile directory")
+    } else {
+        directory
+    };
     assert!(
-        deps.ends_with("deps"),
-        "{} is not where Cargo puts tests",
+        profile.join("deps").is_dir(),
+        "{} is not where Cargo puts programs",
         this.display()
     );
-    deps.parent()
-        .expect("deps lies in a profile directory")
-        .to_owned()
+    profile.to_owned()
 }

@@ -176,22 +176,9 @@ impl Model {
             found[self.bytes.len()..].iter().all(|&byte| byte == 0),
             "{context}: something beyond the end"
         );
-        let sector_bytes = index(SECTOR);
-        let pairs = self
-            .bytes
-            .chunks(sector_bytes)
-            .zip(found.chunks(sector_bytes));
-        let wrong: Vec<usize> = pairs
-            .zip(&self.discarded)
-            .enumerate()
-            .filter(|(_, ((expected, found), discarded))| {
-                let zeroes = found.iter().all(|&byte| byte == 0);
-                expected[..] != found[..expected.len()] && !(**discarded && zeroes)
-            })
-            .map(|(sector, _)| sector)
-            .collect();
+        let wrong = self.wrong_sectors(0, &found);
         if let Some(&first) = wrong.first() {
-            let at = first * sector_bytes;
+            let at = first * index(SECTOR);
             let mut message = format!(
                 "{context}: {} wrong sectors, the first at byte {at}: ",
                 wrong.len()
@@ -204,6 +191,31 @@ impl Model {
             );
             panic!("{message}");
         }
+    }
+
+    /// The sectors that must not hold what was `found` from `offset` on.
+    #[must_use]
+    pub fn wrong_sectors(&self, offset: u64, found: &[u8]) -> Vec<usize> {
+        let sector_bytes = index(SECTOR);
+        let first = index(offset / SECTOR);
+        let expected = self.bytes[index(offset)..].chunks(sector_bytes);
+        expected
+            .zip(found.chunks(sector_bytes))
+            .zip(&self.discarded[first..])
+            .enumerate()
+            .filter(|(_, ((expected, found), discarded))| {
+                let zeroes = found.iter().all(|&byte| byte == 0);
+                let length = expected.len().min(found.len());
+                expected[..length] != found[..length] && !(**discarded && zeroes)
+            })
+            .map(|(number, _)| first + number)
+            .collect()
+    }
+
+    /// The image was cut or grew; what is new is zero.
+    pub fn resize(&mut self, size: u64) {
+        self.bytes.resize(index(size), 0);
+        self.discarded.resize(index(size.div_ceil(SECTOR)), false);
     }
 
     fn fill(&mut self, offset: u64, length: u64, byte: u8) {

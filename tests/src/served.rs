@@ -176,6 +176,30 @@ impl Serve {
         }
     }
 
+    /// Starts a server and kills it so long after, wherever it is by then.
+    ///
+    /// # Panics
+    /// When it cannot be killed, or its locks stay.
+    pub fn killed_after(self, delay: Duration) {
+        let directory = tempfile::Builder::new()
+            .prefix("urus-")
+            .tempdir()
+            .expect("a directory for a socket");
+        let socket = directory.path().join("nbd");
+        let (child, line) = self
+            .command(&socket)
+            .background(&directory.path().join("log"));
+        std::thread::sleep(delay);
+        let served = Served {
+            child,
+            line,
+            image: self.image,
+            directory,
+            ready_after: delay,
+        };
+        served.kill();
+    }
+
     /// Starts a server that must give up by itself, within ten seconds, with an exit code other than 0.
     #[must_use]
     pub fn refused(self) -> Finished {
@@ -244,6 +268,19 @@ impl Served {
         read(&self.directory.path().join("log"))
     }
 
+    /// Where each of the server's threads is in the kernel, for a server that hangs.
+    #[must_use]
+    pub fn threads(&self) -> String {
+        let tasks = format!("/proc/{}/task", self.child.id());
+        let mut text = String::new();
+        for task in std::fs::read_dir(tasks).into_iter().flatten().flatten() {
+            for what in ["comm", "syscall", "stack"] {
+                text.push_str(&read(&task.path().join(what)));
+            }
+        }
+        text
+    }
+
     /// Sends the server a signal.
     ///
     /// # Panics
@@ -272,8 +309,9 @@ impl Served {
         match status {
             Some(status) => assert_eq!(status.code(), Some(0), "{}\n{status}\n{log}", self.line),
             None => panic!(
-                "{}\nstill there {PATIENCE:?} after the signal\n{log}",
-                self.line
+                "{}\nstill there {PATIENCE:?} after the signal\n{log}\n{}",
+                self.line,
+                self.threads()
             ),
         }
         assert!(!log.contains("panicked at"), "{}\n{log}", self.line);
@@ -464,13 +502,13 @@ impl Drop for Holding {
 /// Whether anybody holds a lock on `file`.
 fn is_locked(file: &Path) -> bool {
     use std::os::unix::fs::MetadataExt;
-    let inode = std::fs::metadata(file).expect("metadata of an image").ino();
-    // The sixth word is MAJOR:MINOR:INODE. Another file of the same number elsewhere only costs a moment.
-    let ours = |line: &str| {
-        line.split_whitespace()
-            .nth(5)
-            .is_some_and(|id| id.ends_with(&format!(":{inode}")))
-    };
+    let metadata = std::fs::metadata(file).expect("metadata of an image");
+    // The sixth word is MAJOR:MINOR:INODE. All three count: on a small file system of a test's own the number of an inode is
+    // one that many others have.
+    let (device, inode) = (metadata.dev(), metadata.ino());
+    let (major, minor) = (rustix::fs::major(device), rustix::fs::minor(device));
+    let id = format!("{major:02x}:{minor:02x}:{inode}");
+    let ours = |line: &str| line.split_whitespace().nth(5) == Some(id.as_str());
     std::fs::read_to_string("/proc/locks")
         .expect("the list of locks")
         .lines()

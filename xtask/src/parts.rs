@@ -1,7 +1,10 @@
 //! The proofs: each part in small for CI, and for as long as told in `soak`.
 //!
-//! Most are runs of the simulator; the interleavings and schedules are tests that need the engine built on other atomics.
+//! Most are runs of the simulator, or of `urus-proofs` with the real program; the interleavings and schedules are tests that
+//! need the engine built on other atomics.
 
+use crate::leftovers;
+use crate::packages;
 use crate::steps::Steps;
 
 /// A part.
@@ -13,6 +16,8 @@ struct Part {
 enum Means {
     /// A run of the simulator, with its budget in CI.
     Simulator(&'static [&'static str]),
+    /// `urus-proofs`, with the real program, real files and, for some, loop devices and mounts; its budget in CI.
+    Proofs(&'static [&'static str]),
     /// A test of its own: cargo's arguments, the variable that says how much, how much in CI, and in soak.
     Test {
         arguments: &'static [&'static str],
@@ -46,6 +51,22 @@ const PARTS: &[Part] = &[
     Part {
         name: "trace",
         means: Means::Simulator(&[]),
+    },
+    Part {
+        name: "kill",
+        means: Means::Proofs(&["--rounds", "60"]),
+    },
+    Part {
+        name: "qemu",
+        means: Means::Proofs(&["--rounds", "100"]),
+    },
+    Part {
+        name: "space",
+        means: Means::Proofs(&["--rounds", "18"]),
+    },
+    Part {
+        name: "blocks",
+        means: Means::Proofs(&["--rounds", "27"]),
     },
     Part {
         name: "interleavings",
@@ -137,10 +158,33 @@ fn simulate(steps: &mut Steps, name: &str, arguments: &[&str]) {
     steps.cargo(&format!("simulate {name}"), &all);
 }
 
+fn prove(steps: &mut Steps, name: &str, arguments: &[&str]) {
+    let mut all = vec![
+        "run",
+        "--locked",
+        "--quiet",
+        "-p",
+        "urus-tests",
+        "--bin",
+        "urus-proofs",
+        "--",
+        "--part",
+        name,
+    ];
+    all.extend(arguments);
+    let program = steps.target_directory().join("debug").join("urus");
+    let mut command = steps.cargo_command(&all);
+    command.env("URUS_BIN", program);
+    steps.run(&format!("prove {name}"), command);
+    // Mounts and loop devices of a run that was cut short.
+    leftovers::clean(&steps.target_directory().join("urus-scratch"));
+}
+
 impl Part {
     fn run(&self, steps: &mut Steps, budget: Option<&[&str]>) {
         match &self.means {
             Means::Simulator(small) => simulate(steps, self.name, budget.unwrap_or(small)),
+            Means::Proofs(small) => prove(steps, self.name, budget.unwrap_or(small)),
             Means::Test {
                 arguments,
                 variable,
@@ -155,7 +199,7 @@ impl Part {
     }
 }
 
-/// Every part, as far as CI's time allows.
+/// Every part, as far as CI's time allows. The program is built and the packages are there: the tests ran before.
 pub(crate) fn small(steps: &mut Steps) {
     for part in PARTS {
         part.run(steps, None);
@@ -168,6 +212,19 @@ pub(crate) fn soak(steps: &mut Steps, options: &SoakOptions) {
         .iter()
         .filter(|part| options.part.as_ref().is_none_or(|name| name == part.name))
         .collect();
+    if chosen
+        .iter()
+        .any(|part| matches!(part.means, Means::Proofs(_)))
+    {
+        steps.check("packages", packages::install);
+        steps.cargo(
+            "build the program",
+            &["build", "--locked", "-p", "urus-cli"],
+        );
+        if steps.failed() {
+            return;
+        }
+    }
     let minutes = (options.minutes / chosen.len() as u64).max(1).to_string();
     let seed = options.seed.to_string();
     for part in chosen {

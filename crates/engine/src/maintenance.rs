@@ -67,10 +67,6 @@ impl<S: Storage> Maintenance<S> {
             header_turn: Turn::default(),
             no_punch: Cell::new(false),
         });
-        worker
-            .shared
-            .pins
-            .set_waiter(Arc::clone(worker.reactor.inbox()));
         let service = Rc::clone(&device);
         worker
             .reactor
@@ -98,11 +94,6 @@ impl<S: Storage> Maintenance<S> {
 
     /// Goes on with whatever can go on, without waiting; whether anything did.
     pub fn poll(&mut self) -> bool {
-        if !self.device.settling.borrow().is_empty()
-            || !self.device.shared().mail.lock().pins.is_empty()
-        {
-            self.device.wake_settler();
-        }
         self.device.worker.reactor.turn(|_, _| {})
     }
 

@@ -5,6 +5,7 @@
 
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
+use std::task::Waker;
 
 use crate::reactor::Inbox;
 use crate::sync::{Arc, AtomicBool, AtomicU64, Mutex, Ordering, fence};
@@ -23,9 +24,9 @@ struct Seat {
 pub(crate) struct Pins {
     epoch: AtomicU64,
     seats: Mutex<Vec<Arc<Seat>>>,
-    /// Somebody waits for requests to end; queues nudge `waiter` when their oldest moves on.
+    /// Somebody waits for requests to end. The queue whose oldest moves on first takes this back and wakes `waiter`.
     waiting: AtomicBool,
-    waiter: Mutex<Option<Arc<Inbox>>>,
+    waiter: Mutex<Option<Waker>>,
 }
 
 impl Pins {
@@ -54,9 +55,13 @@ impl Pins {
             .all(|seat| seat.oldest.load(Ordering::SeqCst) > mark)
     }
 
-    /// Whom to nudge when requests end, while `set_waiting(true)`.
-    pub(crate) fn set_waiter(&self, inbox: Arc<Inbox>) {
-        *self.waiter.lock() = Some(inbox);
+    /// The task to wake when requests end, while `set_waiting(true)`. (The task and not its thread: a thread that is
+    /// in the middle of its turn would take note and not look at the task again.)
+    pub(crate) fn set_waiter(&self, waker: &Waker) {
+        self.waiter
+            .lock()
+            .get_or_insert_with(|| waker.clone())
+            .clone_from(waker);
     }
 
     pub(crate) fn set_waiting(&self, waiting: bool) {
@@ -142,10 +147,12 @@ impl QueuePins {
     /// Tells who waits for requests to end.
     fn tell(&self) {
         fence(Ordering::SeqCst);
-        if self.pins.waiting.load(Ordering::SeqCst) {
+        // One wake is enough for all that ends until the waiter looks again, which it announces first.
+        let waiting = &self.pins.waiting;
+        if waiting.load(Ordering::SeqCst) && waiting.swap(false, Ordering::SeqCst) {
             let waiter = self.pins.waiter.lock().clone();
-            if let Some(inbox) = waiter {
-                inbox.nudge();
+            if let Some(waiter) = waiter {
+                waiter.wake();
             }
         }
     }
@@ -159,5 +166,56 @@ impl Drop for QueuePins {
             .lock()
             .retain(|seat| !Arc::ptr_eq(seat, &self.seat));
         self.tell();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::task::Wake;
+
+    use super::*;
+    use crate::storage::Notify;
+
+    struct Silent;
+
+    impl Notify for Silent {
+        fn notify(&self) {}
+    }
+
+    #[derive(Default)]
+    struct Count(AtomicU64);
+
+    impl Wake for Count {
+        fn wake(self: Arc<Self>) {
+            self.0.fetch_add(1, Ordering::SeqCst);
+        }
+    }
+
+    /// Found by `urus-proofs --part blocks`: a server did not end after SIGTERM. The last request of a queue ended while
+    /// maintenance was in the middle of a turn, whose settler had already looked and was not woken again.
+    #[test]
+    fn a_request_that_ends_wakes_the_settler_itself() {
+        let pins = Arc::new(Pins::new());
+        let inbox = Arc::new(Inbox::new(Arc::new(Silent)));
+        let queues = [1, 2].map(|_| QueuePins::new(Arc::clone(&pins), Arc::clone(&inbox)));
+        let wakes = Arc::new(Count::default());
+        let woken = || wakes.0.load(Ordering::SeqCst);
+        pins.set_waiter(&Waker::from(Arc::clone(&wakes)));
+
+        let begun = [queues[0].begin(), queues[1].begin(), queues[1].begin()];
+        let mark = pins.mark();
+        queues[1].end(begun[1]);
+        assert_eq!(woken(), 0, "nobody waits");
+        pins.set_waiting(true);
+        assert!(!pins.passed(mark));
+        queues[1].end(begun[2]);
+        assert_eq!(woken(), 1);
+        queues[0].end(begun[0]);
+        assert_eq!(woken(), 1, "the waiter has not looked since");
+        pins.set_waiting(true);
+        assert!(pins.passed(mark));
+        let begun = queues[0].begin();
+        queues[0].end(begun);
+        assert_eq!(woken(), 2, "it was told that the waiter waits again");
     }
 }

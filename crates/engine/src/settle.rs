@@ -48,6 +48,7 @@ impl<S: Storage> Device<S> {
         let pins = &self.shared().pins;
         poll_fn(|cx| {
             *self.settler.borrow_mut() = Some(cx.waker().clone());
+            pins.set_waiter(cx.waker());
             // Before the queues are looked at, so that none ends unheard (Dekker with `QueuePins::end`).
             pins.set_waiting(true);
             let answered = {

@@ -43,8 +43,8 @@ impl<S: Storage> Worker<S> {
             extent.depth = u32::try_from(index).expect("chains are short");
             let size = layer.size();
             if offset >= size {
-                // Past the end of this layer: zeroes that this layer's end stands for.
-                extent.present = true;
+                // Past the end of a backing file. As QEMU counts, the layer above has these zeroes, without saying so.
+                extent.depth = extent.depth.saturating_sub(1);
                 return Ok(extent);
             }
             extent.len = extent.len.min(size - offset);
