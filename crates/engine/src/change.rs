@@ -99,7 +99,7 @@ impl<S: Storage> Worker<S> {
         }
     }
 
-    /// The frame of a slice, where it can be had without reading.
+    /// The frame of a slice that is to change, where it can be had without reading.
     fn frame_for(
         &self,
         meta: &mut Meta,
@@ -107,6 +107,10 @@ impl<S: Storage> Worker<S> {
         missing_frame: &mut bool,
     ) -> Option<u32> {
         let map = &self.image().map;
+        if !meta.frames[0].may_dirty(slice) {
+            *missing_frame = true;
+            return None;
+        }
         if let Some(frame) = map.frame_of(slice) {
             return Some(frame);
         }
@@ -226,7 +230,7 @@ impl<S: Storage> Worker<S> {
 
     fn ask_for_commit(&self, meta: &Meta) {
         let frames = &meta.frames[0];
-        let many_dirty = frames.dirty_count() >= frames.max() / 4 * 3;
+        let many_dirty = frames.dirty_count() >= frames.max() / 2;
         if many_dirty || meta.removed.len() >= limits::PENDING_FREES {
             self.shared.request_commit();
         }

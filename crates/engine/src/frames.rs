@@ -27,6 +27,8 @@ pub(crate) struct Frames {
     free: Vec<u32>,
     hand: usize,
     max: usize,
+    /// Frames that are dirty or being written.
+    busy: usize,
     dirty: BTreeMap<SliceId, u32>,
     loads: BTreeMap<SliceId, Load>,
     next_ticket: u64,
@@ -61,6 +63,12 @@ impl Frames {
 
     pub(crate) fn max(&self) -> usize {
         self.max
+    }
+
+    /// Whether a change of this slice may make another frame busy. A quarter stays for clean slices, so that what is on
+    /// disk can be read also while no commit succeeds (a full disk).
+    pub(crate) fn may_dirty(&self, slice: SliceId) -> bool {
+        self.dirty.contains_key(&slice) || self.busy < self.max - self.max / 4
     }
 
     fn take_frame(&mut self, map: &Map) -> Result<u32, NoCleanFrame> {
@@ -139,7 +147,9 @@ impl Frames {
 
     /// The slice's frame has changed and must be written.
     pub(crate) fn mark_dirty(&mut self, slice: SliceId, frame: u32) {
-        self.states[frame as usize].dirty = true;
+        let state = &mut self.states[frame as usize];
+        self.busy += usize::from(!state.dirty && !state.committing);
+        state.dirty = true;
         self.dirty.insert(slice, frame);
     }
 
@@ -158,7 +168,9 @@ impl Frames {
     /// The commit's writes were all seen, and it was durable or not.
     pub(crate) fn unseal(&mut self, sealed: &BTreeMap<SliceId, u32>, durable: bool) {
         for (slice, frame) in sealed {
-            self.states[*frame as usize].committing = false;
+            let state = &mut self.states[*frame as usize];
+            state.committing = false;
+            self.busy -= usize::from(!state.dirty);
             if !durable {
                 self.mark_dirty(*slice, *frame);
             }
