@@ -41,7 +41,7 @@ const PARTS: &[Part] = &[
     },
     Part {
         name: FUZZ,
-        small: &["--minutes", "0.6"],
+        small: &["--minutes", "0.8"],
     },
 ];
 

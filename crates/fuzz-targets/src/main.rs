@@ -107,9 +107,9 @@ fn in_a_process(arguments: &Arguments, target: &Target) -> bool {
         .arg(&arguments.corpus);
     if let Some(minutes) = arguments.minutes {
         // They share the time.
-        #[allow(clippy::cast_precision_loss)]
-        let share = minutes / arguments.targets.len() as f64;
-        command.args(["--minutes", &share.to_string()]);
+        let all: u32 = arguments.targets.iter().map(|target| target.share).sum();
+        let own = minutes * f64::from(target.share) / f64::from(all);
+        command.args(["--minutes", &own.to_string()]);
     }
     if let Some(input) = &arguments.input {
         command.arg("--input").arg(input);

@@ -7,12 +7,12 @@ use crate::{Target, Verdict, target};
 
 /// All of them. None is run unless it is asked for by name.
 pub const TARGETS: [Target; 6] = [
-    target("selftest-violation", violation, 64),
-    target("selftest-panic", panics, 64),
-    target("selftest-thread", panics_elsewhere, 64),
-    target("selftest-memory", memory, 64),
-    target("selftest-time", time, 64),
-    target("selftest-hang", hang, 64),
+    target("selftest-violation", violation, 64, 1),
+    target("selftest-panic", panics, 64, 1),
+    target("selftest-thread", panics_elsewhere, 64, 1),
+    target("selftest-memory", memory, 64, 1),
+    target("selftest-time", time, 64, 1),
+    target("selftest-hang", hang, 64, 1),
 ];
 
 /// Not every input fails: the run has to look for one that does.
