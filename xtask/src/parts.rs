@@ -1,7 +1,9 @@
 //! The proofs: each part in small for CI, and for as long as told in `soak`.
 //!
-//! Most are runs of the simulator, or of `urus-proofs` with the real program; the interleavings and schedules are tests that
+//! Most are runs of the simulator, of `urus-proofs` with the real program or of the fuzz targets; the interleavings and schedules are tests that
 //! need the engine built on other atomics.
+
+use std::process::Command;
 
 use crate::leftovers;
 use crate::packages;
@@ -18,6 +20,8 @@ enum Means {
     Simulator(&'static [&'static str]),
     /// `urus-proofs`, with the real program, real files and, for some, loop devices and mounts; its budget in CI.
     Proofs(&'static [&'static str]),
+    /// The fuzz targets, with their budget in CI.
+    Fuzz(&'static [&'static str]),
     /// A test of its own: cargo's arguments, the variable that says how much, how much in CI, and in soak.
     Test {
         arguments: &'static [&'static str],
@@ -67,6 +71,10 @@ const PARTS: &[Part] = &[
     Part {
         name: "blocks",
         means: Means::Proofs(&["--rounds", "27"]),
+    },
+    Part {
+        name: "fuzz",
+        means: Means::Fuzz(&["--minutes", "0.8"]),
     },
     Part {
         name: "interleavings",
@@ -180,19 +188,99 @@ fn prove(steps: &mut Steps, name: &str, arguments: &[&str]) {
     leftovers::clean(&steps.target_directory().join("urus-scratch"));
 }
 
+/// The targets of crates/fuzz-targets, without libFuzzer.
+fn fuzz(steps: &mut Steps, arguments: &[&str]) {
+    let mut all = vec![
+        "run",
+        "--locked",
+        "--quiet",
+        "-p",
+        "urus-fuzz-targets",
+        "--bin",
+        "urus-fuzz",
+        "--",
+    ];
+    all.extend(arguments);
+    steps.cargo("fuzz", &all);
+}
+
+/// The same targets under libFuzzer, which sees what each input reaches, where cargo-fuzz is installed.
+fn libfuzzer(steps: &mut Steps, minutes: u64, seed: &str) {
+    let installed = Command::new("cargo")
+        .args(["fuzz", "--version"])
+        .output()
+        .is_ok_and(|found| found.status.success());
+    if !installed {
+        steps.note("libfuzzer", "not run: cargo-fuzz is not installed");
+        return;
+    }
+    let seconds = (minutes * 60 / FUZZ_TARGETS.len() as u64).max(1);
+    for target in FUZZ_TARGETS {
+        // What is found lies in fuzz/artifacts. New entries go into a corpus that Git does not know.
+        let corpus = steps.target_directory().join("urus-fuzz").join(target);
+        if let Err(error) = std::fs::create_dir_all(&corpus) {
+            steps.check("libfuzzer", |_| {
+                Err(format!("{}: {error}", corpus.display()))
+            });
+            return;
+        }
+        let mut run = steps.cargo_command(&["fuzz", "run", "--sanitizer", "none", target]);
+        run.arg(&corpus)
+            .arg(format!("fuzz/corpus/{target}"))
+            .arg("--")
+            .args(["-rss_limit_mb=1024", "-malloc_limit_mb=256", "-timeout=10"])
+            .arg("-max_len=1024")
+            .arg(format!("-max_total_time={seconds}"))
+            .arg(format!("-seed={seed}"))
+            // The instrumentation needs no nightly compiler, only its permission.
+            .env("RUSTC_BOOTSTRAP", "1");
+        steps.run(&format!("libfuzzer {target}"), run);
+    }
+}
+
+/// As crates/fuzz-targets names them.
+const FUZZ_TARGETS: [&str; 9] = [
+    "header",
+    "tables",
+    "compressed",
+    "snapshots",
+    "bitmaps",
+    "check",
+    "operate",
+    "chain",
+    "nbd",
+];
+
 impl Part {
-    fn run(&self, steps: &mut Steps, budget: Option<&[&str]>) {
+    /// Runs it in small, or (in soak) for so many minutes from a seed.
+    fn run(&self, steps: &mut Steps, long: Option<(u64, u64)>) {
+        let told = long.map(|(minutes, seed)| (minutes.to_string(), seed.to_string()));
+        let budget: Option<[&str; 4]> = told
+            .as_ref()
+            .map(|(minutes, seed)| ["--minutes", minutes, "--seed", seed]);
+        let or = |small: &&'static [&'static str]| -> Vec<&str> {
+            budget.map_or_else(|| small.to_vec(), |budget| budget.to_vec())
+        };
         match &self.means {
-            Means::Simulator(small) => simulate(steps, self.name, budget.unwrap_or(small)),
-            Means::Proofs(small) => prove(steps, self.name, budget.unwrap_or(small)),
+            Means::Simulator(small) => simulate(steps, self.name, &or(small)),
+            Means::Proofs(small) => prove(steps, self.name, &or(small)),
+            Means::Fuzz(small) => match long {
+                None => fuzz(steps, small),
+                Some((minutes, seed)) => {
+                    // Half of its time without libFuzzer, half with it.
+                    let (half, seed) = (minutes.div_ceil(2), seed.to_string());
+                    fuzz(steps, &["--minutes", &half.to_string(), "--seed", &seed]);
+                    libfuzzer(steps, half, &seed);
+                }
+            },
             Means::Test {
                 arguments,
                 variable,
                 small,
-                long,
+                long: more,
             } => {
                 let mut command = steps.cargo_command(arguments);
-                command.env(variable, if budget.is_some() { long } else { small });
+                command.env(variable, if budget.is_some() { more } else { small });
                 steps.run(self.name, command);
             }
         }
@@ -225,9 +313,8 @@ pub(crate) fn soak(steps: &mut Steps, options: &SoakOptions) {
             return;
         }
     }
-    let minutes = (options.minutes / chosen.len() as u64).max(1).to_string();
-    let seed = options.seed.to_string();
+    let minutes = (options.minutes / chosen.len() as u64).max(1);
     for part in chosen {
-        part.run(steps, Some(&["--minutes", &minutes, "--seed", &seed]));
+        part.run(steps, Some((minutes, options.seed)));
     }
 }

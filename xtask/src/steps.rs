@@ -15,6 +15,8 @@ struct Step {
     name: String,
     time: Duration,
     passed: bool,
+    /// Why it was not done at all.
+    note: Option<&'static str>,
 }
 
 /// The steps of one command.
@@ -74,6 +76,17 @@ impl Steps {
             name: name.to_owned(),
             time: start.elapsed(),
             passed: result.is_ok(),
+            note: None,
+        });
+    }
+
+    /// Something that cannot be done on this machine: the table says so.
+    pub(crate) fn note(&mut self, name: &str, note: &'static str) {
+        self.done.push(Step {
+            name: name.to_owned(),
+            time: Duration::ZERO,
+            passed: true,
+            note: Some(note),
         });
     }
 
@@ -85,7 +98,9 @@ impl Steps {
     pub(crate) fn finish(self) -> Outcome {
         println!("\n{:<28} {:>8}  result", "step", "seconds");
         for step in &self.done {
-            let result = if step.passed { "ok" } else { "FAILED" };
+            let result = step
+                .note
+                .unwrap_or(if step.passed { "ok" } else { "FAILED" });
             println!(
                 "{:<28} {:>8.1}  {result}",
                 step.name,

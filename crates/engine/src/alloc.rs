@@ -10,7 +10,7 @@ use crate::error::{Error, Result};
 use crate::limits;
 use crate::ranges::RangeSet;
 use crate::refcounts::Refcounts;
-use crate::shared::{Owner, Run, Shared};
+use crate::shared::{Owner, Owners, Run, Shared};
 use crate::storage::Storage;
 use crate::worker::Worker;
 
@@ -190,13 +190,17 @@ impl Allocator {
                 continue;
             }
             let slice_end = self.refcounts.slice_end(start).min(self.end.get());
-            let Some(first) = (start..slice_end).find(|cluster| self.is_free(*cluster)) else {
+            let owners = &worker.shared.meta.lock().owners;
+            let Some(first) = (start..slice_end).find(|cluster| self.is_free(owners, *cluster))
+            else {
                 self.cursor.set(slice_end);
                 continue;
             };
             let zero = self.is_zero(first);
             let last = (first..slice_end.min(first + count))
-                .take_while(|cluster| self.is_free(*cluster) && self.is_zero(*cluster) == zero)
+                .take_while(|cluster| {
+                    self.is_free(owners, *cluster) && self.is_zero(*cluster) == zero
+                })
                 .count() as u64;
             self.cursor.set(first + last);
             return Ok(Some(self.hand_out(first, last, zero)));
@@ -204,11 +208,12 @@ impl Allocator {
         Ok(None)
     }
 
-    /// Free, as far as the cached refcounts say.
-    fn is_free(&self, cluster: u64) -> bool {
+    /// Free, as far as the cached refcounts say. Metadata never is, whatever a damaged image counts for it.
+    fn is_free(&self, owners: &Owners, cluster: u64) -> bool {
         cluster != 0
             && self.refcounts.get(cluster) == Some(0)
             && !self.reserved.borrow().contains(cluster)
+            && !owners.contains_key(&cluster)
     }
 
     fn is_zero(&self, cluster: u64) -> bool {
@@ -244,7 +249,8 @@ impl Allocator {
             if self.end.get() != first {
                 continue;
             }
-            if !self.is_free(first) {
+            let owners = &worker.shared.meta.lock().owners;
+            if !self.is_free(owners, first) {
                 self.end.set(first + 1);
                 continue;
             }
@@ -252,7 +258,7 @@ impl Allocator {
             let slice_end = self.refcounts.slice_end(first).min(self.limit);
             let taken = (first..slice_end.min(first + count))
                 .take_while(|cluster| {
-                    self.is_free(*cluster) && (*cluster >= self.virgin.get()) == zero
+                    self.is_free(owners, *cluster) && (*cluster >= self.virgin.get()) == zero
                 })
                 .count() as u64;
             self.end.set(first + taken);
@@ -267,7 +273,17 @@ impl Allocator {
         count: u64,
     ) -> Result<u64> {
         let mut run: Option<(u64, u64)> = None;
+        let mut restarts = 0;
         loop {
+            // Each new refcount block takes a cluster for itself: a run longer than what one covers never comes.
+            if restarts > limits::RUN_RESTARTS {
+                return Err(Error::Unsupported {
+                    what: format!(
+                        "{} cannot grow so far: its L1 table would need {count} adjacent clusters; use larger clusters",
+                        worker.shared.image_name()
+                    ),
+                });
+            }
             let part = self
                 .extend(worker, count - run.map_or(0, |(_, n)| n))
                 .await?;
@@ -275,6 +291,7 @@ impl Allocator {
                 Some((first, n)) if first + n == part.first => Some((first, n + part.count)),
                 other => {
                     if let Some((first, n)) = other {
+                        restarts += 1;
                         self.give_back(Run {
                             first,
                             count: n,
@@ -303,9 +320,24 @@ impl Allocator {
             return self.grow_table(worker, block);
         }
         let cluster = self.end.get();
+        self.check_unowned(worker, cluster, 1)?;
         self.end.set(cluster + 1);
         self.place_block(worker, block, cluster);
         Ok(())
+    }
+
+    /// No refcount block covers these, so nothing should be there.
+    fn check_unowned<S: Storage>(&self, worker: &Worker<S>, first: u64, count: u64) -> Result<()> {
+        let owners = &worker.shared.meta.lock().owners;
+        let owned =
+            (first..first + count).find_map(|cluster| Some((cluster, owners.get(&cluster)?)));
+        owned.map_or(Ok(()), |(cluster, owner)| {
+            Err(Error::Corrupt {
+                file: worker.shared.image_name().to_owned(),
+                what: format!("no refcount block covers {}", owner.describe()),
+                place: format!("host cluster {cluster}"),
+            })
+        })
     }
 
     fn place_block<S: Storage>(&self, worker: &Worker<S>, block: u64, cluster: u64) {
@@ -359,6 +391,7 @@ impl Allocator {
                 ),
             });
         }
+        self.check_unowned(worker, start, blocks + table)?;
         for index in 0..blocks {
             self.refcounts
                 .add_block(block + index, (start + index) << geometry.cluster_bits());

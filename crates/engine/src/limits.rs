@@ -16,6 +16,8 @@ pub const SCAN_SLICES_PER_STEP: u64 = 64;
 pub const RUN_CLUSTERS: u64 = 64;
 /// Bytes that a queue reserves at once, at most (at least one cluster).
 pub const RUN_BYTES: u64 = 4 << 20;
+/// How often the search for a long run of adjacent clusters starts anew before it is given up.
+pub const RUN_RESTARTS: u32 = 16;
 /// Freed clusters that may wait for a commit before one is started without being asked for.
 pub const PENDING_FREES: usize = 4096;
 /// Budget of the cache of decoded clusters.

@@ -67,9 +67,15 @@ impl<S: Storage> Device<S> {
             .next()
             .unwrap_or(0);
         let cluster_end = old.next_multiple_of(geometry.cluster_bytes());
-        let clear_to = backing_end.min(size).max(cluster_end);
+        // What another program left in the tables beyond the old end is cleared too.
+        let mapped_end = self
+            .with_header(|header| u64::from(header.l1_entries))
+            .saturating_mul(geometry.l2_coverage_bytes());
+        let backed_to = backing_end.min(size).max(cluster_end);
+        let clear_to = mapped_end.min(size).max(backed_to);
         if clear_to > old {
-            self.worker.clear_beyond_size(old, clear_to - old).await?;
+            self.worker.clear_beyond_size(old, backed_to).await?;
+            self.worker.clear_unbacked(backed_to, clear_to).await?;
             self.flush().await?;
         }
         self.switch_header(|header| header.size = size).await

@@ -201,8 +201,17 @@ impl<S: Storage> Worker<S> {
         Ok(())
     }
 
-    /// Makes `[offset, offset + len)` read as zeroes although it lies past the current size (O20).
-    pub(crate) async fn clear_beyond_size(&self, offset: u64, len: u64) -> Result<()> {
+    /// Makes clusters from `offset` to `end` that nothing shines through read as zeroes, past the current size (O20).
+    pub(crate) async fn clear_unbacked(&self, offset: u64, end: u64) -> Result<()> {
+        let cluster_bytes = self.image().geometry.cluster_bytes();
+        let (first, last) = (offset.div_ceil(cluster_bytes), end.div_ceil(cluster_bytes));
+        self.clear_clusters(first, last, Clearing::Unmap, false)
+            .await
+    }
+
+    /// Makes `[offset, end)` read as zeroes although it lies past the current size (O20).
+    pub(crate) async fn clear_beyond_size(&self, offset: u64, end: u64) -> Result<()> {
+        let len = end - offset;
         let geometry = self.image().geometry;
         let within = geometry.in_cluster(offset);
         if within != 0 {
@@ -221,7 +230,7 @@ impl<S: Storage> Worker<S> {
             }
         }
         let first = offset.div_ceil(geometry.cluster_bytes());
-        let last = (offset + len).div_ceil(geometry.cluster_bytes());
+        let last = end.div_ceil(geometry.cluster_bytes());
         if first < last {
             let backed = self.shared.layers.len() > 1;
             if geometry.has_zero_flag() || !backed {

@@ -7,8 +7,8 @@
 //!   ones cannot be mended in place.
 //!
 //! What it finds is counted as `qemu-img check` counts it ([`CheckReport`]), with two additions: entries that
-//! urus cannot use though QEMU ignores their flags, and metadata clusters that something else uses too, even
-//! where their refcount agrees.
+//! urus cannot use though QEMU ignores their flags, and metadata clusters that something else uses too (or the
+//! active L1 table twice), even where their refcount agrees.
 //!
 //! A repair never makes the image worse, wherever it is cut off: the worst that it leaves behind is one leak
 //! more. It changes refcounts, COPIED flags and the header's refcount table and bits, and nothing else: what a

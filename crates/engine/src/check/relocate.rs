@@ -66,6 +66,13 @@ impl Relocation {
             dropped: dropped.iter().map(|block| block.index).collect(),
         };
         relocation.settle(walked)?;
+        let end = relocation.table + relocation.table_clusters + relocation.blocks.len() as u64;
+        if end << bits > walked.beyond {
+            return Err(format!(
+                "new refcount structures would lie at {:#x}, where something that is lost is said to be",
+                walked.beyond
+            ));
+        }
         relocation.adopt(walked);
         Ok(Some(relocation))
     }

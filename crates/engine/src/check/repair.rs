@@ -78,7 +78,8 @@ pub(super) async fn repair<I: CheckIo>(
             "no cluster is freed, because it may be one of those that can no longer be found".into()
         });
     }
-    let lower = (leaks || relocation.is_some()) && !walked.lost;
+    // A refcount table that could not be counted holds clusters that look free. A new one comes first.
+    let lower = (leaks && walked.refcounts.counted || relocation.is_some()) && !walked.lost;
     let raise = all && (walked.too_low > 0 || relocation.is_some());
     let flags = all && (raise || lower || walked.report.corruptions > 0);
     if !(lower || raise || flags) {

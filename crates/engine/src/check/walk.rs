@@ -106,6 +106,8 @@ pub(super) struct Walked {
     pub(super) data_file: bool,
     /// Something refers to clusters that are not known.
     pub(super) lost: bool,
+    /// Where the first of those past the end of the file begins: what a repair puts there would be taken for it.
+    pub(super) beyond: u64,
     /// Something was not looked at.
     pub(super) incomplete: bool,
     /// Corruptions that are wrong COPIED flags.
@@ -157,6 +159,7 @@ impl Walked {
             refcounts: RefcountTable::default(),
             data_file: header.incompatible & incompatible::DATA_FILE != 0,
             lost: false,
+            beyond: u64::MAX,
             incomplete: false,
             copied_findings: 0,
             too_low: 0,
@@ -199,10 +202,11 @@ impl Walked {
         }
         let end = offset.saturating_add(bytes);
         if end >= self.file_len.saturating_add(self.geometry.cluster_bytes()) {
-            let file_len = self.file_len;
+            self.beyond = self.beyond.min(offset.max(self.file_len));
+            // Without the file's length, which the repair may change: the finding stays the same.
             self.lose(references, || {
                 format!(
-                    "{}: it lies past the end of the file (at {offset:#x}, {bytes} bytes; the file has {file_len:#x})",
+                    "{}: it lies past the end of the file (at {offset:#x}, {bytes} bytes)",
                     what()
                 )
             });
@@ -300,6 +304,16 @@ impl Walked {
             let what = self.describe(cluster);
             self.report
                 .corruption(1, || format!("cluster {cluster} has two uses: {what}"));
+        }
+        // Snapshots share L2 tables with the active state; within it a write through one entry would show in the other.
+        let twice = self.l2.iter().filter(|(_, l2)| l2.active > 1);
+        for (offset, l2) in twice {
+            self.report.corruption(1, || {
+                format!(
+                    "the L2 table at {offset:#x} has {} entries of the active L1 table",
+                    l2.active
+                )
+            });
         }
     }
 
