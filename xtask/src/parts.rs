@@ -34,11 +34,11 @@ enum Means {
 const PARTS: &[Part] = &[
     Part {
         name: "cuts",
-        means: Means::Simulator(&["--states", "1000000"]),
+        means: Means::Simulator(&["--states", "500000"]),
     },
     Part {
         name: "sequences",
-        means: Means::Simulator(&["--states", "1000000"]),
+        means: Means::Simulator(&["--states", "500000"]),
     },
     Part {
         name: "errors",
