@@ -1,13 +1,14 @@
 //! `urus serve`: an image as an NBD export, until a signal says that it is enough.
 
 mod banner;
+mod export;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use urus::{CreateOptions, Device, Format, InfoOptions, OpenOptions};
-use urus_nbd::{Listen, Listener, Server};
+use urus_nbd::{Listen, Listener, Server, ServerBuilder};
 
 use crate::common::{BackingArgs, CacheArg, DiscardArg, FormatArg, IoArg};
 use crate::failure::{Failure, Outcome};
@@ -25,7 +26,8 @@ use crate::size::Size;
 #[derive(Debug, clap::Args)]
 #[command(
     after_help = "Unix sockets appear when the server is ready. Over TCP there is neither encryption nor authentication: keep to localhost or \
-                  to a network that you trust."
+                  to a network that you trust, or use --tls-creds. A service manager can pass sockets to listen on (LISTEN_FDS), \
+                  which are used as if --nbd had named them."
 )]
 pub(crate) struct Args {
     /// The image
@@ -69,6 +71,9 @@ pub(crate) struct Args {
     discard: DiscardArg,
 
     #[command(flatten)]
+    export: export::ExportArgs,
+
+    #[command(flatten)]
     backing: BackingArgs,
 
     /// Memory for cached L2 tables, of the whole image [default: 64M, which maps 512G with clusters of 64K]
@@ -109,16 +114,24 @@ pub(crate) fn run(args: Args) -> Outcome {
         .map_err(|error| Failure::new(format!("cannot watch for signals: {error}")))?;
     let places = Places::of(&args)?;
     places.look()?;
-    let device = open(&args)?;
-    let server = start(&args, &device, places)?;
-    banner::print(&args, &device, &server);
+    let credentials = args.export.credentials()?;
+    let device = open(&args, &args.image, args.create)?;
+    let others = args.export.open_others(|image| open(&args, image, None))?;
+    let builder = Server::builder(device.clone()).queues(args.queues());
+    let server = start(args.export.configure(builder, &others, credentials), places)?;
+    banner::print(&args, &device, &others, &server);
 
     let signal = stop.wait();
     tracing::info!(signal, clients = server.connections(), "stopping");
     print(&format!("{}: {signal}: finishing\n", args.image.display()));
     // Closed whatever becomes of the server: what clients have written is to be safe.
     let ended = server.shutdown();
-    device.close()?;
+    let mut closed = device.close();
+    for other in others {
+        // Each is closed; the first error is the one to tell.
+        closed = closed.and(other.device.close());
+    }
+    closed?;
     ended?;
     print(&format!(
         "{}: closed, everything is on disk\n",
@@ -131,13 +144,13 @@ pub(crate) fn run(args: Args) -> Outcome {
 /// which it does in the background.
 const LOCK_PATIENCE: Duration = Duration::from_secs(1);
 
-fn open(args: &Args) -> Result<Device, Failure> {
+fn open(args: &Args, image: &Path, size: Option<Size>) -> Result<Device, Failure> {
     let options = args.open_options();
     let attempt = || {
-        if let Some(Size(size)) = args.create {
-            create(&args.image, args.format.into(), size)?;
+        if let Some(Size(size)) = size {
+            create(image, args.format.into(), size)?;
         }
-        options.open(&args.image).map_err(OpenError::Urus)
+        options.open(image).map_err(OpenError::Urus)
     };
     let begin = Instant::now();
     loop {
@@ -164,8 +177,7 @@ impl From<urus::Error> for OpenError {
     }
 }
 
-fn start(args: &Args, device: &Device, places: Places) -> Result<Server, Failure> {
-    let mut builder = Server::builder(device.clone()).queues(args.queues());
+fn start(mut builder: ServerBuilder, places: Places) -> Result<Server, Failure> {
     for listener in places.bind()? {
         builder = builder.listener(listener);
     }
@@ -200,20 +212,20 @@ struct Places {
 
 impl Places {
     fn of(args: &Args) -> Result<Self, Failure> {
-        if args.nbd.is_empty() {
+        let passed = export::passed_sockets()?;
+        if args.nbd.is_empty() && passed.is_empty() {
             return Ok(Self {
                 list: vec![Listen::Unix(default_socket(&args.image))],
                 is_default: true,
             });
         }
-        let list = args
-            .nbd
-            .iter()
-            .map(|text| {
-                text.parse()
-                    .map_err(|error: urus_nbd::Error| Failure::usage(format!("--nbd: {error}")))
-            })
-            .collect::<Result<_, _>>()?;
+        let mut list = passed;
+        for text in &args.nbd {
+            let place = text
+                .parse()
+                .map_err(|error: urus_nbd::Error| Failure::usage(format!("--nbd: {error}")))?;
+            list.push(place);
+        }
         Ok(Self {
             list,
             is_default: false,

@@ -4,14 +4,13 @@
 //! ([`next`](Connection::next)) until there is no more, hands replies over ([`answer`](Connection::answer)), and sends
 //! ([`send`](Connection::send)).
 
-use std::io::IoSliceMut;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::io::{self, IoSliceMut};
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
 use rustix::event::epoll::EventFlags;
-use rustix::io::{Errno, readv};
 use rustix::net::Shutdown;
 use tracing::debug;
 use urus::Buffer;
@@ -21,9 +20,10 @@ use crate::handshake::{Handshake, Progress, Session, greeting};
 use crate::input::Input;
 use crate::limits::{HANDSHAKE_OUTPUT_BYTES, LINGER_TIME, Load, RECEIVE_TURN_BYTES};
 use crate::pool::Pool;
-use crate::reply::{Output, Reply};
+use crate::reply::{Output, Reply, Tag};
 use crate::transmission::{Command, Refusal, payload};
-use crate::wire::{ErrorCode, REQUEST_BYTES, RequestHeader};
+use crate::transport::Transport;
+use crate::wire::{ErrorCode, RequestHeader};
 
 /// How long clients may take.
 #[derive(Clone, Copy, Debug)]
@@ -40,7 +40,7 @@ pub(crate) struct Connection {
     id: u64,
     exports: Arc<Exports>,
     /// None once closed.
-    socket: Option<OwnedFd>,
+    transport: Option<Transport>,
     input: Input,
     output: Output,
     phase: Phase,
@@ -55,6 +55,8 @@ pub(crate) struct Connection {
     stalled: bool,
     /// The socket did not take all of the output.
     blocked: bool,
+    /// TLS begins once the output is sent. Nothing is read before that.
+    starting_tls: bool,
     /// The server shuts down: what comes is refused.
     stopping: bool,
     times: Times,
@@ -82,14 +84,14 @@ enum Phase {
 
 enum Incoming {
     Payload {
-        cookie: u64,
+        tag: Tag,
         command: Command,
         buffer: Buffer,
         filled: usize,
     },
     /// The payload of a write that is refused.
     Skip {
-        cookie: u64,
+        tag: Tag,
         refusal: Refusal,
         remaining: u64,
     },
@@ -99,8 +101,7 @@ enum Incoming {
 #[derive(Debug)]
 pub(crate) struct Wanted {
     pub(crate) export: ExportId,
-    pub(crate) cookie: u64,
-    pub(crate) structured: bool,
+    pub(crate) tag: Tag,
     pub(crate) command: Command,
     pub(crate) payload: Option<Buffer>,
     pub(crate) load: Load,
@@ -143,7 +144,7 @@ impl Connection {
             id,
             phase: Phase::Handshake(Handshake::new(Arc::clone(&exports))),
             exports,
-            socket: Some(socket),
+            transport: Some(Transport::plain(socket)),
             input: Input::new(),
             output,
             incoming: None,
@@ -152,6 +153,7 @@ impl Connection {
             reading: true,
             stalled: false,
             blocked: false,
+            starting_tls: false,
             stopping: false,
             times,
             deadline: Instant::now().checked_add(times.handshake),
@@ -162,7 +164,7 @@ impl Connection {
     }
 
     pub(crate) fn socket(&self) -> Option<BorrowedFd<'_>> {
-        self.socket.as_ref().map(AsFd::as_fd)
+        self.transport.as_ref().map(Transport::socket)
     }
 
     /// When [`expire`](Self::expire) is due.
@@ -172,7 +174,7 @@ impl Connection {
 
     /// Closed, and nothing in flight: the connection can be forgotten.
     pub(crate) fn is_over(&self) -> bool {
-        self.socket.is_none() && self.operations == 0
+        self.transport.is_none() && self.operations == 0
     }
 
     /// The events to ask epoll for, if they are others than before.
@@ -188,7 +190,7 @@ impl Connection {
     fn wants_input(&self) -> bool {
         match self.phase {
             Phase::Handshake(_) | Phase::Transmission(_) => {
-                self.reading && !self.stalled && !self.input.is_full()
+                self.reading && !self.starting_tls && !self.stalled && !self.input.is_full()
             }
             Phase::Ending { .. } => false,
             Phase::Lingering => true,
@@ -218,7 +220,8 @@ impl Connection {
                 }
                 Ok((count, offered)) => {
                     turn += count;
-                    if count < offered {
+                    // TLS gives a record at a time, however much the socket has.
+                    if count < offered && !self.is_tls() {
                         return;
                     }
                     if !self.fill_payload() {
@@ -226,16 +229,35 @@ impl Connection {
                         return;
                     }
                 }
-                Err(Errno::INTR) => {}
-                Err(Errno::AGAIN) => return,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
                 Err(error) => return self.close(&format!("cannot receive: {error}")),
             }
         }
     }
 
+    fn is_tls(&self) -> bool {
+        self.transport.as_ref().is_some_and(Transport::is_tls)
+    }
+
+    /// Moves what the TLS session has decrypted already to where it belongs. True if there was any.
+    fn take_decrypted(&mut self) -> bool {
+        let Some(transport) = &mut self.transport else {
+            return false;
+        };
+        let open = matches!(self.phase, Phase::Handshake(_) | Phase::Transmission(_));
+        if !open || self.starting_tls || self.stalled {
+            return false;
+        }
+        // What is in the input comes first; a payload is complete only through `fill_payload`.
+        let count = transport.take_decrypted(self.input.space());
+        self.input.received(count);
+        count > 0
+    }
+
     /// Receives once, straight into the payload on its way, then into the input. The bytes received, and for how many there was room.
-    fn receive_once(&mut self) -> Result<(usize, usize), Errno> {
-        let Some(socket) = &self.socket else {
+    fn receive_once(&mut self) -> io::Result<(usize, usize)> {
+        let Some(transport) = &mut self.transport else {
             return Ok((0, 0));
         };
         if matches!(self.phase, Phase::Lingering) {
@@ -256,7 +278,7 @@ impl Connection {
         } else {
             &mut slices[..]
         };
-        let count = readv(socket, used)?;
+        let count = transport.receive(used)?;
         if let Some(Incoming::Payload { filled, .. }) = &mut self.incoming {
             *filled += count.min(wanted);
         }
@@ -294,7 +316,7 @@ impl Connection {
         loop {
             match &mut self.phase {
                 Phase::Handshake(_) => {
-                    if !self.handshake() {
+                    if !self.handshake() && !self.take_decrypted() {
                         break;
                     }
                 }
@@ -303,6 +325,7 @@ impl Connection {
                     match self.transmission(session, pool) {
                         Ok(Some(wanted)) => return Some(wanted),
                         Ok(None) => {}
+                        Err(Pause) if self.take_decrypted() => {}
                         Err(Pause) => break,
                     }
                 }
@@ -323,6 +346,9 @@ impl Connection {
         let Phase::Handshake(handshake) = &mut self.phase else {
             return false;
         };
+        if self.starting_tls {
+            return false;
+        }
         if self.output.bytes() > HANDSHAKE_OUTPUT_BYTES {
             self.stalled = true;
             return false;
@@ -335,6 +361,10 @@ impl Connection {
         match progress {
             Progress::Again => true,
             Progress::More => false,
+            Progress::StartTls => {
+                self.starting_tls = true;
+                false
+            }
             Progress::Enter(session) => {
                 let export = &self.exports.get(session.export).name;
                 debug!(
@@ -360,12 +390,13 @@ impl Connection {
             if self.fill_payload() {
                 return Err(Pause);
             }
-            return Ok(self.payload_complete(session));
+            return Ok(self.payload_complete(session, pool));
         }
-        let Some(head) = self.input.head::<REQUEST_BYTES>() else {
+        let head_len = session.style.request_bytes();
+        let Some(head) = self.input.data().get(..head_len) else {
             return Err(Pause);
         };
-        let Some(header) = RequestHeader::decode(head) else {
+        let Some(header) = RequestHeader::decode(head, session.style) else {
             self.end(true, "a request does not begin with its magic number");
             return Ok(None);
         };
@@ -382,87 +413,107 @@ impl Connection {
             self.stalled = true;
             return Err(Pause);
         }
-        self.input.consume(REQUEST_BYTES);
+        self.input.consume(head_len);
         if matches!(command, Ok(Command::Disconnect)) {
             self.end(false, "the client disconnects");
             return Ok(None);
         }
         self.load.add(load);
+        let tag = Tag {
+            cookie: header.cookie,
+            offset: header.offset,
+            style: session.style,
+        };
         match command {
-            Err(refusal) => self.refuse(session, &header, refusal),
-            Ok(command) if command.is_empty() => {
-                self.empty(session, header.cookie, command, load);
-            }
-            Ok(command @ Command::Write { len, .. }) => {
+            Err(refusal) => self.refuse(tag, &header, refusal),
+            Ok(command) if command.is_empty() => self.empty(tag, command, load),
+            Ok(command @ (Command::Write { len, .. } | Command::Query { len, .. })) => {
                 self.incoming = Some(Incoming::Payload {
-                    cookie: header.cookie,
+                    tag,
                     command,
                     buffer: pool.take(len),
                     filled: 0,
                 });
             }
-            Ok(command) => return Ok(Some(wanted(session, header.cookie, command, None))),
+            Ok(command) => return Ok(Some(wanted(session, tag, command, None))),
         }
         Ok(None)
     }
 
     /// The payload on its way is complete.
-    fn payload_complete(&mut self, session: Session) -> Option<Wanted> {
+    fn payload_complete(&mut self, session: Session, pool: &mut Pool) -> Option<Wanted> {
         match self.incoming.take()? {
             Incoming::Payload {
-                cookie,
+                tag,
+                command: Command::Query { offset, one, .. },
+                buffer,
+                ..
+            } => {
+                let export = self.exports.get(session.export);
+                let command = session.query(offset, one, buffer.as_slice(), export);
+                pool.give(buffer);
+                match command {
+                    Ok(command) => Some(wanted(session, tag, command, None)),
+                    Err(refusal) => {
+                        let load = Load::request(
+                            Command::Query {
+                                offset,
+                                len: 0,
+                                one,
+                            }
+                            .held_bytes(),
+                        );
+                        self.push_refusal(tag, refusal, load);
+                        None
+                    }
+                }
+            }
+            Incoming::Payload {
+                tag,
                 command,
                 buffer,
                 ..
-            } => Some(wanted(session, cookie, command, Some(buffer))),
-            Incoming::Skip {
-                cookie, refusal, ..
-            } => {
-                self.push_refusal(session, cookie, refusal);
+            } => Some(wanted(session, tag, command, Some(buffer))),
+            Incoming::Skip { tag, refusal, .. } => {
+                self.push_refusal(tag, refusal, Load::request(0));
                 None
             }
         }
     }
 
-    fn refuse(&mut self, session: Session, header: &RequestHeader, refusal: Refusal) {
+    fn refuse(&mut self, tag: Tag, header: &RequestHeader, refusal: Refusal) {
         debug!(
             connection = self.id,
             ?header,
             why = refusal.why,
             "refused a request"
         );
-        let remaining = header.payload_len();
+        let remaining = header.payload_len(tag.style);
         if remaining == 0 {
-            self.push_refusal(session, header.cookie, refusal);
+            self.push_refusal(tag, refusal, Load::request(0));
         } else if payload(remaining).is_some() {
             self.incoming = Some(Incoming::Skip {
-                cookie: header.cookie,
+                tag,
                 refusal,
                 remaining,
             });
         } else {
             // It would take too long to read a payload that nobody wants.
-            self.push_refusal(session, header.cookie, refusal);
-            self.end(true, "a write is longer than the maximum block size");
+            self.push_refusal(tag, refusal, Load::request(0));
+            self.end(true, "a payload is longer than the maximum block size");
         }
     }
 
-    fn push_refusal(&mut self, session: Session, cookie: u64, refusal: Refusal) {
-        self.output.push(Reply::error(
-            cookie,
-            session.structured,
-            refusal.code,
-            refusal.why,
-            Load::request(0),
-        ));
+    /// `load` is what the request has cost so far.
+    fn push_refusal(&mut self, tag: Tag, refusal: Refusal, load: Load) {
+        self.output
+            .push(Reply::error(tag, refusal.code, refusal.why, load));
     }
 
-    fn empty(&mut self, session: Session, cookie: u64, command: Command, load: Load) {
+    fn empty(&mut self, tag: Tag, command: Command, load: Load) {
         self.output.push(match command {
-            Command::Read { offset, .. } => {
-                Reply::data(cookie, session.structured, offset, None, load)
-            }
-            _ => Reply::done(cookie, load),
+            Command::Read { .. } => Reply::data(tag, None, load),
+            _ => Reply::done(tag, load),
         });
     }
 
@@ -475,19 +526,19 @@ impl Connection {
     pub(crate) fn answer(&mut self, reply: Reply) {
         debug_assert!(self.operations > 0);
         self.operations -= 1;
-        if self.socket.is_some() {
+        if self.transport.is_some() {
             self.output.push(reply);
         }
     }
 
     /// Sends what the socket takes. True when that has made room for a request that waits.
     pub(crate) fn send(&mut self, pool: &mut Pool) -> bool {
-        let Some(socket) = &self.socket else {
+        let Some(transport) = &mut self.transport else {
             return false;
         };
         let mut room = false;
-        if !self.output.is_empty() {
-            match self.output.send(socket.as_fd(), pool) {
+        if !self.output.is_empty() || transport.has_unsent() || self.starting_tls {
+            match self.output.send(transport, pool) {
                 Ok(sent) => {
                     self.load.remove(sent.freed);
                     self.blocked = sent.blocked;
@@ -498,14 +549,42 @@ impl Connection {
                     return false;
                 }
             }
+            if !self.blocked && !self.settle() {
+                return false;
+            }
         }
         if let Phase::Ending { linger } = self.phase
             && self.operations == 0
             && self.output.is_empty()
+            && !self.blocked
         {
             self.finish(linger);
         }
         room
+    }
+
+    /// The output is with the transport: what TLS still holds of it is sent, and TLS begins where it has to. False if the
+    /// connection is closed over it.
+    fn settle(&mut self) -> bool {
+        let Some(transport) = &mut self.transport else {
+            return false;
+        };
+        let result = match transport.flush() {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                self.blocked = true;
+                return true;
+            }
+            Ok(()) if std::mem::take(&mut self.starting_tls) => match self.exports.tls() {
+                Some(config) => transport.start_tls(config).map_err(io::Error::other),
+                None => Ok(()),
+            },
+            result => result,
+        };
+        if let Err(error) = result {
+            self.close(&format!("cannot send: {error}"));
+            return false;
+        }
+        true
     }
 
     /// The server shuts down. What was read is answered, what is in flight finished; nothing more is read.
@@ -549,11 +628,14 @@ impl Connection {
 
     /// All is done and sent.
     fn finish(&mut self, linger: bool) {
+        if let Some(transport) = &mut self.transport {
+            transport.finish();
+        }
         if !linger {
             return self.close("done");
         }
-        if let Some(socket) = &self.socket
-            && rustix::net::shutdown(socket, Shutdown::Write).is_ok()
+        if let Some(transport) = &self.transport
+            && rustix::net::shutdown(transport.socket(), Shutdown::Write).is_ok()
         {
             self.phase = Phase::Lingering;
             self.deadline = Instant::now().checked_add(LINGER_TIME);
@@ -564,7 +646,7 @@ impl Connection {
 
     /// Closes at once. The connection is kept until what is in flight has come back.
     pub(crate) fn close(&mut self, why: &str) {
-        if self.socket.take().is_some() {
+        if self.transport.take().is_some() {
             debug!(connection = self.id, why, "closed");
         }
         self.reading = false;
@@ -581,11 +663,10 @@ impl Connection {
 /// Nothing can be done until there is more input, or less load.
 struct Pause;
 
-fn wanted(session: Session, cookie: u64, command: Command, payload: Option<Buffer>) -> Wanted {
+fn wanted(session: Session, tag: Tag, command: Command, payload: Option<Buffer>) -> Wanted {
     Wanted {
         export: session.export,
-        cookie,
-        structured: session.structured,
+        tag,
         command,
         payload,
         load: Load::request(command.held_bytes()),

@@ -56,6 +56,14 @@ pub enum Error {
         /// The number of the descriptor.
         fd: i32,
     },
+    /// Credentials for TLS are missing or wrong.
+    #[error("{}: {what}", path.display())]
+    Tls {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        what: String,
+    },
     /// An option makes no sense.
     #[error("{what}")]
     Invalid {

@@ -5,20 +5,20 @@
 
 use std::sync::Arc;
 
+use crate::contexts::Contexts;
 use crate::export::{ExportId, Exports};
 use crate::input::Input;
 use crate::limits::{OPTION_BYTES, OPTION_SKIP_BYTES, OPTIONS};
 use crate::options::{self, Negotiated, OptionReplies};
-use crate::wire::{GREETING_MAGIC, OPTION_MAGIC, handshake_flag, option, option_reply};
+use crate::wire::{GREETING_MAGIC, OPTION_MAGIC, Style, handshake_flag, option, option_reply};
 
 /// What was agreed with a client, once it has chosen an export.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Session {
     pub(crate) export: ExportId,
-    /// Replies with payload are structured, and errors carry text.
-    pub(crate) structured: bool,
-    /// `base:allocation` may be asked for.
-    pub(crate) allocation: bool,
+    pub(crate) style: Style,
+    /// What a block status may be asked for.
+    pub(crate) contexts: Contexts,
 }
 
 /// What comes of looking at the input once.
@@ -28,6 +28,8 @@ pub(crate) enum Progress {
     Again,
     /// More input is needed.
     More,
+    /// TLS is to begin, once what was appended is sent. The handshake goes on over it.
+    StartTls,
     /// The handshake is over.
     Enter(Session),
     /// The connection ends, after what was appended is sent. The client asked for it, or broke a rule.
@@ -43,6 +45,16 @@ pub(crate) struct Handshake {
     fixed: bool,
     options: u32,
     negotiated: Negotiated,
+    tls: Tls,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Tls {
+    /// The server has no credentials.
+    Off,
+    /// Nothing is told before it.
+    Required,
+    Active,
 }
 
 #[derive(Debug)]
@@ -70,6 +82,10 @@ pub(crate) fn greeting() -> Vec<u8> {
 impl Handshake {
     pub(crate) fn new(exports: Arc<Exports>) -> Self {
         Self {
+            tls: match exports.tls() {
+                Some(_) => Tls::Required,
+                None => Tls::Off,
+            },
             exports,
             state: State::Flags,
             no_zeroes: false,
@@ -144,20 +160,48 @@ impl Handshake {
             return Progress::Close("the client haggles without end");
         }
         let data = &input.data()[OPTION_HEAD..OPTION_HEAD + len];
-        let progress = if option == option::EXPORT_NAME {
-            self.export_name(data, output)
-        } else {
-            let mut replies = OptionReplies::new(option, output);
-            options::handle(
+        let mut replies = OptionReplies::new(option, output);
+        let progress = match option {
+            option::EXPORT_NAME => self.export_name(data, output),
+            option::STARTTLS => self.start_tls(data, &mut replies),
+            _ if self.tls == Tls::Required && option != option::ABORT => {
+                replies.error(
+                    option_reply::ERR_TLS_REQD,
+                    "this server serves over TLS only",
+                );
+                Progress::Again
+            }
+            _ => options::handle(
                 option,
                 data,
                 &self.exports,
                 &mut self.negotiated,
                 &mut replies,
-            )
+            ),
         };
         input.consume(OPTION_HEAD + len);
+        if progress == Progress::StartTls && !input.data().is_empty() {
+            // A client waits for the answer before it begins. What is here was slipped in by somebody in between, or is nonsense.
+            return Progress::Close("the client went on before TLS had begun");
+        }
         progress
+    }
+
+    fn start_tls(&mut self, data: &[u8], replies: &mut OptionReplies<'_>) -> Progress {
+        if self.tls == Tls::Off {
+            replies.error(option_reply::ERR_POLICY, "this server has no TLS");
+        } else if self.tls == Tls::Active {
+            replies.error(option_reply::ERR_INVALID, "TLS has begun already");
+        } else if !data.is_empty() {
+            replies.error(option_reply::ERR_INVALID, "this option takes no data");
+        } else {
+            replies.ack();
+            self.tls = Tls::Active;
+            // What was agreed on in the clear does not hold any more.
+            self.negotiated = Negotiated::default();
+            return Progress::StartTls;
+        }
+        Progress::Again
     }
 
     fn skip(
@@ -187,13 +231,19 @@ impl Handshake {
 
     /// `NBD_OPT_EXPORT_NAME`: the only option without a reply of its own, so a wrong name can only end the connection.
     fn export_name(&mut self, name: &[u8], output: &mut Vec<u8>) -> Progress {
+        if self.tls == Tls::Required {
+            return Progress::Close("the client asked for an export without TLS");
+        }
         let Some(export) = self.exports.find(name) else {
             return Progress::Close("the client asked for an export that is not there");
         };
         let session = self.negotiated.session(export);
+        if session.style == Style::Extended {
+            return Progress::Close("with extended headers the client must choose with GO");
+        }
         let export = self.exports.get(export);
         output.extend(export.size().to_be_bytes());
-        output.extend(export.flags(session.structured).to_be_bytes());
+        output.extend(export.flags(session.style, session.contexts).to_be_bytes());
         if !self.no_zeroes {
             output.extend([0; 124]);
         }

@@ -38,6 +38,7 @@
 #![forbid(unsafe_code)]
 
 mod connection;
+mod contexts;
 mod error;
 mod export;
 mod handshake;
@@ -49,10 +50,14 @@ mod options;
 mod pool;
 mod reply;
 mod server;
+mod status;
+mod tls;
 mod transmission;
+mod transport;
 mod wire;
 mod worker;
 
 pub use error::Error;
 pub use listen::{Address, Listen, Listener};
 pub use server::{Server, ServerBuilder};
+pub use tls::TlsCredentials;

@@ -36,6 +36,13 @@ pub(crate) const SUBMIT_ROUND_BYTES: usize = 512 << 10;
 /// Pieces of one vectored send: 64 replies with payload.
 pub(crate) const SEND_PIECES: usize = 128;
 
+/// What a TLS session holds encrypted until the socket takes it.
+pub(crate) const TLS_OUTPUT_BYTES: usize = 128 << 10;
+
+/// Reads of one TLS session, each of at most a record, before the others have their turn: records without content do not count as
+/// received.
+pub(crate) const TLS_RECEIVE_ROUNDS: usize = 32;
+
 /// Socket buffers asked for. The kernel gives less where `net.core.wmem_max` says so.
 pub(crate) const SOCKET_BUFFER_BYTES: usize = 2 << 20;
 
@@ -75,8 +82,12 @@ pub(crate) const POOL_BYTES: usize = 32 << 20;
 /// Different lengths of buffers that a worker keeps.
 pub(crate) const POOL_CLASSES: usize = 8;
 
-/// Descriptors of one block status reply.
+/// Descriptors of one block status reply, for each metadata context.
 pub(crate) const STATUS_DESCRIPTORS: usize = 2048;
+
+/// Bytes that the descriptors of one block status reply take at most: in the making, or as they travel.
+pub(crate) const STATUS_BYTES: usize =
+    STATUS_DESCRIPTORS * 16 * crate::contexts::Context::ALL.len();
 
 /// Clusters that the engine is asked about at once for a block status, so that other requests have their turn.
 pub(crate) const STATUS_STEP_CLUSTERS: u64 = 4096;
@@ -96,7 +107,7 @@ const _: () = {
         "an option with its head must fit the input"
     );
     assert!(
-        INPUT_BYTES >= crate::wire::REQUEST_BYTES,
+        INPUT_BYTES >= crate::wire::Style::Extended.request_bytes(),
         "a request's head must fit the input"
     );
     assert!(

@@ -70,16 +70,17 @@ pub enum Address {
 
 impl Address {
     /// The NBD URI of an export at this address; None where there is none. An address that stands for all of the host's is given
-    /// as `localhost`.
+    /// as `localhost`. With `tls` it says that TLS is needed.
     #[must_use]
-    pub fn uri(&self, export: &str) -> Option<String> {
+    pub fn uri(&self, export: &str, tls: bool) -> Option<String> {
+        let nbd = if tls { "nbds" } else { "nbd" };
         let export = escape(export.as_bytes());
         match self {
             Self::Unix(path) => {
                 // The client may run in another directory.
                 let path = std::path::absolute(path).unwrap_or_else(|_| path.clone());
                 let path = escape(path.as_os_str().as_bytes());
-                Some(format!("nbd+unix:///{export}?socket={path}"))
+                Some(format!("{nbd}+unix:///{export}?socket={path}"))
             }
             Self::Tcp(address) => {
                 let host = match address.ip() {
@@ -88,8 +89,8 @@ impl Address {
                     std::net::IpAddr::V6(ip) => format!("[{ip}]"),
                 };
                 Some(match address.port() {
-                    10809 => format!("nbd://{host}/{export}"),
-                    port => format!("nbd://{host}:{port}/{export}"),
+                    10809 => format!("{nbd}://{host}/{export}"),
+                    port => format!("{nbd}://{host}:{port}/{export}"),
                 })
             }
             Self::Unnamed => None,
@@ -424,12 +425,12 @@ mod tests {
     fn uris_are_as_the_nbd_project_defines_them() {
         let unix = Address::Unix("/run/my disk.sock".into());
         assert_eq!(
-            unix.uri("").unwrap(),
+            unix.uri("", false).unwrap(),
             "nbd+unix:///?socket=/run/my%20disk.sock"
         );
         assert_eq!(
-            unix.uri("a?b").unwrap(),
-            "nbd+unix:///a%3Fb?socket=/run/my%20disk.sock"
+            unix.uri("a?b", true).unwrap(),
+            "nbds+unix:///a%3Fb?socket=/run/my%20disk.sock"
         );
         for (address, uri) in [
             ("127.0.0.1:10809", "nbd://127.0.0.1/disk"),
@@ -438,10 +439,12 @@ mod tests {
             ("0.0.0.0:1234", "nbd://localhost:1234/disk"),
         ] {
             assert_eq!(
-                Address::Tcp(address.parse().unwrap()).uri("disk").unwrap(),
+                Address::Tcp(address.parse().unwrap())
+                    .uri("disk", false)
+                    .unwrap(),
                 uri
             );
         }
-        assert_eq!(Address::Unnamed.uri(""), None);
+        assert_eq!(Address::Unnamed.uri("", false), None);
     }
 }

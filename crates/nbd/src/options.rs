@@ -1,21 +1,17 @@
 //! What the options of the handshake mean, and their replies ("Option types" and "Option reply types" of the protocol).
 
+use crate::contexts::{Context, Contexts};
 use crate::export::{ExportId, Exports};
 use crate::handshake::{Progress, Session};
 use crate::limits::{MIN_BLOCK, PAYLOAD_BYTES, PREFERRED_BLOCK, STRING_BYTES};
-use crate::wire::{
-    BASE_ALLOCATION, Fields, OPTION_REPLY_MAGIC, info, len32, option, option_reply as reply,
-};
-
-/// Number of `base:allocation` in replies. Any will do.
-pub(crate) const ALLOCATION_CONTEXT: u32 = 1;
+use crate::wire::{Fields, OPTION_REPLY_MAGIC, Style, info, len32, option, option_reply as reply};
 
 /// What the client has switched on so far.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Negotiated {
-    structured: bool,
-    /// The export for which `base:allocation` was selected.
-    allocation: Option<ExportId>,
+    style: Style,
+    /// The export for which metadata contexts were selected, and which.
+    selected: Option<(ExportId, Contexts)>,
 }
 
 impl Negotiated {
@@ -24,8 +20,11 @@ impl Negotiated {
     pub(crate) fn session(&self, export: ExportId) -> Session {
         Session {
             export,
-            structured: self.structured,
-            allocation: self.allocation == Some(export),
+            style: self.style,
+            contexts: match self.selected {
+                Some((selected, contexts)) if selected == export => contexts,
+                _ => Contexts::default(),
+            },
         }
     }
 }
@@ -52,7 +51,7 @@ impl<'a> OptionReplies<'a> {
         }
     }
 
-    fn ack(&mut self) {
+    pub(crate) fn ack(&mut self) {
         self.send(reply::ACK, &[]);
     }
 
@@ -68,15 +67,15 @@ impl<'a> OptionReplies<'a> {
         self.send(reply::INFO, &pieces);
     }
 
-    fn context(&mut self, id: u32) {
+    fn context(&mut self, id: u32, context: Context) {
         self.send(
             reply::META_CONTEXT,
-            &[&id.to_be_bytes(), BASE_ALLOCATION.as_bytes()],
+            &[&id.to_be_bytes(), context.name().as_bytes()],
         );
     }
 }
 
-/// Answers one option other than EXPORT_NAME. `data` is at most `OPTION_BYTES` long.
+/// Answers one option other than EXPORT_NAME and STARTTLS. `data` is at most `OPTION_BYTES` long.
 pub(crate) fn handle(
     option: u32,
     data: &[u8],
@@ -97,24 +96,37 @@ pub(crate) fn handle(
             }
         }
         option::STRUCTURED_REPLY => {
-            if data.is_empty() {
-                negotiated.structured = true;
-                replies.ack();
-            } else {
-                replies.error(reply::ERR_INVALID, "this option takes no data");
-            }
+            style(Style::Structured, data, negotiated, replies);
         }
+        option::EXTENDED_HEADERS => style(Style::Extended, data, negotiated, replies),
         option::LIST_META_CONTEXT => {
-            contexts(data, exports, *negotiated, replies, Contexts::List);
+            contexts(data, exports, *negotiated, replies, Purpose::List);
         }
         option::SET_META_CONTEXT => {
             // Whatever comes of it, what was selected before is void.
-            negotiated.allocation = None;
-            negotiated.allocation = contexts(data, exports, *negotiated, replies, Contexts::Set);
+            negotiated.selected = None;
+            negotiated.selected = contexts(data, exports, *negotiated, replies, Purpose::Set);
         }
         _ => replies.error(reply::ERR_UNSUP, "this server does not know the option"),
     }
     Progress::Again
+}
+
+/// STRUCTURED_REPLY and EXTENDED_HEADERS: each once, and no way back.
+fn style(wanted: Style, data: &[u8], negotiated: &mut Negotiated, replies: &mut OptionReplies<'_>) {
+    if !data.is_empty() {
+        replies.error(reply::ERR_INVALID, "this option takes no data");
+    } else if negotiated.style > wanted {
+        replies.error(
+            reply::ERR_EXT_HEADER_REQD,
+            "extended headers are negotiated already",
+        );
+    } else if negotiated.style == wanted {
+        replies.error(reply::ERR_INVALID, "this is negotiated already");
+    } else {
+        negotiated.style = wanted;
+        replies.ack();
+    }
 }
 
 fn list(data: &[u8], exports: &Exports, replies: &mut OptionReplies<'_>) {
@@ -150,14 +162,11 @@ fn describe(
     };
     let id = find(name, exports, replies)?;
     let export = exports.get(id);
+    let session = negotiated.session(id);
+    let flags = export.flags(session.style, session.contexts);
     replies.info(
         info::EXPORT,
-        &[
-            &export.size().to_be_bytes(),
-            &export
-                .flags(negotiated.session(id).structured)
-                .to_be_bytes(),
-        ],
+        &[&export.size().to_be_bytes(), &flags.to_be_bytes()],
     );
     let [min, preferred, max] = [MIN_BLOCK, PREFERRED_BLOCK, PAYLOAD_BYTES].map(u32::to_be_bytes);
     replies.info(info::BLOCK_SIZE, &[&min, &preferred, &max]);
@@ -195,20 +204,20 @@ fn find(name: &[u8], exports: &Exports, replies: &mut OptionReplies<'_>) -> Opti
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Contexts {
+enum Purpose {
     List,
     Set,
 }
 
-/// LIST_META_CONTEXT and SET_META_CONTEXT. The export, if `base:allocation` is among what the client asks for.
+/// LIST_META_CONTEXT and SET_META_CONTEXT. The export, and what was found for it.
 fn contexts(
     data: &[u8],
     exports: &Exports,
     negotiated: Negotiated,
     replies: &mut OptionReplies<'_>,
-    purpose: Contexts,
-) -> Option<ExportId> {
-    if !negotiated.structured {
+    purpose: Purpose,
+) -> Option<(ExportId, Contexts)> {
+    if negotiated.style == Style::Simple {
         replies.error(
             reply::ERR_INVALID,
             "structured replies must be negotiated first",
@@ -220,24 +229,23 @@ fn contexts(
         return None;
     };
     let id = find(name, exports, replies)?;
-    let selected = match purpose {
-        // "If zero queries are sent, then the server MUST return all the metadata contexts"; a bare namespace, all of it.
-        Contexts::List => {
-            queries.is_empty()
-                || queries
-                    .iter()
-                    .any(|&query| query == b"base:" || query == BASE_ALLOCATION.as_bytes())
+    let is_found = |context: &Context| match purpose {
+        // "If zero queries are sent, then the server MUST return all the metadata contexts".
+        Purpose::List => {
+            queries.is_empty() || queries.iter().any(|query| context.is_listed_by(query))
         }
-        Contexts::Set => queries.contains(&BASE_ALLOCATION.as_bytes()),
+        Purpose::Set => queries.contains(&context.name().as_bytes()),
     };
-    if selected {
-        replies.context(match purpose {
-            Contexts::List => 0,
-            Contexts::Set => ALLOCATION_CONTEXT,
-        });
+    let found: Contexts = Context::ALL.into_iter().filter(is_found).collect();
+    for context in found.iter() {
+        let number = match purpose {
+            Purpose::List => 0,
+            Purpose::Set => context.id(),
+        };
+        replies.context(number, context);
     }
     replies.ack();
-    selected.then_some(id)
+    Some((id, found))
 }
 
 fn parse_contexts(data: &[u8]) -> Option<(&[u8], Vec<&[u8]>)> {

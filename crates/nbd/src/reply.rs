@@ -2,20 +2,31 @@
 //! protocol).
 
 use std::collections::VecDeque;
+use std::io;
 use std::io::IoSlice;
-use std::os::fd::BorrowedFd;
 
-use rustix::io::Errno;
-use rustix::net::{SendAncillaryBuffer, SendFlags, sendmsg};
 use urus::Buffer;
 
+use crate::contexts::Context;
 use crate::limits::{Load, SEND_PIECES, SEND_TURN_BYTES};
-use crate::options::ALLOCATION_CONTEXT;
 use crate::pool::Pool;
-use crate::wire::{CHUNK_DONE, CHUNK_MAGIC, ErrorCode, SIMPLE_REPLY_MAGIC, chunk, len32};
+use crate::status::Descriptors;
+use crate::transport::Transport;
+use crate::wire::{
+    CHUNK_DONE, CHUNK_MAGIC, EXTENDED_CHUNK_MAGIC, ErrorCode, SIMPLE_REPLY_MAGIC, Style, chunk,
+    len32,
+};
 
-/// Bytes of the longest head: a chunk's, and the offset of its data.
-const HEAD_BYTES: usize = 28;
+/// Bytes of the longest head: an extended chunk's, and the offset of its data.
+const HEAD_BYTES: usize = 40;
+
+/// What the replies to a request repeat of it, and how they look.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Tag {
+    pub(crate) cookie: u64,
+    pub(crate) offset: u64,
+    pub(crate) style: Style,
+}
 
 /// One message to the client.
 #[derive(Debug)]
@@ -45,6 +56,60 @@ impl Payload {
     }
 }
 
+/// The head of a chunk with `len` bytes of payload, and its length.
+fn chunk_head(tag: Tag, flags: u16, kind: u16, len: usize) -> ([u8; 32], usize) {
+    let [flags, kind] = [flags, kind].map(u16::to_be_bytes);
+    let [cookie, offset] = [tag.cookie, tag.offset].map(u64::to_be_bytes);
+    let (magic, len) = (CHUNK_MAGIC.to_be_bytes(), len32(len));
+    let extended = EXTENDED_CHUNK_MAGIC.to_be_bytes();
+    let (short, long) = (len.to_be_bytes(), u64::from(len).to_be_bytes());
+    let pieces: &[&[u8]] = if tag.style == Style::Extended {
+        &[&extended, &flags, &kind, &cookie, &offset, &long]
+    } else {
+        &[&magic, &flags, &kind, &cookie, &short]
+    };
+    let mut head = [0; 32];
+    let mut at = 0;
+    for piece in pieces {
+        head[at..at + piece.len()].copy_from_slice(piece);
+        at += piece.len();
+    }
+    (head, at)
+}
+
+/// Appends one context's chunk of a block status.
+fn status_chunk(
+    bytes: &mut Vec<u8>,
+    tag: Tag,
+    flags: u16,
+    context: Context,
+    descriptors: &Descriptors,
+) {
+    let extended = tag.style == Style::Extended;
+    let (kind, len) = if extended {
+        (chunk::BLOCK_STATUS_EXT, 8 + 16 * descriptors.len())
+    } else {
+        (chunk::BLOCK_STATUS, 4 + 8 * descriptors.len())
+    };
+    let (head, head_len) = chunk_head(tag, flags, kind, len);
+    bytes.extend(&head[..head_len]);
+    bytes.extend(context.id().to_be_bytes());
+    if extended {
+        bytes.extend(len32(descriptors.len()).to_be_bytes());
+    }
+    for &(len, status) in descriptors {
+        if extended {
+            bytes.extend(len.to_be_bytes());
+            bytes.extend(u64::from(status).to_be_bytes());
+        } else {
+            let len = u32::try_from(len)
+                .expect("an extent lies within a request, whose length has 32 bits");
+            bytes.extend(len.to_be_bytes());
+            bytes.extend(status.to_be_bytes());
+        }
+    }
+}
+
 impl Reply {
     fn new(pieces: &[&[u8]], payload: Payload, load: Load) -> Self {
         let mut head = [0; HEAD_BYTES];
@@ -66,12 +131,12 @@ impl Reply {
         Self::new(&[], Payload::Bytes(bytes), Load::default())
     }
 
-    fn simple(cookie: u64, code: u32, payload: Payload, load: Load) -> Self {
+    fn simple(tag: Tag, code: u32, payload: Payload, load: Load) -> Self {
         Self::new(
             &[
                 &SIMPLE_REPLY_MAGIC.to_be_bytes(),
                 &code.to_be_bytes(),
-                &cookie.to_be_bytes(),
+                &tag.cookie.to_be_bytes(),
             ],
             payload,
             load,
@@ -79,78 +144,63 @@ impl Reply {
     }
 
     /// The only chunk of a structured reply. `extra` is the part of its payload that goes into the head.
-    fn chunk(cookie: u64, kind: u16, extra: &[u8], payload: Payload, load: Load) -> Self {
-        let len = len32(extra.len() + payload.as_slice().len());
-        Self::new(
-            &[
-                &CHUNK_MAGIC.to_be_bytes(),
-                &CHUNK_DONE.to_be_bytes(),
-                &kind.to_be_bytes(),
-                &cookie.to_be_bytes(),
-                &len.to_be_bytes(),
-                extra,
-            ],
-            payload,
-            load,
-        )
+    fn chunk(tag: Tag, kind: u16, extra: &[u8], payload: Payload, load: Load) -> Self {
+        let len = extra.len() + payload.as_slice().len();
+        let (head, head_len) = chunk_head(tag, CHUNK_DONE, kind, len);
+        Self::new(&[&head[..head_len], extra], payload, load)
     }
 
     /// A request that returns nothing has succeeded.
-    pub(crate) fn done(cookie: u64, load: Load) -> Self {
-        Self::simple(cookie, 0, Payload::None, load)
+    pub(crate) fn done(tag: Tag, load: Load) -> Self {
+        match tag.style {
+            Style::Simple | Style::Structured => Self::simple(tag, 0, Payload::None, load),
+            // With extended headers every reply is structured.
+            Style::Extended => Self::chunk(tag, chunk::NONE, &[], Payload::None, load),
+        }
     }
 
-    /// What was read at `offset`. All of it is there, so one chunk says all.
-    pub(crate) fn data(
-        cookie: u64,
-        structured: bool,
-        offset: u64,
-        buffer: Option<Buffer>,
-        load: Load,
-    ) -> Self {
-        match (structured, buffer.filter(|buffer| !buffer.is_empty())) {
-            (true, Some(buffer)) => Self::chunk(
-                cookie,
+    /// What was read. All of it is there, so one chunk says all.
+    pub(crate) fn data(tag: Tag, buffer: Option<Buffer>, load: Load) -> Self {
+        match (tag.style, buffer.filter(|buffer| !buffer.is_empty())) {
+            (Style::Simple, Some(buffer)) => Self::simple(tag, 0, Payload::Buffer(buffer), load),
+            (Style::Simple, None) => Self::done(tag, load),
+            (_, Some(buffer)) => Self::chunk(
+                tag,
                 chunk::OFFSET_DATA,
-                &offset.to_be_bytes(),
+                &tag.offset.to_be_bytes(),
                 Payload::Buffer(buffer),
                 load,
             ),
             // A data chunk must not be empty.
-            (true, None) => Self::chunk(cookie, chunk::NONE, &[], Payload::None, load),
-            (false, Some(buffer)) => Self::simple(cookie, 0, Payload::Buffer(buffer), load),
-            (false, None) => Self::done(cookie, load),
+            (_, None) => Self::chunk(tag, chunk::NONE, &[], Payload::None, load),
         }
     }
 
     /// An error; with structured replies, with text for a person.
-    pub(crate) fn error(
-        cookie: u64,
-        structured: bool,
-        code: ErrorCode,
-        text: &str,
-        load: Load,
-    ) -> Self {
-        if !structured {
-            return Self::simple(cookie, code.number(), Payload::None, load);
+    pub(crate) fn error(tag: Tag, code: ErrorCode, text: &str, load: Load) -> Self {
+        if tag.style == Style::Simple {
+            return Self::simple(tag, code.number(), Payload::None, load);
         }
         let text_len = u16::try_from(text.len()).unwrap_or(u16::MAX);
         let mut bytes = Vec::with_capacity(6 + usize::from(text_len));
         bytes.extend(code.number().to_be_bytes());
         bytes.extend(text_len.to_be_bytes());
         bytes.extend(&text.as_bytes()[..usize::from(text_len)]);
-        Self::chunk(cookie, chunk::ERROR, &[], Payload::Bytes(bytes), load)
+        Self::chunk(tag, chunk::ERROR, &[], Payload::Bytes(bytes), load)
     }
 
-    /// The extents of a range: (length, flags) pairs as they travel.
-    pub(crate) fn block_status(cookie: u64, descriptors: Vec<u8>, load: Load) -> Self {
-        Self::chunk(
-            cookie,
-            chunk::BLOCK_STATUS,
-            &ALLOCATION_CONTEXT.to_be_bytes(),
-            Payload::Bytes(descriptors),
-            load,
-        )
+    /// The extents of a range, as each metadata context has them: a chunk for each.
+    pub(crate) fn block_status(tag: Tag, lists: &[(Context, Descriptors)], load: Load) -> Self {
+        let mut bytes = Vec::new();
+        for (index, (context, descriptors)) in lists.iter().enumerate() {
+            let done = if index + 1 == lists.len() {
+                CHUNK_DONE
+            } else {
+                0
+            };
+            status_chunk(&mut bytes, tag, done, *context, descriptors);
+        }
+        Self::new(&[], Payload::Bytes(bytes), load)
     }
 
     fn pieces(&self) -> [&[u8]; 2] {
@@ -202,7 +252,7 @@ impl Output {
     }
 
     /// Sends what the socket takes, many replies per system call.
-    pub(crate) fn send(&mut self, socket: BorrowedFd<'_>, pool: &mut Pool) -> Result<Sent, Errno> {
+    pub(crate) fn send(&mut self, transport: &mut Transport, pool: &mut Pool) -> io::Result<Sent> {
         let mut outcome = Sent {
             freed: Load::default(),
             blocked: false,
@@ -213,13 +263,13 @@ impl Output {
                 outcome.blocked = true;
                 break;
             }
-            match self.send_once(socket) {
+            match self.send_once(transport) {
                 Ok(count) => {
                     turn += count;
                     self.advance(count, &mut outcome.freed, pool);
                 }
-                Err(Errno::INTR) => {}
-                Err(Errno::AGAIN) => {
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                     outcome.blocked = true;
                     break;
                 }
@@ -229,7 +279,7 @@ impl Output {
         Ok(outcome)
     }
 
-    fn send_once(&self, socket: BorrowedFd<'_>) -> Result<usize, Errno> {
+    fn send_once(&self, transport: &mut Transport) -> io::Result<usize> {
         let mut slices: [IoSlice<'_>; SEND_PIECES] = std::array::from_fn(|_| IoSlice::new(&[]));
         let mut count = 0;
         let mut skip = self.sent;
@@ -247,13 +297,7 @@ impl Output {
                 count += 1;
             }
         }
-        // NOSIGNAL: a client that is gone is an error here, not a signal to the process this runs in.
-        sendmsg(
-            socket,
-            &slices[..count],
-            &mut SendAncillaryBuffer::default(),
-            SendFlags::NOSIGNAL | SendFlags::DONTWAIT,
-        )
+        transport.send(&slices[..count])
     }
 
     /// `count` more bytes are sent.
@@ -282,22 +326,34 @@ mod tests {
     use super::*;
     use rustix::io::read;
     use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
-    use std::os::fd::AsFd;
 
     fn load() -> Load {
         Load::request(0)
     }
 
+    fn tag(cookie: u64, style: Style) -> Tag {
+        Tag {
+            cookie,
+            offset: 9,
+            style,
+        }
+    }
+
     #[test]
     fn simple_replies_have_the_layout_of_the_document() {
-        let done = Reply::done(0x0102_0304_0506_0708, load()).to_bytes();
+        let done = Reply::done(tag(0x0102_0304_0506_0708, Style::Structured), load()).to_bytes();
         assert_eq!(
             done,
             b"\x67\x44\x66\x98\0\0\0\0\x01\x02\x03\x04\x05\x06\x07\x08"
         );
-        let failed = Reply::error(1, false, ErrorCode::NoSpc, "full", load()).to_bytes();
+        let failed =
+            Reply::error(tag(1, Style::Simple), ErrorCode::NoSpc, "full", load()).to_bytes();
         assert_eq!(failed, b"\x67\x44\x66\x98\0\0\0\x1c\0\0\0\0\0\0\0\x01");
-        let data = Reply::data(1, false, 9, Some(Buffer::from_vec(b"abc".to_vec())), load());
+        let data = Reply::data(
+            tag(1, Style::Simple),
+            Some(Buffer::from_vec(b"abc".to_vec())),
+            load(),
+        );
         assert_eq!(
             data.to_bytes(),
             b"\x67\x44\x66\x98\0\0\0\0\0\0\0\0\0\0\0\x01abc"
@@ -306,26 +362,69 @@ mod tests {
 
     #[test]
     fn structured_replies_have_the_layout_of_the_document() {
-        let data = Reply::data(1, true, 9, Some(Buffer::from_vec(b"abc".to_vec())), load());
+        let data = Reply::data(
+            tag(1, Style::Structured),
+            Some(Buffer::from_vec(b"abc".to_vec())),
+            load(),
+        );
         assert_eq!(
             data.to_bytes(),
             b"\x66\x8e\x33\xef\0\x01\0\x01\0\0\0\0\0\0\0\x01\0\0\0\x0b\0\0\0\0\0\0\0\x09abc"
         );
-        let nothing = Reply::data(1, true, 9, Some(Buffer::new(0)), load());
+        let nothing = Reply::data(tag(1, Style::Structured), Some(Buffer::new(0)), load());
         assert_eq!(
             nothing.to_bytes(),
             b"\x66\x8e\x33\xef\0\x01\0\0\0\0\0\0\0\0\0\x01\0\0\0\0"
         );
-        let failed = Reply::error(1, true, ErrorCode::Io, "no", load()).to_bytes();
+        let failed =
+            Reply::error(tag(1, Style::Structured), ErrorCode::Io, "no", load()).to_bytes();
         assert_eq!(
             failed,
             b"\x66\x8e\x33\xef\0\x01\x80\x01\0\0\0\0\0\0\0\x01\0\0\0\x08\0\0\0\x05\0\x02no"
         );
-        let status = Reply::block_status(1, vec![0, 0, 2, 0, 0, 0, 0, 3], load()).to_bytes();
+        let status = Reply::block_status(
+            tag(1, Style::Structured),
+            &[(Context::Allocation, vec![(512, 3)])],
+            load(),
+        )
+        .to_bytes();
         assert_eq!(
             status,
             b"\x66\x8e\x33\xef\0\x01\0\x05\0\0\0\0\0\0\0\x01\0\0\0\x0c\0\0\0\x01\0\0\x02\0\0\0\0\x03"
         );
+    }
+
+    #[test]
+    fn extended_replies_have_the_layout_of_the_document() {
+        let extended = tag(1, Style::Extended);
+        let head = |done: u8, kind: &[u8; 2], len: u8| {
+            let mut bytes = b"\x6e\x8a\x27\x8c\0".to_vec();
+            bytes.push(done);
+            bytes.extend(kind);
+            bytes.extend(b"\0\0\0\0\0\0\0\x01\0\0\0\0\0\0\0\x09\0\0\0\0\0\0\0");
+            bytes.push(len);
+            bytes
+        };
+        let done = Reply::done(extended, load()).to_bytes();
+        assert_eq!(done, head(1, b"\0\0", 0));
+        let data = Reply::data(extended, Some(Buffer::from_vec(b"abc".to_vec())), load());
+        let expected = [head(1, b"\0\x01", 11), b"\0\0\0\0\0\0\0\x09abc".to_vec()];
+        assert_eq!(data.to_bytes(), expected.concat());
+        let failed = Reply::error(extended, ErrorCode::NotSup, "no", load()).to_bytes();
+        let expected = [head(1, b"\x80\x01", 8), b"\0\0\0\x5f\0\x02no".to_vec()];
+        assert_eq!(failed, expected.concat());
+        let lists = [
+            (Context::Allocation, vec![(1 << 32, 3)]),
+            (Context::Depth, vec![(1 << 32, 2)]),
+        ];
+        let status = Reply::block_status(extended, &lists, load()).to_bytes();
+        let expected = [
+            head(0, b"\0\x06", 24),
+            b"\0\0\0\x01\0\0\0\x01\0\0\0\x01\0\0\0\0\0\0\0\0\0\0\0\x03".to_vec(),
+            head(1, b"\0\x06", 24),
+            b"\0\0\0\x02\0\0\0\x01\0\0\0\x01\0\0\0\0\0\0\0\0\0\0\0\x02".to_vec(),
+        ];
+        assert_eq!(status, expected.concat());
     }
 
     #[test]
@@ -337,6 +436,7 @@ mod tests {
             None,
         )
         .unwrap();
+        let mut transport = Transport::plain(ours);
         let mut output = Output::default();
         let mut pool = Pool::new(1 << 20);
         let mut expected = Vec::new();
@@ -344,15 +444,18 @@ mod tests {
         for cookie in 0..300u64 {
             let fill = cookie.to_le_bytes()[0];
             let reply = match cookie % 3 {
-                0 => Reply::done(cookie, Load::request(0)),
+                0 => Reply::done(tag(cookie, Style::Structured), Load::request(0)),
                 1 => Reply::data(
-                    cookie,
-                    true,
-                    0,
+                    tag(cookie, Style::Structured),
                     Some(Buffer::from_vec(vec![fill; 20_011])),
                     Load::request(20_011),
                 ),
-                _ => Reply::error(cookie, true, ErrorCode::Io, "text", Load::request(0)),
+                _ => Reply::error(
+                    tag(cookie, Style::Structured),
+                    ErrorCode::Io,
+                    "text",
+                    Load::request(0),
+                ),
             };
             load.add(reply.load);
             expected.extend(reply.to_bytes());
@@ -362,7 +465,7 @@ mod tests {
         let mut received = Vec::new();
         let mut chunk = vec![0; 7919];
         while received.len() < expected.len() {
-            let sent = output.send(ours.as_fd(), &mut pool).unwrap();
+            let sent = output.send(&mut transport, &mut pool).unwrap();
             load.remove(sent.freed);
             assert_eq!(sent.blocked, !output.is_empty());
             let count = read(&theirs, &mut chunk).unwrap();
@@ -384,10 +487,8 @@ mod tests {
         .unwrap();
         drop(theirs);
         let mut output = Output::default();
-        output.push(Reply::done(1, load()));
-        assert_eq!(
-            output.send(ours.as_fd(), &mut Pool::new(1 << 20)),
-            Err(Errno::PIPE)
-        );
+        output.push(Reply::done(tag(1, Style::Simple), load()));
+        let sent = output.send(&mut Transport::plain(ours), &mut Pool::new(1 << 20));
+        assert_eq!(sent.unwrap_err().kind(), io::ErrorKind::BrokenPipe);
     }
 }

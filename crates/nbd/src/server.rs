@@ -23,14 +23,15 @@ use crate::limits::{
     STATUS_STEP_CLUSTERS, STATUS_STEP_MIN_BYTES, STRING_BYTES,
 };
 use crate::listen::{Address, Listen, Listener};
+use crate::tls::TlsCredentials;
 use crate::worker::{Inbox, Message, Worker};
 
 /// What to serve, and how. Made by [`Server::builder`].
 #[derive(Debug)]
 pub struct ServerBuilder {
-    device: Device,
-    export_name: String,
-    description: Option<String>,
+    /// At least one; the first is the default.
+    exports: Vec<Offer>,
+    tls: Option<TlsCredentials>,
     queues: usize,
     listen: Vec<Listen>,
     listeners: Vec<Listener>,
@@ -38,19 +39,55 @@ pub struct ServerBuilder {
     times: Times,
 }
 
+/// A device to be an export.
+#[derive(Debug)]
+struct Offer {
+    device: Device,
+    name: String,
+    description: Option<String>,
+}
+
+impl Offer {
+    fn new(device: Device) -> Self {
+        Self {
+            device,
+            name: String::new(),
+            description: None,
+        }
+    }
+}
+
 impl ServerBuilder {
-    /// The name that clients ask for, at most 4096 bytes. The default is the empty name, and whatever the name, clients that ask for none
-    /// get this export too.
+    /// One more export: what [`export_name`](Self::export_name) and [`description`](Self::description) say next is about this one.
+    #[must_use]
+    pub fn export(mut self, device: Device) -> Self {
+        self.exports.push(Offer::new(device));
+        self
+    }
+
+    fn last(&mut self) -> &mut Offer {
+        self.exports.last_mut().expect("begins with one")
+    }
+
+    /// The name that clients ask for, at most 4096 bytes and of no other export. The default is the empty name, and whatever its name,
+    /// clients that ask for none get the first export too.
     #[must_use]
     pub fn export_name(mut self, name: impl Into<String>) -> Self {
-        self.export_name = name.into();
+        self.last().name = name.into();
         self
     }
 
     /// What clients may show to people about the export, at most 4096 bytes.
     #[must_use]
     pub fn description(mut self, description: impl Into<String>) -> Self {
-        self.description = Some(description.into());
+        self.last().description = Some(description.into());
+        self
+    }
+
+    /// Tell and serve exports over TLS only. Clients begin in the clear and ask for it (STARTTLS), as `nbds://` says.
+    #[must_use]
+    pub fn tls(mut self, credentials: TlsCredentials) -> Self {
+        self.tls = Some(credentials);
         self
     }
 
@@ -106,16 +143,19 @@ impl ServerBuilder {
         for listen in self.listen {
             listeners.push(Listener::bind(listen)?);
         }
-        let span = info_span!("nbd", image = self.device.name());
+        let span = info_span!("nbd", image = images(&self.exports));
         let _entered = span.enter();
         let seats = (0..self.queues)
-            .map(|_| self.device.queue())
+            .map(|_| {
+                let queues = self.exports.iter().map(|export| export.device.queue());
+                queues.collect::<Result<Vec<_>, _>>()
+            })
             .collect::<Result<Vec<_>, _>>()?;
-        let exports = Arc::new(Exports::one(export(
-            self.device,
-            self.export_name.clone(),
-            self.description,
-        )));
+        let export_name = self.exports[0].name.clone();
+        let exports = Arc::new(Exports::new(
+            self.exports.into_iter().map(export).collect(),
+            self.tls.map(|tls| tls.config),
+        ));
 
         let mut server = Server {
             addresses: listeners
@@ -123,7 +163,8 @@ impl ServerBuilder {
                 .flat_map(Listener::addresses)
                 .cloned()
                 .collect(),
-            export_name: self.export_name,
+            export_name,
+            tls: exports.tls().is_some(),
             connections: Arc::default(),
             stop: Arc::new(
                 eventfd(0, EventfdFlags::CLOEXEC)
@@ -153,24 +194,47 @@ impl ServerBuilder {
                 self.queues
             ));
         }
-        let longest = self
-            .export_name
-            .len()
-            .max(self.description.as_ref().map_or(0, String::len));
-        if longest > STRING_BYTES {
-            return invalid(format!(
-                "an export's name or description has {longest} bytes; NBD allows {STRING_BYTES}"
-            ));
+        for (index, export) in self.exports.iter().enumerate() {
+            let description = export.description.as_ref().map_or(0, String::len);
+            let longest = export.name.len().max(description);
+            if longest > STRING_BYTES {
+                return invalid(format!(
+                    "an export's name or description has {longest} bytes; NBD allows {STRING_BYTES}"
+                ));
+            }
+            let name = &export.name;
+            if self.exports[..index]
+                .iter()
+                .any(|other| other.name == *name)
+            {
+                return invalid(format!(
+                    "two exports have the name {name:?}; each needs one of its own"
+                ));
+            }
         }
         Ok(())
     }
 }
 
-fn export(device: Device, name: String, description: Option<String>) -> Export {
+/// What the log calls them.
+fn images(offers: &[Offer]) -> String {
+    let names: Vec<_> = offers.iter().map(|offer| offer.device.name()).collect();
+    names.join(", ")
+}
+
+fn export(offer: Offer) -> Export {
+    let Offer {
+        device,
+        name,
+        description,
+    } = offer;
     let step = device.cluster_bytes().map_or(0, |cluster_bytes| {
         cluster_bytes.saturating_mul(STATUS_STEP_CLUSTERS)
     });
-    let mut export = Export::new(name, device.read_only(), move || device.size());
+    let sized = device.clone();
+    let mut export = Export::new(name, device.read_only(), move || sized.size());
+    export.layers = u32::try_from(device.layers().len()).unwrap_or(u32::MAX);
+    export.fast_zero = Box::new(move |offset, len, unmap| device.zeroes_fast(offset, len, unmap));
     export.description = description;
     export.status_step_bytes = step.max(STATUS_STEP_MIN_BYTES);
     export
@@ -181,7 +245,9 @@ fn export(device: Device, name: String, description: Option<String>) -> Export {
 /// Dropping it is a [`shutdown`](Self::shutdown) whose outcome is only logged.
 pub struct Server {
     addresses: Vec<Address>,
+    /// Of the first export.
     export_name: String,
+    tls: bool,
     connections: Arc<AtomicUsize>,
     stop: Arc<OwnedFd>,
     acceptor: Option<JoinHandle<()>>,
@@ -210,9 +276,8 @@ impl Server {
     #[must_use]
     pub fn builder(device: Device) -> ServerBuilder {
         ServerBuilder {
-            device,
-            export_name: String::new(),
-            description: None,
+            exports: vec![Offer::new(device)],
+            tls: None,
             queues: 1,
             listen: Vec::new(),
             listeners: Vec::new(),
@@ -230,12 +295,12 @@ impl Server {
         &self.addresses
     }
 
-    /// An NBD URI for each address that has one.
+    /// An NBD URI of the first export for each address that has one.
     #[must_use]
     pub fn uris(&self) -> Vec<String> {
         self.addresses
             .iter()
-            .filter_map(|address| address.uri(&self.export_name))
+            .filter_map(|address| address.uri(&self.export_name, self.tls))
             .collect()
     }
 
@@ -260,19 +325,19 @@ impl Server {
 
     fn start_workers(
         &mut self,
-        seats: Vec<QueueSeat>,
+        seats: Vec<Vec<QueueSeat>>,
         exports: &Arc<Exports>,
         times: Times,
     ) -> Result<(), Error> {
         let (started, results) = mpsc::channel();
-        for (index, seat) in seats.into_iter().enumerate() {
+        for (index, seats) in seats.into_iter().enumerate() {
             let inbox = Inbox::new().map_err(|error| Error::system("make an eventfd", error))?;
             let (started, exports, span) =
                 (started.clone(), Arc::clone(exports), self.span.clone());
             let ours = Arc::clone(&inbox);
             let work = move || {
                 let _entered = span.enter();
-                run_worker(ours, seat, exports, times, &started)
+                run_worker(ours, seats, exports, times, &started)
             };
             let thread = std::thread::Builder::new()
                 .name(format!("urus-nbd-{index}"))
@@ -352,7 +417,7 @@ impl Drop for Server {
 /// The life of a worker's thread. Says through `started` whether it could begin.
 fn run_worker(
     inbox: Arc<Inbox>,
-    seat: QueueSeat,
+    seats: Vec<QueueSeat>,
     exports: Arc<Exports>,
     times: Times,
     started: &mpsc::Sender<Result<(), Error>>,
@@ -365,10 +430,12 @@ fn run_worker(
         }
     }
     let _closing = Closing(Arc::clone(&inbox));
-    let worker = seat
-        .activate()
+    let worker = seats
+        .into_iter()
+        .map(QueueSeat::activate)
+        .collect::<Result<Vec<_>, _>>()
         .map_err(Error::from)
-        .and_then(|queue| Worker::new(inbox, exports, vec![queue], times));
+        .and_then(|queues| Worker::new(inbox, exports, queues, times));
     match worker {
         Ok(worker) => {
             let _ = started.send(Ok(()));

@@ -2,10 +2,11 @@
 //!
 //! A header becomes a [`Command`] that the engine can be asked for without further checks, or a [`Refusal`].
 
+use crate::contexts::{Context, Contexts};
 use crate::export::Export;
 use crate::handshake::Session;
-use crate::limits::{CACHE_STEP_BYTES, PAYLOAD_BYTES};
-use crate::wire::{ErrorCode, RequestHeader, command, command_flag as flag};
+use crate::limits::{CACHE_STEP_BYTES, PAYLOAD_BYTES, STATUS_BYTES};
+use crate::wire::{ErrorCode, Fields, RequestHeader, Style, command, command_flag as flag};
 
 /// A request that has passed all checks: the range lies within the export, and the flags fit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -41,6 +42,13 @@ pub(crate) enum Command {
         len: u64,
         /// The client wants to hear of the first extent only.
         one: bool,
+        contexts: Contexts,
+    },
+    /// A block status whose range and contexts follow in a payload of `len` bytes: [`Session::query`] understands it.
+    Query {
+        offset: u64,
+        len: usize,
+        one: bool,
     },
     /// The client is done: no reply.
     Disconnect,
@@ -71,9 +79,12 @@ impl Session {
             len,
             ..
         } = header;
+        let extended = self.style == Style::Extended;
         let allowed = match command {
-            command::READ if self.structured => flag::FUA | flag::DF,
-            command::WRITE_ZEROES => flag::FUA | flag::NO_HOLE,
+            command::READ if self.style > Style::Simple => flag::FUA | flag::DF,
+            command::WRITE if extended => flag::FUA | flag::PAYLOAD_LEN,
+            command::WRITE_ZEROES => flag::FUA | flag::NO_HOLE | flag::FAST_ZERO,
+            command::BLOCK_STATUS if extended => flag::FUA | flag::REQ_ONE | flag::PAYLOAD_LEN,
             command::BLOCK_STATUS => flag::FUA | flag::REQ_ONE,
             // Existing clients set FUA on anything.
             _ => flag::FUA,
@@ -100,6 +111,10 @@ impl Session {
             } else {
                 refuse(ErrorCode::Inval, "a flush has no range")
             };
+        }
+        let one = flags & flag::REQ_ONE != 0;
+        if command == command::BLOCK_STATUS && flags & flag::PAYLOAD_LEN != 0 {
+            return self.query_announced(offset, len, one);
         }
         if offset
             .checked_add(len)
@@ -130,26 +145,96 @@ impl Session {
                     }
                 })
             }
-            command::WRITE_ZEROES => Ok(Command::WriteZeroes {
-                offset,
-                len,
-                unmap: flags & flag::NO_HOLE == 0,
-                fua,
-            }),
+            command::WRITE_ZEROES => {
+                let unmap = flags & flag::NO_HOLE == 0;
+                if flags & flag::FAST_ZERO != 0 && !export.zeroes_fast(offset, len, unmap) {
+                    return refuse(
+                        ErrorCode::NotSup,
+                        "zeroes would have to be written as data there",
+                    );
+                }
+                Ok(Command::WriteZeroes {
+                    offset,
+                    len,
+                    unmap,
+                    fua,
+                })
+            }
             command::TRIM => Ok(Command::Trim { offset, len, fua }),
             command::CACHE => Ok(Command::Cache { offset, len }),
-            _ => self.block_status(offset, len, flags & flag::REQ_ONE != 0),
+            _ => self.block_status(offset, len, one, self.contexts),
         }
     }
 
-    fn block_status(self, offset: u64, len: u64, one: bool) -> Result<Command, Refusal> {
-        if !self.allocation {
+    fn block_status(
+        self,
+        offset: u64,
+        len: u64,
+        one: bool,
+        contexts: Contexts,
+    ) -> Result<Command, Refusal> {
+        if contexts.is_empty() {
             return refuse(ErrorCode::Inval, "no metadata context was selected");
         }
         if len == 0 {
             return refuse(ErrorCode::Inval, "a block status needs a range");
         }
-        Ok(Command::BlockStatus { offset, len, one })
+        Ok(Command::BlockStatus {
+            offset,
+            len,
+            one,
+            contexts,
+        })
+    }
+
+    /// A block status with payload: a length, and the numbers of some of the selected contexts, each at most once.
+    fn query_announced(self, offset: u64, len: u64, one: bool) -> Result<Command, Refusal> {
+        const LONGEST: u64 = 8 + 4 * Context::ALL.len() as u64;
+        match payload(len) {
+            Some(bytes) if (12..=LONGEST).contains(&len) => Ok(Command::Query {
+                offset,
+                len: bytes,
+                one,
+            }),
+            _ => refuse(
+                ErrorCode::Inval,
+                "the payload of a block status has a wrong length",
+            ),
+        }
+    }
+
+    /// What `payload` asks, the payload of a [`Command::Query`].
+    pub(crate) fn query(
+        self,
+        offset: u64,
+        one: bool,
+        payload: &[u8],
+        export: &Export,
+    ) -> Result<Command, Refusal> {
+        let mut fields = Fields::new(payload);
+        let len = fields.u64().unwrap_or_default();
+        let mut contexts = Contexts::default();
+        while !fields.is_empty() {
+            match fields.u32().and_then(|id| self.contexts.find(id)) {
+                Some(context) if !contexts.contains(context) => contexts.insert(context),
+                _ => {
+                    return refuse(
+                        ErrorCode::Inval,
+                        "a block status asks for a metadata context that was not selected",
+                    );
+                }
+            }
+        }
+        if offset
+            .checked_add(len)
+            .is_none_or(|end| end > export.size())
+        {
+            return refuse(
+                ErrorCode::Inval,
+                "the range ends beyond the end of the export",
+            );
+        }
+        self.block_status(offset, len, one, contexts)
     }
 }
 
@@ -169,7 +254,7 @@ impl Command {
             | Self::Trim { len, .. }
             | Self::Cache { len, .. }
             | Self::BlockStatus { len, .. } => len == 0,
-            Self::Flush | Self::Disconnect => false,
+            Self::Query { .. } | Self::Flush | Self::Disconnect => false,
         }
     }
 
@@ -178,6 +263,7 @@ impl Command {
         match *self {
             Self::Read { len, .. } | Self::Write { len, .. } => len,
             Self::Cache { len, .. } => payload(len.min(CACHE_STEP_BYTES)).unwrap_or_default(),
+            Self::BlockStatus { .. } | Self::Query { .. } => STATUS_BYTES,
             _ => 0,
         }
     }
@@ -194,13 +280,16 @@ mod tests {
     fn session() -> Session {
         Session {
             export: 0,
-            structured: true,
-            allocation: true,
+            style: Style::Structured,
+            contexts: Context::ALL.into_iter().collect(),
         }
     }
 
+    /// Whole clusters of 64 KiB can be zeroed fast.
     fn export(read_only: bool) -> Export {
-        Export::new("x".into(), read_only, || SIZE)
+        let mut export = Export::new("x".into(), read_only, || SIZE);
+        export.fast_zero = Box::new(|offset, len, _| (offset | len) & 0xffff == 0);
+        export
     }
 
     fn header(command: u16, flags: u16, offset: u64, len: u64) -> RequestHeader {
@@ -261,23 +350,30 @@ mod tests {
     #[test]
     fn flags_must_go_with_the_command() {
         let plain = Session {
-            structured: false,
-            allocation: false,
+            style: Style::Simple,
+            contexts: Contexts::default(),
+            ..session()
+        };
+        let extended = Session {
+            style: Style::Extended,
             ..session()
         };
         for (session, command, allowed) in [
+            (extended, command::READ, 0b00101),
+            (extended, command::WRITE, 0b10_0001),
+            (extended, command::TRIM, 0b00001),
             (session(), command::READ, 0b00101),
             (plain, command::READ, 0b00001),
             (session(), command::WRITE, 0b00001),
             (session(), command::FLUSH, 0b00001),
             (session(), command::TRIM, 0b00001),
             (session(), command::CACHE, 0b00001),
-            (session(), command::WRITE_ZEROES, 0b00011),
+            (session(), command::WRITE_ZEROES, 0b10011),
             (session(), command::BLOCK_STATUS, 0b01001),
         ] {
             for bit in 0..16 {
                 let flags = 1u16 << bit;
-                let len = u64::from(command != command::FLUSH);
+                let len = u64::from(command != command::FLUSH) << 16;
                 let expected = (flags & !allowed != 0).then_some(ErrorCode::Inval);
                 assert_eq!(
                     code(session, false, header(command, flags, 0, len)),
@@ -291,13 +387,73 @@ mod tests {
     #[test]
     fn block_status_needs_a_context_and_a_range() {
         let plain = Session {
-            allocation: false,
+            contexts: Contexts::default(),
             ..session()
         };
         let status = header(command::BLOCK_STATUS, 0, 0, 4096);
         assert_eq!(code(plain, false, status), Some(ErrorCode::Inval));
         let empty = header(command::BLOCK_STATUS, 0, 0, 0);
         assert_eq!(code(session(), false, empty), Some(ErrorCode::Inval));
+    }
+
+    #[test]
+    fn fast_zeroes_are_refused_where_they_would_be_slow() {
+        let zeroes = |flags, len| header(command::WRITE_ZEROES, flags, 1 << 16, len);
+        let fast = flag::FAST_ZERO;
+        assert_eq!(code(session(), false, zeroes(fast, 1 << 20)), None);
+        assert_eq!(
+            code(session(), false, zeroes(fast, 1000)),
+            Some(ErrorCode::NotSup)
+        );
+        assert_eq!(code(session(), false, zeroes(0, 1000)), None);
+    }
+
+    #[test]
+    fn a_block_status_can_name_its_contexts_in_a_payload() {
+        let extended = Session {
+            style: Style::Extended,
+            ..session()
+        };
+        let announced = |len| {
+            let header = header(command::BLOCK_STATUS, flag::PAYLOAD_LEN, SIZE - 1000, len);
+            extended.command(&header, &export(false)).is_ok()
+        };
+        assert!(announced(12) && announced(16));
+        assert!(!announced(8) && !announced(11) && !announced(17) && !announced(u64::MAX));
+        let ask = |len: u64, ids: &[u32]| {
+            let mut payload = len.to_be_bytes().to_vec();
+            ids.iter().for_each(|id| payload.extend(id.to_be_bytes()));
+            extended.query(SIZE - 1000, true, &payload, &export(false))
+        };
+        for (ids, contexts) in [
+            (&[1][..], vec![Context::Allocation]),
+            (&[2], vec![Context::Depth]),
+            (&[2, 1], Context::ALL.to_vec()),
+        ] {
+            assert_eq!(
+                ask(1000, ids),
+                Ok(Command::BlockStatus {
+                    offset: SIZE - 1000,
+                    len: 1000,
+                    one: true,
+                    contexts: contexts.into_iter().collect(),
+                })
+            );
+        }
+        for (len, ids) in [
+            (1001, &[1][..]),
+            (u64::MAX, &[1]),
+            (0, &[1]),
+            (1000, &[]),
+            (1000, &[1, 1]),
+            (1000, &[0]),
+            (1000, &[3]),
+        ] {
+            let refusal = ask(len, ids).unwrap_err();
+            assert_eq!(refusal.code, ErrorCode::Inval, "{len} {ids:?}");
+        }
+        // A payload cut short, as none is that was announced.
+        assert!(extended.query(0, true, &[0; 3], &export(false)).is_err());
     }
 
     #[test]
@@ -317,9 +473,10 @@ mod tests {
         #[test]
         fn accepted_commands_lie_within_the_export(
             command in 0u16..10, flags in any::<u16>(), offset in any::<u64>(), len in any::<u64>(), read_only in any::<bool>(),
+            style in prop::sample::select(vec![Style::Simple, Style::Structured, Style::Extended]),
         ) {
-            match session().command(&header(command, flags, offset, len), &export(read_only)) {
-                Ok(Command::Flush | Command::Disconnect) => {}
+            match (Session { style, ..session() }).command(&header(command, flags, offset, len), &export(read_only)) {
+                Ok(Command::Flush | Command::Disconnect | Command::Query { .. }) => {}
                 Ok(command) => {
                     prop_assert!(offset + len <= SIZE);
                     prop_assert!(command.held_bytes() <= PAYLOAD_BYTES as usize);

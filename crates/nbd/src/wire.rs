@@ -7,8 +7,10 @@ pub(crate) const GREETING_MAGIC: u64 = 0x4e42_444d_4147_4943;
 pub(crate) const OPTION_MAGIC: u64 = 0x4948_4156_454f_5054;
 pub(crate) const OPTION_REPLY_MAGIC: u64 = 0x0003_e889_0455_65a9;
 pub(crate) const REQUEST_MAGIC: u32 = 0x2560_9513;
+pub(crate) const EXTENDED_REQUEST_MAGIC: u32 = 0x21e4_1c71;
 pub(crate) const SIMPLE_REPLY_MAGIC: u32 = 0x6744_6698;
 pub(crate) const CHUNK_MAGIC: u32 = 0x668e_33ef;
+pub(crate) const EXTENDED_CHUNK_MAGIC: u32 = 0x6e8a_278c;
 
 /// Handshake flags: of the server (16 bits), and of the client's answer (32 bits) alike.
 pub(crate) mod handshake_flag {
@@ -21,11 +23,13 @@ pub(crate) mod option {
     pub(crate) const EXPORT_NAME: u32 = 1;
     pub(crate) const ABORT: u32 = 2;
     pub(crate) const LIST: u32 = 3;
+    pub(crate) const STARTTLS: u32 = 5;
     pub(crate) const INFO: u32 = 6;
     pub(crate) const GO: u32 = 7;
     pub(crate) const STRUCTURED_REPLY: u32 = 8;
     pub(crate) const LIST_META_CONTEXT: u32 = 9;
     pub(crate) const SET_META_CONTEXT: u32 = 10;
+    pub(crate) const EXTENDED_HEADERS: u32 = 11;
 }
 
 /// `NBD_REP_*`.
@@ -36,9 +40,12 @@ pub(crate) mod option_reply {
     pub(crate) const META_CONTEXT: u32 = 4;
     const ERROR: u32 = 1 << 31;
     pub(crate) const ERR_UNSUP: u32 = ERROR | 1;
+    pub(crate) const ERR_POLICY: u32 = ERROR | 2;
     pub(crate) const ERR_INVALID: u32 = ERROR | 3;
+    pub(crate) const ERR_TLS_REQD: u32 = ERROR | 5;
     pub(crate) const ERR_UNKNOWN: u32 = ERROR | 6;
     pub(crate) const ERR_TOO_BIG: u32 = ERROR | 9;
+    pub(crate) const ERR_EXT_HEADER_REQD: u32 = ERROR | 10;
 }
 
 /// `NBD_INFO_*`: what INFO and GO ask for and are told.
@@ -60,6 +67,8 @@ pub(crate) mod transmission_flag {
     pub(crate) const SEND_DF: u16 = 1 << 7;
     pub(crate) const CAN_MULTI_CONN: u16 = 1 << 8;
     pub(crate) const SEND_CACHE: u16 = 1 << 10;
+    pub(crate) const SEND_FAST_ZERO: u16 = 1 << 11;
+    pub(crate) const BLOCK_STAT_PAYLOAD: u16 = 1 << 12;
 }
 
 /// `NBD_CMD_*`.
@@ -80,6 +89,9 @@ pub(crate) mod command_flag {
     pub(crate) const NO_HOLE: u16 = 1 << 1;
     pub(crate) const DF: u16 = 1 << 2;
     pub(crate) const REQ_ONE: u16 = 1 << 3;
+    pub(crate) const FAST_ZERO: u16 = 1 << 4;
+    /// The length counts bytes that follow. With extended headers only.
+    pub(crate) const PAYLOAD_LEN: u16 = 1 << 5;
 }
 
 /// `NBD_REPLY_FLAG_DONE`.
@@ -90,11 +102,9 @@ pub(crate) mod chunk {
     pub(crate) const NONE: u16 = 0;
     pub(crate) const OFFSET_DATA: u16 = 1;
     pub(crate) const BLOCK_STATUS: u16 = 5;
+    pub(crate) const BLOCK_STATUS_EXT: u16 = 6;
     pub(crate) const ERROR: u16 = (1 << 15) | 1;
 }
-
-/// The metadata context that every export has.
-pub(crate) const BASE_ALLOCATION: &str = "base:allocation";
 
 /// `NBD_STATE_*`: the flags of `base:allocation`.
 pub(crate) mod state {
@@ -137,8 +147,27 @@ impl ErrorCode {
     }
 }
 
-/// Bytes of a request's header.
-pub(crate) const REQUEST_BYTES: usize = 28;
+/// How requests and replies look, as the client has negotiated.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Style {
+    /// Simple replies.
+    #[default]
+    Simple,
+    /// Structured replies where there is payload; errors carry text.
+    Structured,
+    /// Extended headers, both ways: lengths of 64 bits.
+    Extended,
+}
+
+impl Style {
+    /// Bytes of a request's header.
+    pub(crate) const fn request_bytes(self) -> usize {
+        match self {
+            Self::Simple | Self::Structured => 28,
+            Self::Extended => 32,
+        }
+    }
+}
 
 /// The header of a request ("Request message").
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -153,10 +182,16 @@ pub(crate) struct RequestHeader {
 }
 
 impl RequestHeader {
-    /// None when it does not begin with the magic number.
-    pub(crate) fn decode(bytes: &[u8; REQUEST_BYTES]) -> Option<Self> {
+    /// None when it does not begin with the magic number, or is shorter than `style` has it.
+    pub(crate) fn decode(bytes: &[u8], style: Style) -> Option<Self> {
         let mut fields = Fields::new(bytes);
-        if fields.u32()? != REQUEST_MAGIC {
+        let extended = style == Style::Extended;
+        let magic = if extended {
+            EXTENDED_REQUEST_MAGIC
+        } else {
+            REQUEST_MAGIC
+        };
+        if fields.u32()? != magic {
             return None;
         }
         Some(Self {
@@ -164,13 +199,18 @@ impl RequestHeader {
             command: fields.u16()?,
             cookie: fields.u64()?,
             offset: fields.u64()?,
-            len: u64::from(fields.u32()?),
+            len: if extended {
+                fields.u64()?
+            } else {
+                u64::from(fields.u32()?)
+            },
         })
     }
 
-    /// Bytes that follow the header.
-    pub(crate) fn payload_len(&self) -> u64 {
-        if self.command == command::WRITE {
+    /// Bytes that follow the header. A write has them whatever its flags say, as existing servers take it.
+    pub(crate) fn payload_len(&self, style: Style) -> u64 {
+        let says_so = style == Style::Extended && self.flags & command_flag::PAYLOAD_LEN != 0;
+        if says_so || self.command == command::WRITE {
             self.len
         } else {
             0
@@ -241,7 +281,7 @@ mod tests {
             0, 0, 0, 0xff, 0xff, 0xff, 0xff,
         ];
         assert_eq!(
-            RequestHeader::decode(&bytes),
+            RequestHeader::decode(&bytes, Style::Structured),
             Some(RequestHeader {
                 flags: command_flag::FUA,
                 command: command::WRITE_ZEROES,
@@ -252,20 +292,44 @@ mod tests {
         );
         let mut garbage = bytes;
         garbage[0] = 0;
-        assert_eq!(RequestHeader::decode(&garbage), None);
+        assert_eq!(RequestHeader::decode(&garbage, Style::Simple), None);
+        assert_eq!(RequestHeader::decode(&bytes, Style::Extended), None);
     }
 
     #[test]
-    fn only_writes_carry_a_payload() {
+    fn extended_request_header_has_the_layout_of_the_document() {
+        let bytes = [
+            0x21, 0xe4, 0x1c, 0x71, 0x00, 0x20, 0x00, 0x01, 1, 2, 3, 4, 5, 6, 7, 8, 0, 0, 0, 1, 0,
+            0, 0, 0, 0, 0, 0, 2, 0, 0, 0, 3,
+        ];
+        let header = RequestHeader {
+            flags: command_flag::PAYLOAD_LEN,
+            command: command::WRITE,
+            cookie: 0x0102_0304_0506_0708,
+            offset: 1 << 32,
+            len: 0x2_0000_0003,
+        };
+        assert_eq!(RequestHeader::decode(&bytes, Style::Extended), Some(header));
+        assert_eq!(RequestHeader::decode(&bytes, Style::Structured), None);
+        assert_eq!(RequestHeader::decode(&bytes[..31], Style::Extended), None);
+    }
+
+    #[test]
+    fn only_writes_carry_a_payload_unless_a_flag_says_otherwise() {
         for command in 0..20 {
-            let header = RequestHeader {
+            let mut header = RequestHeader {
                 flags: 0,
                 command,
                 cookie: 0,
                 offset: 0,
                 len: 7,
             };
-            assert_eq!(header.payload_len(), if command == 1 { 7 } else { 0 });
+            let expected = if command == 1 { 7 } else { 0 };
+            assert_eq!(header.payload_len(Style::Structured), expected);
+            assert_eq!(header.payload_len(Style::Extended), expected);
+            header.flags = command_flag::PAYLOAD_LEN;
+            assert_eq!(header.payload_len(Style::Structured), expected);
+            assert_eq!(header.payload_len(Style::Extended), 7);
         }
     }
 

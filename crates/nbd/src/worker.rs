@@ -391,8 +391,7 @@ impl Worker {
             *budget = budget.saturating_sub(wanted.load.bytes);
             let Wanted {
                 export,
-                cookie,
-                structured,
+                tag,
                 command,
                 payload,
                 load,
@@ -402,13 +401,12 @@ impl Worker {
                 entry.key() as u64,
                 Origin {
                     connection: index,
-                    cookie,
-                    structured,
+                    tag,
                     load,
                 },
                 command,
                 payload,
-                self.exports.get(export).status_step_bytes,
+                self.exports.get(export),
                 &mut self.pool,
             );
             entry.insert(operation);

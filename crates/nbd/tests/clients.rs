@@ -57,7 +57,7 @@ fn nbdinfo_finds_every_ability() {
         "is_read_only: false",
         "can_cache: true",
         "can_df: true",
-        "can_fast_zero: false",
+        "can_fast_zero: true",
         "can_flush: true",
         "can_fua: true",
         "can_multi_conn: true",
@@ -160,7 +160,8 @@ fails(errno.ENOSPC, h.zero, 2, (64 << 20) - 1)
 fails(errno.EINVAL, h.trim, 2, (64 << 20) - 1)
 fails(errno.EINVAL, h.cache, 2, (64 << 20) - 1)
 fails(errno.EINVAL, h.block_status, 2, (64 << 20) - 1, extent)
-fails(errno.EINVAL, h.zero, 512, 0, nbd.CMD_FLAG_FAST_ZERO)
+fails(errno.ENOTSUP, h.zero, 512, 0, nbd.CMD_FLAG_FAST_ZERO)
+h.zero(65536, 0, nbd.CMD_FLAG_FAST_ZERO)
 assert h.pread(5, 0) == bytes(5)
 
 # What one connection writes and another flushes, a third reads.

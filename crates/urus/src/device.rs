@@ -77,6 +77,8 @@ struct Core {
     driver: DriverKind,
     queue_depth: u32,
     uses_locks: bool,
+    /// Whether write-zeroes with unmap gives clusters back.
+    unmaps: bool,
     /// Held while it changes, so that pause, resume, resize and close come one after the other.
     state: Mutex<State>,
     /// Set once `state` is `Closed`: for those who must not wait for a change of state.
@@ -153,6 +155,7 @@ impl Device {
                 driver: started.driver,
                 queue_depth: options.queue_depth,
                 uses_locks: options.lock,
+                unmaps: options.discard == DiscardPolicy::Unmap,
                 state: Mutex::new(State::Running),
                 closed: AtomicBool::new(false),
                 thread: Mutex::new(Some(thread)),
@@ -202,6 +205,25 @@ impl Device {
             .shared
             .geometry()
             .map(|geometry| geometry.cluster_bytes())
+    }
+
+    /// Whether zeroes in that range (bytes) are sure to be a matter of metadata, or of one call to the file system: of
+    /// whole clusters, in a format that can say so. [`Request::write_zeroes`](crate::Request::write_zeroes) writes
+    /// zeroes as data where it has to. `unmap` as in [`Request::unmap`](crate::Request::unmap).
+    #[must_use]
+    pub fn zeroes_fast(&self, offset: u64, len: u64, unmap: bool) -> bool {
+        let unmap = unmap && self.core.unmaps;
+        let Some(geometry) = self.core.shared.geometry() else {
+            let file = self.core.files.file(IMAGE).properties();
+            return file.can_zero_range || (unmap && file.can_punch);
+        };
+        let backed = self.layers().len() > 1;
+        if !geometry.has_zero_flag() && (backed || !unmap) {
+            return false;
+        }
+        let whole = |at: u64| at.is_multiple_of(geometry.cluster_bytes());
+        let end = offset.saturating_add(len);
+        whole(offset) && (whole(end) || end == self.size())
     }
 
     /// What logs and errors call the device.

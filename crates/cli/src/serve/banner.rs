@@ -6,12 +6,14 @@ use urus::Device;
 use urus_nbd::Server;
 
 use super::Args;
+use super::export::Other;
 use crate::size::human;
 
-pub(super) fn print(args: &Args, device: &Device, server: &Server) {
+pub(super) fn print(args: &Args, device: &Device, others: &[Other], server: &Server) {
     let mut text = String::new();
     // Writing to a string cannot fail.
     let _ = describe(&mut text, args, device)
+        .and_then(|()| exports(&mut text, others))
         .and_then(|()| addresses(&mut text, server))
         .and_then(|()| examples(&mut text, &server.uris()));
     crate::output::print(&text);
@@ -56,6 +58,13 @@ fn describe(out: &mut String, args: &Args, device: &Device) -> std::fmt::Result 
         "  queues    {queues} {plural} of {} requests",
         args.queue_size
     )
+}
+
+fn exports(out: &mut String, others: &[Other]) -> std::fmt::Result {
+    for other in others {
+        writeln!(out, "  export    {}", other.describe())?;
+    }
+    Ok(())
 }
 
 fn addresses(out: &mut String, server: &Server) -> std::fmt::Result {

@@ -1,6 +1,7 @@
 //! The handshake against a scripted client, byte by byte as the protocol's document lays it out, and against clients that send whatever
 //! they like: no panic, bounded output, and an end.
 use super::*;
+use crate::contexts::Context;
 use crate::export::Export;
 use crate::limits::{INPUT_BYTES, STRING_BYTES};
 use proptest::prelude::*;
@@ -10,7 +11,7 @@ const GIB: u64 = 1 << 30;
 pub(crate) fn exports() -> Arc<Exports> {
     let mut export = Export::new("disk".into(), false, || GIB);
     export.description = Some("a disk".into());
-    Arc::new(Exports::one(export))
+    Arc::new(Exports::new(vec![export], None))
 }
 
 fn option(kind: u32, data: &[u8]) -> Vec<u8> {
@@ -135,12 +136,12 @@ fn export_name_gives_size_flags_and_zeroes_unless_declined() {
                 progress,
                 Progress::Enter(Session {
                     export: 0,
-                    structured: false,
-                    allocation: false
+                    style: Style::Simple,
+                    contexts: Contexts::default()
                 })
             );
             let mut expected = GIB.to_be_bytes().to_vec();
-            expected.extend(0b101_0110_1101_u16.to_be_bytes());
+            expected.extend(0b1101_0110_1101_u16.to_be_bytes());
             expected.extend(vec![0; zeroes]);
             assert_eq!(output, expected);
         }
@@ -168,13 +169,13 @@ fn go_describes_and_enters() {
         progress,
         Progress::Enter(Session {
             export: 0,
-            structured: false,
-            allocation: false
+            style: Style::Simple,
+            contexts: Contexts::default()
         })
     );
     let mut export = vec![0, 0];
     export.extend(GIB.to_be_bytes());
-    export.extend(0b101_0110_1101_u16.to_be_bytes());
+    export.extend(0b1101_0110_1101_u16.to_be_bytes());
     let expected = [
         reply(7, 3, &export),
         reply(
@@ -245,8 +246,8 @@ fn list_names_the_exports() {
 
 #[test]
 fn unknown_options_are_unsupported() {
-    // STARTTLS, EXTENDED_HEADERS, and what nobody has defined.
-    for kind in [0, 4, 5, 11, 12, 77, u32::MAX] {
+    // PEEK_EXPORT, and what nobody has defined.
+    for kind in [0, 4, 12, 77, u32::MAX] {
         let (mut handshake, mut input) = after_flags(3);
         let (progress, output) = exchange(&mut handshake, &mut input, &option(kind, b"data"));
         assert_eq!(progress, Progress::More);
@@ -280,22 +281,24 @@ fn metadata_contexts_are_found_by_query() {
     let (mut handshake, mut input) = after_flags(3);
     exchange(&mut handshake, &mut input, &option(8, b""));
     for (kind, queries, found) in [
-        (9, &[][..], true),
-        (9, &["base:"], true),
-        (9, &["qemu:", "base:allocation"], true),
-        (9, &["qemu:"], false),
-        (9, &["base:other"], false),
-        (10, &[], false),
-        (10, &["base:"], false),
-        (10, &["qemu:dirty-bitmap:x"], false),
-        (10, &["base:allocation", "base:allocation"], true),
+        (9, &[][..], 2),
+        (9, &["base:"], 1),
+        (9, &["qemu:", "base:allocation"], 2),
+        (9, &["qemu:"], 1),
+        (9, &["base:other", "qemu", ""], 0),
+        (10, &[], 0),
+        (10, &["base:", "qemu:"], 0),
+        (10, &["qemu:dirty-bitmap:x"], 0),
+        (10, &["base:allocation", "base:allocation"], 1),
+        (10, &["qemu:allocation-depth", "base:allocation"], 2),
     ] {
         let (_, output) = exchange(
             &mut handshake,
             &mut input,
             &option(kind, &contexts("", queries)),
         );
-        let expected: &[u32] = if found { &[4, 1] } else { &[1] };
+        let mut expected = vec![4; found];
+        expected.push(1);
         assert_eq!(kinds(&output), expected, "{kind} {queries:?}");
     }
 }
@@ -303,15 +306,21 @@ fn metadata_contexts_are_found_by_query() {
 #[test]
 fn the_last_selection_of_contexts_holds() {
     let select = |queries: &[&str]| option(10, &contexts("disk", queries));
-    for (steps, allocation) in [
-        (vec![select(&["base:allocation"])], true),
-        (vec![select(&["base:allocation"]), select(&[])], false),
+    let (allocation, depth) = (Context::Allocation, Context::Depth);
+    for (steps, contexts) in [
+        (vec![select(&["base:allocation"])], vec![allocation]),
+        (vec![select(&["qemu:allocation-depth"])], vec![depth]),
+        (
+            vec![select(&["qemu:allocation-depth", "base:allocation"])],
+            vec![allocation, depth],
+        ),
+        (vec![select(&["base:allocation"]), select(&[])], vec![]),
         (
             vec![
                 select(&["base:allocation"]),
-                option(10, &contexts("other", &[])),
+                option(10, &self::contexts("other", &[])),
             ],
-            false,
+            vec![],
         ),
     ] {
         let (mut handshake, mut input) = after_flags(3);
@@ -324,11 +333,105 @@ fn the_last_selection_of_contexts_holds() {
             progress,
             Progress::Enter(Session {
                 export: 0,
-                structured: true,
-                allocation
+                style: Style::Structured,
+                contexts: contexts.into_iter().collect()
             })
         );
     }
+}
+
+#[test]
+fn extended_headers_take_the_place_of_structured_replies() {
+    let (mut handshake, mut input) = after_flags(3);
+    // Each row: option, its data, the expected reply.
+    for (kind, data, expected) in [
+        (11, &b"x"[..], (1 << 31) + 3),
+        (8, b"", 1),
+        (8, b"", (1 << 31) + 3),
+        (11, b"", 1),
+        (11, b"", (1 << 31) + 3),
+        (8, b"", (1 << 31) + 10),
+    ] {
+        let (_, output) = exchange(&mut handshake, &mut input, &option(kind, data));
+        assert_eq!(kinds(&output), [expected], "option {kind}");
+    }
+    let both = contexts("disk", &["base:allocation", "qemu:allocation-depth"]);
+    let (_, output) = exchange(&mut handshake, &mut input, &option(10, &both));
+    assert_eq!(kinds(&output), [4, 4, 1]);
+    let (progress, output) = exchange(&mut handshake, &mut input, &option(7, &go("disk", &[])));
+    let flags = u16::from_be_bytes(output[30..32].try_into().unwrap());
+    assert_eq!(flags, 0b1_1101_1110_1101, "with BLOCK_STAT_PAYLOAD");
+    assert_eq!(
+        progress,
+        Progress::Enter(Session {
+            export: 0,
+            style: Style::Extended,
+            contexts: Context::ALL.into_iter().collect()
+        })
+    );
+    // The old way to choose an export is not for them.
+    let (mut handshake, mut input) = after_flags(3);
+    exchange(&mut handshake, &mut input, &option(11, b""));
+    let (progress, output) = exchange(&mut handshake, &mut input, &option(1, b"disk"));
+    assert!(matches!(progress, Progress::Close(_)) && output.is_empty());
+}
+
+#[test]
+fn without_credentials_there_is_no_tls() {
+    let (mut handshake, mut input) = after_flags(3);
+    let (progress, output) = exchange(&mut handshake, &mut input, &option(5, b""));
+    assert_eq!(progress, Progress::More);
+    assert_eq!(kinds(&output), [(1 << 31) + 2]);
+}
+
+/// A handshake after the client's flags with a server that requires TLS.
+fn before_tls() -> (Handshake, Input) {
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let config = rustls::ServerConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .with_no_client_auth()
+        .with_cert_resolver(Arc::new(rustls::server::ResolvesServerCertUsingSni::new()));
+    let export = Export::new("disk".into(), false, || GIB);
+    let exports = Exports::new(vec![export], Some(Arc::new(config)));
+    let mut handshake = Handshake::new(Arc::new(exports));
+    let mut input = Input::new();
+    exchange(&mut handshake, &mut input, &3u32.to_be_bytes());
+    (handshake, input)
+}
+
+#[test]
+fn nothing_is_told_before_tls() {
+    let (mut handshake, mut input) = before_tls();
+    for kind in [3, 6, 7, 8, 9, 10, 11, 77] {
+        let (progress, output) = exchange(&mut handshake, &mut input, &option(kind, b""));
+        assert_eq!(progress, Progress::More);
+        assert_eq!(kinds(&output), [(1 << 31) + 5], "option {kind}");
+    }
+    let (progress, output) = exchange(&mut handshake, &mut input, &option(5, b"x"));
+    assert_eq!(
+        (progress, kinds(&output)),
+        (Progress::More, vec![(1 << 31) + 3])
+    );
+    let (progress, output) = exchange(&mut handshake, &mut input, &option(5, b""));
+    assert_eq!((progress, output), (Progress::StartTls, reply(5, 1, b"")));
+    let (_, output) = exchange(&mut handshake, &mut input, &option(5, b""));
+    assert_eq!(kinds(&output), [(1 << 31) + 3], "once is enough");
+    let (progress, _) = exchange(&mut handshake, &mut input, &option(7, &go("disk", &[])));
+    assert!(matches!(progress, Progress::Enter(_)));
+
+    for (bytes, why) in [
+        (option(1, b"disk"), "an export without TLS"),
+        ([option(5, b""), option(3, b"")].concat(), "slipped in"),
+    ] {
+        let (mut handshake, mut input) = before_tls();
+        let (progress, _) = exchange(&mut handshake, &mut input, &bytes);
+        assert!(matches!(progress, Progress::Close(_)), "{why}");
+    }
+    let (mut handshake, mut input) = before_tls();
+    let (progress, output) = exchange(&mut handshake, &mut input, &option(2, b""));
+    assert!(matches!(progress, Progress::Close(_)));
+    assert_eq!(output, reply(2, 1, b""));
 }
 
 #[test]
