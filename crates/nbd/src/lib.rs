@@ -17,23 +17,25 @@
 //! ```
 //!
 //! # What clients get
-//! Fixed newstyle negotiation (`EXPORT_NAME`, `GO`, `INFO`, `LIST`, `ABORT`, `STRUCTURED_REPLY`, `LIST_META_CONTEXT`, `SET_META_CONTEXT`), simple and structured replies,
-//! READ, WRITE, FLUSH, TRIM, CACHE, WRITE_ZEROES, BLOCK_STATUS with `base:allocation`, FUA, NO_HOLE, DF. Not yet: TLS, extended headers, fast zeroes,
-//! other metadata contexts, several exports.
+//! Fixed newstyle negotiation (`EXPORT_NAME`, `GO`, `INFO`, `LIST`, `ABORT`, `STARTTLS`, `STRUCTURED_REPLY`, `EXTENDED_HEADERS`, `LIST_META_CONTEXT`,
+//! `SET_META_CONTEXT`), simple, structured and extended replies, READ, WRITE, FLUSH, TRIM, CACHE, WRITE_ZEROES, BLOCK_STATUS with `base:allocation` and
+//! `qemu:allocation-depth`, FUA, NO_HOLE, FAST_ZERO, DF. Several exports ([`ServerBuilder::export`]), and TLS ([`TlsCredentials`]): once it is configured,
+//! nothing is told or served without it.
 //!
 //! * **FLUSH** makes durable every write whose reply was sent before it, on this or any other connection: a flush of the engine covers
 //!   all its queues. So the export says CAN_MULTI_CONN.
 //! * **FUA** makes the one request durable; with TRIM, that it has happened.
 //! * **TRIM** gives whole clusters back; what it does not give back keeps its content.
-//! * **WRITE_ZEROES** gives space back unless NO_HOLE is set.
+//! * **WRITE_ZEROES** gives space back unless NO_HOLE is set. FAST_ZERO fails with ENOTSUP where [`urus::Device::zeroes_fast`] says no.
 //! * **CACHE** reads the range, so that it is in the host's page cache and the engine's caches.
-//! * **BLOCK_STATUS**: HOLE where no data is stored in any layer, ZERO where the range reads as zeroes, as qemu-nbd says it. One reply has at
-//!   most 2048 descriptors, and may cover less than was asked.
+//! * **BLOCK_STATUS**: HOLE where no data is stored in any layer, ZERO where the range reads as zeroes, as qemu-nbd says it; holes of raw files are
+//!   told as data. `qemu:allocation-depth` is 0 for what is in no layer, 1 in the image, 2 in its backing file, and so on. One reply has at
+//!   most 2048 descriptors of each, and may cover less than was asked.
 //! * A request of no bytes succeeds. One that goes beyond the end fails: with ENOSPC if it would write, else with EINVAL.
 //!
 //! # What a peer can cost
 //! A peer is not trusted. It can hold a place among the connections, 64 requests or 64 MiB of payload (whichever is less), and some 200 KiB
-//! besides; beyond, its socket is not read. A handshake ends after 30 seconds or 1024 options. A request's payload is at most 32 MiB.
+//! besides (400 with TLS); beyond, its socket is not read. A handshake ends after 30 seconds, TLS included, or 1024 options. A request's payload is at most 32 MiB.
 //! Breaking the protocol ends the connection, and no other. All limits are in `limits.rs`.
 #![forbid(unsafe_code)]
 

@@ -1,6 +1,6 @@
 //! Every limit of the server, in one place: what a peer can make it hold or do.
 //!
-//! A connection holds at most [`CONNECTION_BYTES`] of payload (one request may be as large as that alone), [`INPUT_BYTES`] of unread input, and small
+//! A connection holds at most [`CONNECTION_BYTES`] of payload (one request may be as large as that alone), [`INPUT_BYTES`] of unread input, a TLS session's buffers, and small
 //! heads for [`CONNECTION_REQUESTS`] replies. A worker's pool keeps at most [`POOL_BYTES`] besides.
 
 use std::time::Duration;

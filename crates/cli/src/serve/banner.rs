@@ -15,7 +15,11 @@ pub(super) fn print(args: &Args, device: &Device, others: &[Other], server: &Ser
     let _ = describe(&mut text, args, device)
         .and_then(|()| exports(&mut text, others))
         .and_then(|()| addresses(&mut text, server))
-        .and_then(|()| examples(&mut text, &server.uris()));
+        .and_then(|()| match args.export.tls_text() {
+            // Each client has its own way to name its certificates.
+            Some(tls) => writeln!(text, "  TLS       {tls}"),
+            None => examples(&mut text, &server.uris()),
+        });
     crate::output::print(&text);
 }
 

@@ -88,6 +88,16 @@ impl ExportArgs {
         Ok(self.tls_creds.as_ref().map(read).transpose()?)
     }
 
+    /// What is asked of clients; None without TLS.
+    pub(super) fn tls_text(&self) -> Option<&'static str> {
+        self.tls_creds.as_ref()?;
+        Some(if self.tls_verify_peer {
+            "required, with a certificate"
+        } else {
+            "required"
+        })
+    }
+
     pub(super) fn configure(
         &self,
         mut builder: ServerBuilder,
