@@ -149,6 +149,16 @@ fn option(bytes: &mut Vec<u8>, kind: u32, data: &[u8]) {
     bytes.extend(data);
 }
 
+/// With extended headers.
+fn extended_request(bytes: &mut Vec<u8>, flags: u16, command: u16, offset: u64, len: u64) {
+    bytes.extend(0x21e4_1c71u32.to_be_bytes());
+    bytes.extend(flags.to_be_bytes());
+    bytes.extend(command.to_be_bytes());
+    bytes.extend(7u64.to_be_bytes());
+    bytes.extend(offset.to_be_bytes());
+    bytes.extend(len.to_be_bytes());
+}
+
 fn request(bytes: &mut Vec<u8>, flags: u16, command: u16, cookie: u64, offset: u64, len: u32) {
     bytes.extend(0x2560_9513u32.to_be_bytes());
     bytes.extend(flags.to_be_bytes());
@@ -170,6 +180,8 @@ struct Script {
     bytes: Vec<u8>,
     asked: Vec<Asked>,
     structured: bool,
+    /// Extended headers were asked for: what follows is survived, not judged.
+    extended: bool,
     /// Nothing in it breaks the protocol: every request is answered.
     orderly: bool,
     read_left: u32,
@@ -182,6 +194,7 @@ impl Script {
             bytes: Vec::new(),
             asked: Vec::new(),
             structured: false,
+            extended: false,
             orderly: true,
             read_left: ALL_READ_BYTES,
         };
@@ -242,6 +255,11 @@ impl Script {
                     self.orderly = false;
                     option(&mut self.bytes, u32::from(kind >> 4), &data);
                 }
+                13 => {
+                    self.orderly = false;
+                    self.extended = true;
+                    option(&mut self.bytes, 11, &[]);
+                }
                 _ => {
                     self.orderly = false;
                     option(&mut self.bytes, u32::from(kind >> 4), &[]);
@@ -254,6 +272,10 @@ impl Script {
     /// False after the last one.
     fn part(&mut self, input: &mut Input<'_>) -> bool {
         let kind = input.u8();
+        if self.extended {
+            self.extended_part(kind, input);
+            return true;
+        }
         if kind >= 0xf0 {
             self.orderly = false;
             let len = usize::from(input.u8());
@@ -308,6 +330,27 @@ impl Script {
             len,
         });
         true
+    }
+
+    fn extended_part(&mut self, kind: u8, input: &mut Input<'_>) {
+        let flags = u16::from(input.u8());
+        let offset = u64::from(input.u16()) << 8;
+        let command = u16::from(kind % 9);
+        let mut len = match kind / 9 % 4 {
+            0 => u64::from(input.u8()),
+            1 => u64::from(input.u16()),
+            2 => 8 + 4 * u64::from(input.u8() % 4),
+            _ => input.u64(),
+        };
+        if command == READ {
+            len = len.min(u64::from(self.read_left.min(READ_BYTES)));
+            self.read_left -= u32::try_from(len).unwrap_or(0);
+        }
+        extended_request(&mut self.bytes, flags, command, offset, len);
+        if command == WRITE || flags & 32 != 0 {
+            let payload = usize::try_from(len.min(256)).unwrap_or(0);
+            self.bytes.extend(input.take(payload));
+        }
     }
 
     /// Every request has exactly one end among the replies, and nothing else is there.

@@ -69,8 +69,52 @@ fn any_request() -> impl Strategy<Value = Vec<u8>> {
     )
 }
 
+/// The same with extended headers: lengths of 64 bits, and payloads where the flag says so, or not.
+fn any_extended_request() -> impl Strategy<Value = Vec<u8>> {
+    let command = prop_oneof![4 => 0u16..9, 1 => any::<u16>()];
+    let flags = prop_oneof![4 => 0u16..64, 1 => any::<u16>()];
+    let len = prop_oneof![4 => 0u64..100_000, 2 => 8u64..20, 1 => any::<u64>()];
+    let payload = prop::collection::vec(prop_oneof![0u8..4, any::<u8>()], 0..24);
+    (command, flags, 0..80 * MIB, len, payload, any::<bool>()).prop_map(
+        |(command, flags, offset, len, payload, fitting)| {
+            let len = if fitting { payload.len() as u64 } else { len };
+            let mut bytes = 0x21e4_1c71u32.to_be_bytes().to_vec();
+            bytes.extend(flags.to_be_bytes());
+            bytes.extend(command.to_be_bytes());
+            bytes.extend(7u64.to_be_bytes());
+            bytes.extend(offset.to_be_bytes());
+            bytes.extend(len.to_be_bytes());
+            if fitting && (command == WRITE || flags & 32 != 0) {
+                bytes.extend(payload);
+            }
+            bytes
+        },
+    )
+}
+
+/// With both metadata contexts.
+fn extended_client(fixture: &Fixture) -> Client {
+    let mut client = fixture.connect();
+    client.greet(3);
+    assert_eq!(client.option(11, b""), [(1, vec![])]);
+    let mut data = string("");
+    data.extend(2u32.to_be_bytes());
+    data.extend(string("base:allocation"));
+    data.extend(string("qemu:allocation-depth"));
+    assert_eq!(client.option(10, &data).len(), 3);
+    client.go("");
+    client
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
+
+    #[test]
+    fn hostile_extended_requests(requests in prop::collection::vec(any_extended_request(), 1..40)) {
+        let fixture = shared();
+        throw(extended_client(fixture).stream, &requests.concat());
+        check(&fixture.socket());
+    }
 
     #[test]
     fn hostile_handshakes(bytes in prop::collection::vec(any::<u8>(), 0..300), flags in prop_oneof![Just(3u32), any::<u32>()]) {
