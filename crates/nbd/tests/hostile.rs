@@ -302,3 +302,37 @@ fn tcp_clients_get_the_last_replies_before_the_end() {
     server.shutdown().unwrap();
     fixture.close();
 }
+
+#[test]
+fn a_client_that_drips_its_tls_handshake_is_let_go() {
+    let dir = tempfile::tempdir().unwrap();
+    let made = std::process::Command::new("openssl")
+        .args(["req", "-x509", "-newkey", "ec", "-nodes", "-subj", "/CN=x"])
+        .args(["-pkeyopt", "ec_paramgen_curve:prime256v1"])
+        .args(["-keyout", "server-key.pem", "-out", "server-cert.pem"])
+        .current_dir(dir.path())
+        .output()
+        .expect("openssl, see tests/packages.txt");
+    assert!(made.status.success(), "{made:?}");
+    let credentials = urus_nbd::TlsCredentials::from_directory(dir.path(), false).unwrap();
+    let fixture = Fixture::with(&Image::qcow2(MIB), |builder| {
+        builder
+            .tls(credentials)
+            .handshake_time(Duration::from_millis(300))
+    });
+    let start = Instant::now();
+    let mut dripping = fixture.connect();
+    dripping.greet(3);
+    assert_eq!(dripping.option(5, b""), [(1, vec![])]);
+    // The head of a record that would be a client's first, and never its end.
+    for byte in [22, 3, 1, 1, 0, 1].into_iter().chain([0; 250]) {
+        if dripping.stream.write_all(&[byte]).is_err() {
+            break;
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    assert!(dripping.is_closed());
+    assert!(start.elapsed() < Duration::from_secs(20));
+    assert_eq!(fixture.connect().receive(8), b"NBDMAGIC");
+    fixture.close();
+}
