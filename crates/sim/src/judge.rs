@@ -280,11 +280,7 @@ impl Scene {
     pub fn workload(&self, rng: &mut Rng) -> Workload {
         let (sectors, cluster) = (self.config.sectors, self.config.cluster_sectors());
         let workload = Workload::new(rng.fork(12), sectors, cluster);
-        if self.config.churn {
-            workload.churning()
-        } else {
-            workload
-        }
+        workload.of_kind(self.config.load)
     }
 
     /// How a machine is driven, by lot.

@@ -1,7 +1,7 @@
 //! Runs the simulator and prints what it saw.
 //!
 //! `urus-sim [--part cuts|sequences|errors|model|plants|trace]... [--seed S] [--states N] [--minutes M] [--threads T]
-//! [--config NAME|NUMBER] [--plant NAME] [--exact SEED [--inject K]]`
+//! [--config NAME|NUMBER] [--plant NAME] [--hunts N] [--exact SEED [--inject K]]`
 //!
 //! Without `--part` it runs all parts, each with the budget of `--states`. It exits with 1 where something is wrong.
 
@@ -21,6 +21,7 @@ struct Arguments {
     threads: usize,
     config: Option<Config>,
     plant: Option<Bug>,
+    hunts: u64,
     exact: Option<u64>,
     inject: Option<usize>,
 }
@@ -34,6 +35,7 @@ fn arguments() -> Result<Arguments, String> {
         threads: std::thread::available_parallelism().map_or(2, usize::from),
         config: None,
         plant: None,
+        hunts: 3,
         exact: None,
         inject: None,
     };
@@ -49,6 +51,7 @@ fn arguments() -> Result<Arguments, String> {
             "--states" => arguments.states = value.replace('_', "").parse().map_err(|_| wrong())?,
             "--minutes" => arguments.minutes = Some(value.parse().map_err(|_| wrong())?),
             "--threads" => arguments.threads = value.parse().map_err(|_| wrong())?,
+            "--hunts" => arguments.hunts = value.parse().map_err(|_| wrong())?,
             "--exact" => arguments.exact = Some(value.parse().map_err(|_| wrong())?),
             "--inject" => arguments.inject = Some(value.parse().map_err(|_| wrong())?),
             "--config" => arguments.config = Some(config::find(&value).ok_or_else(wrong)?),
@@ -96,7 +99,13 @@ fn main() -> ExitCode {
     }
     if wanted("plants") || arguments.plant.is_some() {
         let bugs = arguments.plant.map_or(Bug::ALL.to_vec(), |bug| vec![bug]);
-        let (lines, all) = sweep::hunt_all(&bugs, arguments.seed, 3, 4000, arguments.threads);
+        let (lines, all) = sweep::hunt_all(
+            &bugs,
+            arguments.seed,
+            arguments.hunts,
+            8000,
+            arguments.threads,
+        );
         lines.iter().for_each(|line| println!("{line}"));
         sound &= all;
     }
