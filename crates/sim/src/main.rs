@@ -1,15 +1,16 @@
 //! Runs the simulator and prints what it saw.
 //!
 //! `urus-sim [--part cuts|sequences|errors|model|plants|trace]... [--seed S] [--states N] [--minutes M] [--threads T]
-//! [--config NAME|NUMBER] [--plant NAME] [--hunts N] [--exact SEED [--inject K]]`
+//! [--config NAME|NUMBER] [--plant NAME] [--hunts N] [--qemu N] [--exact SEED [--inject K]]`
 //!
-//! Without `--part` it runs all parts, each with the budget of `--states`. It exits with 1 where something is wrong.
+//! One state in `--qemu` (1000) after a cut goes through qemu-img too; 0: none. Without `--part` it runs all parts, each with the budget of `--states`. It exits with 1 where something is wrong.
 
 use std::process::ExitCode;
 use std::time::Duration;
 
 use urus_engine::planted::Bug;
 use urus_sim::config::{self, Config};
+use urus_sim::qemu;
 use urus_sim::runner::{Effort, quiet_panics, run};
 use urus_sim::sweep::{self, Budget, Part, Tally};
 
@@ -22,6 +23,7 @@ struct Arguments {
     config: Option<Config>,
     plant: Option<Bug>,
     hunts: u64,
+    qemu: u64,
     exact: Option<u64>,
     inject: Option<usize>,
 }
@@ -36,6 +38,7 @@ fn arguments() -> Result<Arguments, String> {
         config: None,
         plant: None,
         hunts: 3,
+        qemu: 1000,
         exact: None,
         inject: None,
     };
@@ -51,6 +54,7 @@ fn arguments() -> Result<Arguments, String> {
             "--states" => arguments.states = value.replace('_', "").parse().map_err(|_| wrong())?,
             "--minutes" => arguments.minutes = Some(value.parse().map_err(|_| wrong())?),
             "--threads" => arguments.threads = value.parse().map_err(|_| wrong())?,
+            "--qemu" => arguments.qemu = value.parse().map_err(|_| wrong())?,
             "--hunts" => arguments.hunts = value.parse().map_err(|_| wrong())?,
             "--exact" => arguments.exact = Some(value.parse().map_err(|_| wrong())?),
             "--inject" => arguments.inject = Some(value.parse().map_err(|_| wrong())?),
@@ -73,6 +77,13 @@ fn main() -> ExitCode {
             return ExitCode::from(2);
         }
     };
+    if arguments.qemu > 0 && !qemu::is_installed() {
+        eprintln!(
+            "urus-sim: there is no qemu-img to ask about one state in {}: install qemu-utils, or say --qemu 0",
+            arguments.qemu
+        );
+        return ExitCode::from(2);
+    }
     quiet_panics();
     if let Some(seed) = arguments.exact {
         return again(&arguments, seed);
@@ -123,6 +134,7 @@ fn sweep_part(part: Part, arguments: &Arguments) -> bool {
             Duration::from_secs_f64(minutes * 60.0)
         }),
         threads: arguments.threads,
+        qemu: arguments.qemu,
     };
     let tally = sweep::run(part, arguments.seed, arguments.config.as_ref(), &budget);
     println!("{tally}");
