@@ -310,7 +310,7 @@ fn a_queue_stops_when_all_is_answered_and_goes_on_there() {
         machine.start_queue(&mut front_end, base);
         let rest = machine.settle().len();
         taken = taken.wrapping_add(u16::try_from(rest).unwrap());
-        assert_eq!(answered + rest, SLOTS.into());
+        assert_eq!(answered + rest, usize::from(SLOTS));
     }
     for slot in 0..SLOTS {
         machine.prepare(slot, READ, u64::from(slot) * 128, 4096);
@@ -344,7 +344,7 @@ fn the_log_has_what_was_written_to_the_guest() {
         ..
     } = serve();
     let mut machine = Machine::new();
-    let mut front_end = attach(&socket, &mut machine);
+    let front_end = attach(&socket, &mut machine);
     assert_eq!(machine.request(READ, 0, ROOM), OK);
     let log = rustix::fs::memfd_create("log", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
     let bytes = machine::MEMORY / 4096 / 8;

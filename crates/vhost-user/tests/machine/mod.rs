@@ -18,10 +18,10 @@ use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-pub const SIZE: u16 = 64;
+pub(crate) const SIZE: u16 = 64;
 /// Requests at once: each has three descriptors and places of its own.
-pub const SLOTS: u16 = 16;
-pub const MEMORY: u64 = 4 << 20;
+pub(crate) const SLOTS: u16 = 16;
+pub(crate) const MEMORY: u64 = 4 << 20;
 /// Where the front end says that it has the memory in its own address space.
 const USER: u64 = 0x7f00_0000_0000;
 
@@ -31,38 +31,38 @@ const USED: u64 = 0x2000;
 const HEADERS: u64 = 0x4000;
 const DATA: u64 = 0x10_0000;
 /// Bytes of data that a slot has room for.
-pub const ROOM: u32 = 64 << 10;
+pub(crate) const ROOM: u32 = 64 << 10;
 
-pub const READ: u32 = 0;
-pub const WRITE: u32 = 1;
-pub const FLUSH: u32 = 4;
-pub const GET_ID: u32 = 8;
+pub(crate) const READ: u32 = 0;
+pub(crate) const WRITE: u32 = 1;
+pub(crate) const FLUSH: u32 = 4;
+pub(crate) const GET_ID: u32 = 8;
 
-pub const NEXT: u16 = 1;
-pub const WRITABLE: u16 = 2;
+pub(crate) const NEXT: u16 = 1;
+pub(crate) const WRITABLE: u16 = 2;
 
 const VERSION_1: u64 = 1 << 32;
 const EVENT_IDX: u64 = 1 << 29;
 const PROTOCOL_FEATURES: u64 = 1 << 30;
-pub const LOG_ALL: u64 = 1 << 26;
+pub(crate) const LOG_ALL: u64 = 1 << 26;
 /// What the machine's driver takes of what is offered.
-pub const FEATURES: u64 = VERSION_1 | EVENT_IDX | PROTOCOL_FEATURES | 1 << 9 | 1 << 11;
+pub(crate) const FEATURES: u64 = VERSION_1 | EVENT_IDX | PROTOCOL_FEATURES | 1 << 9 | 1 << 11;
 
-pub struct Machine {
+pub(crate) struct Machine {
     file: OwnedFd,
-    pub memory: GuestMemoryMmap,
+    pub(crate) memory: GuestMemoryMmap,
     kick: EventFd,
     call: EventFd,
     error: EventFd,
     avail: u16,
     used: u16,
     /// Slots whose request was not answered.
-    pub outstanding: BTreeSet<u16>,
+    pub(crate) outstanding: BTreeSet<u16>,
     inflight: Option<(VhostUserInflight, File)>,
 }
 
 impl Machine {
-    pub fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let file = memfd_create("machine", MemfdFlags::CLOEXEC).unwrap();
         ftruncate(&file, MEMORY).unwrap();
         let offset = FileOffset::new(file.try_clone().unwrap().into(), 0);
@@ -85,7 +85,7 @@ impl Machine {
     }
 
     /// Connects, and waits until somebody listens.
-    pub fn connect(&self, socket: &Path) -> Frontend {
+    pub(crate) fn connect(&self, socket: &Path) -> Frontend {
         let deadline = Instant::now() + Duration::from_secs(60);
         loop {
             match std::os::unix::net::UnixStream::connect(socket) {
@@ -97,7 +97,7 @@ impl Machine {
     }
 
     /// Tells a back end everything that it needs to work on the virtqueue.
-    pub fn start(&mut self, front_end: &mut Frontend, features: u64, base: u16) {
+    pub(crate) fn start(&mut self, front_end: &mut Frontend, features: u64, base: u16) {
         self.introduce(front_end, features);
         if let Some((_, file)) = &self.inflight {
             let (area, file) = (&self.inflight.as_ref().unwrap().0, file.as_raw_fd());
@@ -113,7 +113,7 @@ impl Machine {
         self.start_queue(front_end, base);
     }
 
-    pub fn introduce(&self, front_end: &mut Frontend, features: u64) {
+    pub(crate) fn introduce(&self, front_end: &mut Frontend, features: u64) {
         front_end.set_owner().unwrap();
         let offered = front_end.get_features().unwrap();
         assert_eq!(offered & features, features, "{offered:#x}");
@@ -133,7 +133,7 @@ impl Machine {
         front_end.set_mem_table(&[self.region()]).unwrap();
     }
 
-    pub fn region(&self) -> VhostUserMemoryRegionInfo {
+    pub(crate) fn region(&self) -> VhostUserMemoryRegionInfo {
         VhostUserMemoryRegionInfo {
             guest_phys_addr: 0,
             memory_size: MEMORY,
@@ -143,7 +143,7 @@ impl Machine {
         }
     }
 
-    pub fn addresses(&self, log: bool) -> VringConfigData {
+    pub(crate) fn addresses(&self, log: bool) -> VringConfigData {
         VringConfigData {
             queue_max_size: SIZE,
             queue_size: SIZE,
@@ -155,7 +155,7 @@ impl Machine {
         }
     }
 
-    pub fn start_queue(&self, front_end: &mut Frontend, base: u16) {
+    pub(crate) fn start_queue(&self, front_end: &mut Frontend, base: u16) {
         front_end.set_vring_num(0, SIZE).unwrap();
         front_end.set_vring_base(0, base).unwrap();
         front_end.set_vring_addr(0, &self.addresses(false)).unwrap();
@@ -166,23 +166,23 @@ impl Machine {
     }
 
     /// Stops the virtqueue; where the back end would go on.
-    pub fn stop(&self, front_end: &Frontend) -> u16 {
+    pub(crate) fn stop(&self, front_end: &Frontend) -> u16 {
         u16::try_from(front_end.get_vring_base(0).unwrap()).unwrap()
     }
 
-    pub fn data_at(&self, slot: u16) -> GuestAddress {
+    pub(crate) fn data_at(&self, slot: u16) -> GuestAddress {
         GuestAddress(DATA + u64::from(slot) * u64::from(ROOM))
     }
 
-    pub fn status_at(&self, slot: u16) -> GuestAddress {
+    pub(crate) fn status_at(&self, slot: u16) -> GuestAddress {
         GuestAddress(HEADERS + u64::from(slot) * 64 + 32)
     }
 
-    pub fn head(slot: u16) -> u16 {
+    pub(crate) fn head(slot: u16) -> u16 {
         slot * 3
     }
 
-    pub fn descriptor(&self, index: u16, address: u64, len: u32, flags: u16, next: u16) {
+    pub(crate) fn descriptor(&self, index: u16, address: u64, len: u32, flags: u16, next: u16) {
         let at = DESCRIPTORS + u64::from(index) * 16;
         self.memory.write_obj(address, GuestAddress(at)).unwrap();
         self.memory.write_obj(len, GuestAddress(at + 8)).unwrap();
@@ -192,7 +192,7 @@ impl Machine {
     }
 
     /// Writes a request of a slot into its descriptors.
-    pub fn prepare(&mut self, slot: u16, kind: u32, sector: u64, len: u32) {
+    pub(crate) fn prepare(&mut self, slot: u16, kind: u32, sector: u64, len: u32) {
         let header = HEADERS + u64::from(slot) * 64;
         let mut bytes = [0; 16];
         bytes[..4].copy_from_slice(&kind.to_le_bytes());
@@ -217,12 +217,12 @@ impl Machine {
     }
 
     /// Makes a slot's request available, without a kick.
-    pub fn offer(&mut self, slot: u16) {
+    pub(crate) fn offer(&mut self, slot: u16) {
         assert!(self.outstanding.insert(slot), "slot {slot} is in use");
         self.offer_head(Self::head(slot));
     }
 
-    pub fn offer_head(&mut self, head: u16) {
+    pub(crate) fn offer_head(&mut self, head: u16) {
         let at = AVAIL + 4 + u64::from(self.avail % SIZE) * 2;
         self.memory.write_obj(head, GuestAddress(at)).unwrap();
         self.avail = self.avail.wrapping_add(1);
@@ -232,12 +232,12 @@ impl Machine {
             .unwrap();
     }
 
-    pub fn kick(&self) {
+    pub(crate) fn kick(&self) {
         self.kick.write(1).unwrap();
     }
 
     /// Slots answered since this was last asked, each of which must have been outstanding.
-    pub fn answered(&mut self) -> Vec<u16> {
+    pub(crate) fn answered(&mut self) -> Vec<u16> {
         let order = std::sync::atomic::Ordering::SeqCst;
         let index: u16 = self.memory.load(GuestAddress(USED + 2), order).unwrap();
         let mut slots = Vec::new();
@@ -259,7 +259,7 @@ impl Machine {
     }
 
     /// Waits until every request was answered, by its call eventfd.
-    pub fn settle(&mut self) -> Vec<u16> {
+    pub(crate) fn settle(&mut self) -> Vec<u16> {
         let deadline = Instant::now() + Duration::from_secs(60);
         let mut slots = self.answered();
         while !self.outstanding.is_empty() {
@@ -283,12 +283,12 @@ impl Machine {
         slots
     }
 
-    pub fn status(&self, slot: u16) -> u8 {
+    pub(crate) fn status(&self, slot: u16) -> u8 {
         self.memory.read_obj(self.status_at(slot)).unwrap()
     }
 
     /// One request from beginning to end; its status.
-    pub fn request(&mut self, kind: u32, sector: u64, len: u32) -> u8 {
+    pub(crate) fn request(&mut self, kind: u32, sector: u64, len: u32) -> u8 {
         self.prepare(0, kind, sector, len);
         self.offer(0);
         self.kick();
@@ -296,11 +296,11 @@ impl Machine {
         self.status(0)
     }
 
-    pub fn fill(&self, slot: u16, bytes: &[u8]) {
+    pub(crate) fn fill(&self, slot: u16, bytes: &[u8]) {
         self.memory.write_slice(bytes, self.data_at(slot)).unwrap();
     }
 
-    pub fn data(&self, slot: u16, len: usize) -> Vec<u8> {
+    pub(crate) fn data(&self, slot: u16, len: usize) -> Vec<u8> {
         let mut bytes = vec![0; len];
         self.memory
             .read_slice(&mut bytes, self.data_at(slot))
@@ -309,24 +309,24 @@ impl Machine {
     }
 
     /// Whether the back end has said that the virtqueue is broken, within a while.
-    pub fn is_broken(&self) -> bool {
+    pub(crate) fn is_broken(&self) -> bool {
         wait(&self.error, Duration::from_secs(20))
     }
 
-    pub fn config(&self, front_end: &mut Frontend, at: u32, len: u32) -> Vec<u8> {
+    pub(crate) fn config(&self, front_end: &mut Frontend, at: u32, len: u32) -> Vec<u8> {
         let buffer = vec![0; usize::try_from(len).unwrap()];
         let flags = VhostUserConfigFlags::empty();
         let (_, bytes) = front_end.get_config(at, len, flags, &buffer).unwrap();
         bytes
     }
 
-    pub fn capacity(&self, front_end: &mut Frontend) -> u64 {
+    pub(crate) fn capacity(&self, front_end: &mut Frontend) -> u64 {
         let bytes = self.config(front_end, 0, 8);
         u64::from_le_bytes(bytes.try_into().unwrap()) * 512
     }
 
     /// The virtqueue from its beginning, as a driver that starts anew has it.
-    pub fn reset_queue(&mut self) {
+    pub(crate) fn reset_queue(&mut self) {
         self.memory
             .write_slice(&[0; 0x3000], GuestAddress(0))
             .unwrap();
