@@ -66,29 +66,29 @@ say end
 poweroff -f
 "#;
 
-/// The script of the test environment's page.
+/// All that a disk is for. (Programs by their paths: busybox takes its own first, which have fewer options.)
 const EVERYTHING: &str = r#"
 say queues $(ls /sys/block/vda/mq | wc -l)
 say cache $(cat /sys/block/vda/cache_type)
 say serial $(cat /sys/block/vda/serial)
 say sectors $(cat /sys/block/vda/size)
-say base $(dd if=/dev/vda bs=1M skip=64 count=8 iflag=direct 2>/dev/null | md5sum | cut -d' ' -f1)
-dd if=/dev/urandom of=/tmp/data bs=1M count=8 2>/dev/null
-must write dd if=/tmp/data of=/dev/vda bs=256k seek=64 oflag=direct conv=notrunc,fsync
-dd if=/dev/vda of=/tmp/back bs=256k skip=64 count=32 iflag=direct 2>/dev/null
-must read cmp /tmp/data /tmp/back
-dd if=/dev/zero of=/tmp/zero bs=1M count=4 2>/dev/null
-must discard blkdiscard -o 16M -l 4M /dev/vda
-dd if=/dev/vda of=/tmp/back bs=1M skip=16 count=4 iflag=direct 2>/dev/null
-must discarded cmp /tmp/zero /tmp/back
-must zero blkdiscard -z -o 20M -l 4M /dev/vda
-dd if=/dev/vda of=/tmp/back bs=1M skip=20 count=4 iflag=direct 2>/dev/null
-must zeroed cmp /tmp/zero /tmp/back
+say base $(/usr/bin/dd if=/dev/vda bs=1M skip=64 count=8 iflag=direct 2>/dev/null | md5sum | cut -d' ' -f1)
+/usr/bin/dd if=/dev/urandom of=/tmp/data bs=1M count=8 2>/dev/null
+must write /usr/bin/dd if=/tmp/data of=/dev/vda bs=256k seek=64 oflag=direct conv=notrunc,fsync
+/usr/bin/dd if=/dev/vda of=/tmp/back bs=256k skip=64 count=32 iflag=direct 2>/dev/null
+must read /usr/bin/cmp /tmp/data /tmp/back
+/usr/bin/dd if=/dev/zero of=/tmp/zero bs=1M count=4 2>/dev/null
+must discard /usr/sbin/blkdiscard -o 16M -l 4M /dev/vda
+/usr/bin/dd if=/dev/vda of=/tmp/back bs=1M skip=16 count=4 iflag=direct 2>/dev/null
+must discarded /usr/bin/cmp /tmp/zero /tmp/back
+must zero /usr/sbin/blkdiscard -z -o 20M -l 4M /dev/vda
+/usr/bin/dd if=/dev/vda of=/tmp/back bs=1M skip=20 count=4 iflag=direct 2>/dev/null
+must zeroed /usr/bin/cmp /tmp/zero /tmp/back
 # Both processors at once, so that both queues work.
-dd if=/tmp/data of=/dev/vda bs=4k seek=8192 oflag=direct conv=notrunc 2>/dev/null &
-dd if=/dev/vda of=/dev/null bs=4k count=2048 iflag=direct 2>/dev/null
+/usr/bin/dd if=/tmp/data of=/dev/vda bs=4k seek=8192 oflag=direct conv=notrunc 2>/dev/null &
+/usr/bin/dd if=/dev/vda of=/dev/null bs=4k count=2048 iflag=direct 2>/dev/null
 wait
-must mkfs mke2fs -q -F -t ext4 -E lazy_itable_init=0,lazy_journal_init=0 /dev/vda
+must mkfs /usr/sbin/mke2fs -q -F -t ext4 -E lazy_itable_init=0,lazy_journal_init=0 /dev/vda
 must mount mount -t ext4 /dev/vda /mnt
 must copy cp /tmp/data /mnt/data
 cp -r /modules /mnt/
@@ -99,12 +99,12 @@ must umount umount /mnt
 
 /// Writes files, each durable before it says so, until somebody pulls the plug.
 const UNTIL_KILLED: &str = r#"
-must mkfs mke2fs -q -F -t ext4 /dev/vda
+must mkfs /usr/sbin/mke2fs -q -F -t ext4 /dev/vda
 must mount mount -t ext4 /dev/vda /mnt
 number=0
 while true; do
   number=$((number+1))
-  dd if=/dev/urandom of=/mnt/$number bs=64k count=4 conv=fsync 2>/dev/null
+  /usr/bin/dd if=/dev/urandom of=/mnt/$number bs=64k count=4 conv=fsync 2>/dev/null
   sync
   say durable $number $(md5sum /mnt/$number | cut -d' ' -f1)
   [ $number -gt 8 ] && rm /mnt/$((number-8))
@@ -373,8 +373,10 @@ impl Guest {
         std::thread::spawn(move || {
             for line in output.split(b'\n') {
                 let Ok(line) = line else { break };
-                let line = String::from_utf8_lossy(&line).trim_end().to_owned();
-                if sender.send(line).is_err() {
+                let line = String::from_utf8_lossy(&line);
+                // The firmware clears the screen without ending the line.
+                let start = line.find("URUS ").unwrap_or(0);
+                if sender.send(line[start..].trim_end().to_owned()).is_err() {
                     break;
                 }
             }
