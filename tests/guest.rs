@@ -111,6 +111,23 @@ while true; do
 done
 "#;
 
+/// Keeps both queues busy while somebody does something to the daemon, and then looks at what it has written.
+const UNDETERRED: &str = r#"
+must mkfs /usr/sbin/mke2fs -q -F -t ext4 /dev/vda
+must mount mount -t ext4 /dev/vda /mnt
+/usr/bin/dd if=/dev/urandom of=/tmp/data bs=1M count=8 2>/dev/null
+for number in $(seq 24); do
+  /usr/bin/dd if=/tmp/data of=/mnt/a bs=64k oflag=direct conv=fsync 2>/dev/null &
+  must copied /usr/bin/dd if=/tmp/data of=/mnt/b bs=256k conv=fsync
+  wait
+  echo 3 > /proc/sys/vm/drop_caches
+  must same /usr/bin/cmp /tmp/data /mnt/a
+  must same /usr/bin/cmp /tmp/data /mnt/b
+  say round $number
+done
+must umount umount /mnt
+"#;
+
 /// Looks at what is left: mounting replays the journal.
 const AFTERWARDS: &str = r#"
 must mount mount -t ext4 /dev/vda /mnt
@@ -262,6 +279,8 @@ fn module_bytes(directory: &Path, name: &str) -> Option<Vec<u8>> {
 /// `urus serve --vhost-user` as a child.
 struct Daemon {
     child: Child,
+    image: PathBuf,
+    arguments: Vec<String>,
     log: PathBuf,
     socket: PathBuf,
     _directory: tempfile::TempDir,
@@ -273,20 +292,11 @@ impl Daemon {
         let directory = tempfile::tempdir().unwrap();
         let socket = directory.path().join("disk.sock");
         let log = scratch.file("daemon.log");
-        let output = fs::File::create(&log).unwrap();
-        let child = Command::new(urus_path())
-            .args(["-v", "serve"])
-            .arg(image)
-            .arg("--vhost-user")
-            .arg(&socket)
-            .args(["--num-queues", "2", "--serial", "urus-guest-test"])
-            .args(arguments)
-            .stdout(Stdio::null())
-            .stderr(output)
-            .spawn()
-            .unwrap();
+        let arguments: Vec<_> = arguments.iter().map(|&word| word.to_owned()).collect();
         let daemon = Self {
-            child,
+            child: spawn(image, &socket, &arguments, &log),
+            image: image.to_owned(),
+            arguments,
             log,
             socket,
             _directory: directory,
@@ -297,6 +307,13 @@ impl Daemon {
             std::thread::sleep(Duration::from_millis(5));
         }
         daemon
+    }
+
+    /// Kills it and starts another one in its place.
+    fn replace(&mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+        self.child = spawn(&self.image, &self.socket, &self.arguments, &self.log);
     }
 
     fn log(&self) -> String {
@@ -320,6 +337,20 @@ impl Daemon {
         assert!(status.success(), "{status}: {}", self.log());
         self.log()
     }
+}
+
+fn spawn(image: &Path, socket: &Path, arguments: &[String], log: &Path) -> Child {
+    Command::new(urus_path())
+        .args(["-v", "serve"])
+        .arg(image)
+        .arg("--vhost-user")
+        .arg(socket)
+        .args(["--num-queues", "2", "--serial", "urus-guest-test"])
+        .args(arguments)
+        .stdout(Stdio::null())
+        .stderr(fs::File::create(log).unwrap())
+        .spawn()
+        .unwrap()
 }
 
 impl Drop for Daemon {
@@ -358,7 +389,10 @@ impl Guest {
                 "console=ttyS0 quiet panic=-1 mitigations=off tsc=reliable",
             ])
             .arg("-chardev")
-            .arg(format!("socket,id=disk,path={}", daemon.socket.display()))
+            .arg(format!(
+                "socket,id=disk,reconnect=1,path={}",
+                daemon.socket.display()
+            ))
             .args([
                 "-device",
                 "vhost-user-blk-pci,chardev=disk,num-queues=2,config-wce=on",
@@ -565,5 +599,27 @@ fn a_file_system_survives_the_death_of_its_machine() {
         );
     }
     daemon.stop();
+    judged(&scratch, &image);
+}
+
+/// The daemon is killed amid work, three times; to the guest the disk has been slow.
+#[test]
+fn a_guest_outlives_its_daemons() {
+    let scratch = Scratch::new();
+    let image = scratch.file("image.qcow2");
+    qemu::create(&image, "", SIZE);
+    let mut daemon = Daemon::start(&scratch, &image, &[]);
+    let mut guest = Guest::boot(&scratch, &daemon, UNDETERRED);
+    for round in [2, 7, 12] {
+        while guest.says("round") != round.to_string() {}
+        // Not at the same point each time.
+        std::thread::sleep(Duration::from_millis(40 * round));
+        daemon.replace();
+    }
+    assert_eq!(guest.says("umount"), "ok");
+    guest.says("end");
+    drop(guest);
+    let log = daemon.stop();
+    assert!(Daemon::counter(&log, "flushes") > 0, "{log}");
     judged(&scratch, &image);
 }

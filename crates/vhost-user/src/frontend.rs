@@ -301,11 +301,8 @@ fn place(region: &VhostUserMemoryRegion) -> Place {
 /// Reading or writing an eventfd of the front end's must never wait.
 fn unblocked(file: Option<File>) -> Result<Option<File>> {
     if let Some(file) = &file {
-        rustix::io::ioctl_fionbio(file, true).or_else(|error| {
-            // Not everything knows of it; what does not is no eventfd, and harms only its sender.
-            debug!(%error, "cannot make an eventfd of the front end non-blocking");
-            Err(refuse(error))
-        })?;
+        // What does not know of it is no eventfd.
+        rustix::io::ioctl_fionbio(file, true).map_err(refuse)?;
     }
     Ok(file)
 }

@@ -24,7 +24,7 @@ impl Shared {
     /// Maps `bytes` bytes of `file` from `offset`.
     pub(crate) fn map(file: File, offset: u64, bytes: u64) -> Result<Self, BadMemory> {
         let end = offset.checked_add(bytes).ok_or(BadMemory::AddressSpace)?;
-        if bytes > SHARED_BYTES || offset % (align_of::<AtomicU64>() as u64) != 0 {
+        if bytes > SHARED_BYTES || !offset.is_multiple_of(align_of::<AtomicU64>() as u64) {
             return Err(BadMemory::AddressSpace);
         }
         check_file(&file, end)?;

@@ -2,13 +2,14 @@
 
 use std::sync::Arc;
 
-use virtio_bindings::virtio_ring::{VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
 use virtio_queue::desc::RawDescriptor;
 use virtio_queue::desc::split::Descriptor;
 use vm_memory::{GuestAddress, GuestMemoryMmap};
 
-pub(crate) const NEXT: u16 = VRING_DESC_F_NEXT as u16;
-pub(crate) const WRITE: u16 = VRING_DESC_F_WRITE as u16;
+/// Flags of descriptors (virtio 1.2, 2.7.5).
+pub(crate) const NEXT: u16 = 1;
+pub(crate) const WRITE: u16 = 2;
+pub(crate) const INDIRECT: u16 = 4;
 
 /// Where data may lie; the queue of virtio-queue's mock begins at 0.
 pub(crate) const DATA: u64 = 0x10_0000;

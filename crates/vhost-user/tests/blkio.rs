@@ -74,11 +74,33 @@ impl Random {
     }
 }
 
-fn bytes(region: &MemoryRegion, start: usize, len: usize) -> &mut [u8] {
+/// Copies into the memory. Each operation has a part of its own, touched before it is submitted and after it has
+/// completed.
+fn put(region: &MemoryRegion, start: usize, bytes: &[u8]) {
+    assert!(start + bytes.len() <= region.len);
+    // SAFETY: within the region, which is mapped as long as its client lives, and is no Rust object.
+    unsafe {
+        let to = (region.addr + start) as *mut u8;
+        std::ptr::copy_nonoverlapping(bytes.as_ptr(), to, bytes.len());
+    }
+}
+
+fn get(region: &MemoryRegion, start: usize, len: usize) -> Vec<u8> {
     assert!(start + len <= region.len);
-    // SAFETY: within the region, and nobody uses this part meanwhile: each operation has a part of its own, looked at
-    // before it is submitted and after it has completed.
-    unsafe { std::slice::from_raw_parts_mut((region.addr + start) as *mut u8, len) }
+    let mut bytes = vec![0; len];
+    // SAFETY: as in `put`.
+    unsafe {
+        let from = (region.addr + start) as *const u8;
+        std::ptr::copy_nonoverlapping(from, bytes.as_mut_ptr(), len);
+    }
+    bytes
+}
+
+/// Bytes of which no two sectors are the same.
+fn noise(seed: u64, len: usize) -> Vec<u8> {
+    let mut random = Random(seed | 1);
+    let words = (0..len.div_ceil(8)).flat_map(|_| random.next().to_le_bytes());
+    words.take(len).collect()
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -220,12 +242,7 @@ fn play(client: &mut Client, model: &mut [u8], rounds: u64, seed: u64) {
         let mut in_flight = vec![0; queues];
         let mut keep = Vec::new();
         for (id, operation) in operations.iter().enumerate() {
-            let memory = bytes(&region, operation.at, operation.len);
-            let seed = random.next();
-            for (index, byte) in memory.iter_mut().enumerate() {
-                *byte = (seed.rotate_left(u32::try_from(index % 64).unwrap()) as u8)
-                    ^ (index >> 6) as u8;
-            }
+            put(&region, operation.at, &noise(random.next(), operation.len));
             let pieces = operation.pieces(&region, &mut random);
             let queue = usize::try_from(random.below(queues as u64)).unwrap();
             operation.submit(&mut client.queues[queue], &region, &pieces, id);
@@ -245,7 +262,7 @@ fn play(client: &mut Client, model: &mut [u8], rounds: u64, seed: u64) {
             }
         }
         for operation in &operations {
-            operation.judge(model, bytes(&region, operation.at, operation.len));
+            operation.judge(model, &get(&region, operation.at, operation.len));
         }
     }
 }
@@ -383,10 +400,10 @@ fn a_read_only_disk_is_only_read() {
     drop(writer);
     let mut client = Client::connect(&dir.path().join("sock"), true, 1);
     let region = client.memory(4096);
-    bytes(&region, 0, 4096).fill(0xff);
+    put(&region, 0, &[0xff; 4096]);
     client.queues[0].read(0, region.addr as *mut u8, 4096, 9, ReqFlags::empty());
     assert_eq!(client.wait(0, 1), [(9, 0)]);
-    assert!(bytes(&region, 0, 4096).iter().all(|&byte| byte == 0));
+    assert_eq!(get(&region, 0, 4096), [0; 4096]);
     // Beyond the end.
     client.queues[0].read(SIZE, region.addr as *mut u8, 4096, 1, ReqFlags::empty());
     let (_, result) = client.wait(0, 1)[0];

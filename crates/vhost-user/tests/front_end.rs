@@ -222,6 +222,9 @@ fn a_request_cannot_reach_out_of_the_memory() {
     server.shutdown().unwrap();
 }
 
+/// What a driver does to its ring that it must not.
+type Lie = fn(&mut Machine);
+
 #[test]
 fn a_ring_that_lies_is_stopped_and_can_be_set_up_again() {
     let Setting {
@@ -232,7 +235,7 @@ fn a_ring_that_lies_is_stopped_and_can_be_set_up_again() {
     } = serve();
     let mut machine = Machine::new();
     let mut front_end = machine.connect(&socket);
-    let lies: [(&str, fn(&mut Machine)); 7] = [
+    let lies: [(&str, Lie); 7] = [
         ("a loop", |machine| {
             machine.descriptor(0, 0x4000, 16, NEXT, 0);
             machine.offer_head(0);
@@ -298,7 +301,7 @@ fn a_queue_stops_when_all_is_answered_and_goes_on_there() {
     let mut taken = 0_u16;
     for round in 0..50_u8 {
         for slot in 0..SLOTS {
-            machine.fill(slot, &[round ^ slot as u8; 4096]);
+            machine.fill(slot, &[round ^ slot.to_le_bytes()[0]; 4096]);
             machine.prepare(slot, WRITE, u64::from(slot) * 128, 4096);
             machine.offer(slot);
         }
@@ -320,7 +323,7 @@ fn a_queue_stops_when_all_is_answered_and_goes_on_there() {
     machine.settle();
     for slot in 0..SLOTS {
         assert_eq!(machine.status(slot), OK);
-        assert_eq!(machine.data(slot, 4096), [49 ^ slot as u8; 4096]);
+        assert_eq!(machine.data(slot, 4096), [49 ^ slot.to_le_bytes()[0]; 4096]);
     }
     // Disabled, nothing is taken; enabled again, it is.
     front_end.set_vring_enable(0, false).unwrap();
@@ -392,7 +395,7 @@ fn memory_can_be_replaced_under_load() {
     let mut front_end = attach(&socket, &mut machine);
     for round in 0..50_u8 {
         for slot in 0..SLOTS {
-            machine.fill(slot, &[round.wrapping_add(slot as u8); 8192]);
+            machine.fill(slot, &[round.wrapping_add(slot.to_le_bytes()[0]); 8192]);
             machine.prepare(slot, WRITE, u64::from(slot) * 128, 8192);
             machine.offer(slot);
         }

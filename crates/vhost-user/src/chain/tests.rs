@@ -2,7 +2,7 @@
 //! refused; none loops for ever, none is half understood.
 
 use super::*;
-use crate::testing::{DATA, NEXT, WRITE, descriptor, memory};
+use crate::testing::{DATA, INDIRECT, NEXT, WRITE, descriptor, memory};
 use proptest::prelude::*;
 use virtio_queue::desc::RawDescriptor;
 use virtio_queue::mock::MockSplitQueue;
@@ -10,7 +10,6 @@ use virtio_queue::{Queue, QueueOwnedT};
 use vm_memory::GuestMemoryBackend;
 
 const SIZE: u16 = 16;
-const INDIRECT: u16 = VRING_DESC_F_INDIRECT as u16;
 
 fn read(table: &[RawDescriptor], indirect: &[RawDescriptor]) -> Result<Chain, BadChain> {
     let memory = memory();
