@@ -7,7 +7,7 @@ use std::collections::VecDeque;
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, mpsc};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::time::{Duration, Instant};
 
 use rustix::buffer::spare_capacity;
@@ -46,7 +46,8 @@ pub(crate) struct Gone;
 /// Where the control thread leaves messages.
 #[derive(Debug)]
 pub(crate) struct Inbox {
-    messages: Mutex<VecDeque<(Message, Answer)>>,
+    /// None once the thread is gone.
+    messages: Mutex<Option<VecDeque<(Message, Answer)>>>,
     /// Messages may be there: looked at often, by a thread that is too busy to sleep.
     rung: AtomicBool,
     bell: OwnedFd,
@@ -69,7 +70,7 @@ impl std::fmt::Debug for Message {
 impl Inbox {
     pub(crate) fn new() -> Result<Self, Errno> {
         Ok(Self {
-            messages: Mutex::default(),
+            messages: Mutex::new(Some(VecDeque::new())),
             rung: AtomicBool::new(false),
             bell: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
         })
@@ -78,14 +79,17 @@ impl Inbox {
     /// Sends a message and waits until it was done.
     pub(crate) fn ask(&self, message: Message) -> Result<Option<u16>, Gone> {
         let (answer, result) = mpsc::sync_channel(1);
-        self.lock().push_back((message, answer));
+        self.lock()
+            .as_mut()
+            .ok_or(Gone)?
+            .push_back((message, answer));
         self.rung.store(true, Ordering::Release);
         // A full counter rings as well.
         let _ = rustix::io::write(&self.bell, &1_u64.to_ne_bytes());
         result.recv().map_err(|_| Gone)
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, VecDeque<(Message, Answer)>> {
+    fn lock(&self) -> MutexGuard<'_, Option<VecDeque<(Message, Answer)>>> {
         self.messages.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -97,6 +101,7 @@ impl Inbox {
         let _ = rustix::io::read(&self.bell, &mut [0; 8]);
         self.rung.store(false, Ordering::Release);
         let mut messages = self.lock();
+        let messages = messages.as_mut()?;
         let message = messages.pop_front();
         if !messages.is_empty() {
             self.rung.store(true, Ordering::Release);
@@ -104,9 +109,9 @@ impl Inbox {
         message
     }
 
-    /// Whoever waits for an answer is told that there will be none.
+    /// Whoever waits for an answer, or asks from now on, is told that there will be none.
     pub(crate) fn close(&self) {
-        self.lock().clear();
+        *self.lock() = None;
     }
 }
 
@@ -333,8 +338,22 @@ impl Worker {
 
 #[cfg(test)]
 mod tests {
-    //! Guards the adaptive polling: it grows where requests follow one another, and ends where they do not.
+    //! Guards the mail of a queue's thread, and the adaptive polling: it grows where requests follow one another, and ends where they do not.
     use super::*;
+
+    /// Guards the control thread against waiting for ever for a thread that has failed.
+    #[test]
+    fn nobody_waits_for_a_thread_that_is_gone() {
+        let inbox = Arc::new(Inbox::new().unwrap());
+        let theirs = Arc::clone(&inbox);
+        let waiting = std::thread::spawn(move || theirs.ask(Message::Stop));
+        while !inbox.is_rung() {
+            std::thread::yield_now();
+        }
+        inbox.close();
+        assert_eq!(waiting.join().unwrap(), Err(Gone));
+        assert_eq!(inbox.ask(Message::Stop), Err(Gone));
+    }
 
     #[test]
     fn polling_follows_the_pauses() {

@@ -3,6 +3,11 @@
 //! Guards what a well-meaning client never shows: rings that lie, requests that reach out of the memory, front ends
 //! that break off, changes of size and of cache mode, the dirty log, resets.
 
+#![allow(
+    clippy::cast_possible_truncation,
+    reason = "random numbers below small limits"
+)]
+
 mod machine;
 
 use std::io::{Read, Write};
@@ -485,5 +490,173 @@ fn nonsense_on_the_socket_costs_only_the_connection() {
     let mut stream = UnixStream::connect(&socket).unwrap();
     stream.write_all(&[1, 0, 0]).unwrap();
     std::thread::sleep(std::time::Duration::from_millis(20));
+    server.shutdown().unwrap();
+}
+
+/// xorshift64*, seeded.
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, limit: u64) -> u64 {
+        self.0 ^= self.0 >> 12;
+        self.0 ^= self.0 << 25;
+        self.0 ^= self.0 >> 27;
+        (self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 11) % limit
+    }
+
+    /// One of the first flags' combinations, as an address, a length, flags and the next descriptor.
+    fn descriptor(&mut self) -> (u64, u32, u16, u16) {
+        let writable = self.below(2) == 0;
+        let len = [
+            1,
+            16,
+            16,
+            17,
+            512,
+            513,
+            4096,
+            70_000,
+            0,
+            u64::from(u32::MAX),
+        ][self.below(10) as usize];
+        let address = match self.below(8) {
+            // Outside.
+            0 => [machine::MEMORY, machine::MEMORY + 1, u64::MAX, 1 << 40][self.below(4) as usize],
+            // Headers, which are only read.
+            1..5 if !writable => 0x4000 + self.below(16) * 64,
+            // The part of the memory that is offered to the device. What reaches out of it comes back through the end.
+            _ => OFFERED + self.below(0x8_0000),
+        };
+        // Nothing offered reaches into what is guarded.
+        let len = if address >= OFFERED && address < GUARDED {
+            len.min(GUARDED - address)
+        } else {
+            len
+        };
+        let flags = u16::from(writable) * WRITABLE + u16::from(self.below(3) != 0) * NEXT;
+        (address, len as u32, flags, self.below(66) as u16)
+    }
+}
+
+impl Random {
+    /// The part of a well-formed request that a descriptor is: four make one.
+    fn part(&mut self, machine: &Machine, index: u16) {
+        let request = u64::from(index / 4);
+        let header = 0x4000 + request * 64;
+        let kind: u32 = machine.memory.read_obj(GuestAddress(header)).unwrap();
+        let direction = if kind == READ || kind == GET_ID {
+            WRITABLE
+        } else {
+            0
+        };
+        let data = OFFERED + request * 0x8000 + u64::from(index % 4) * 0x2000;
+        let len = if kind > 8 {
+            16
+        } else {
+            512 * (1 + self.below(16) as u32)
+        };
+        match index % 4 {
+            0 => machine.descriptor(index, header, 16, NEXT, index + 1),
+            3 => machine.descriptor(index, data, 1, WRITABLE, 0),
+            _ => machine.descriptor(index, data, len, NEXT | direction, index + 1),
+        }
+    }
+}
+
+const OFFERED: u64 = 0x10_0000;
+const GUARDED: u64 = 0x20_0000;
+
+/// Descriptors and rings of all sorts: the device lives on, a stop ends, and nothing is written but where the guest
+/// has offered it.
+#[test]
+fn random_rings_do_no_harm() {
+    let Setting {
+        server,
+        socket,
+        _dir,
+        ..
+    } = serve();
+    let mut machine = Machine::new();
+    let mut front_end = machine.connect(&socket);
+    let guard = vec![0xa5; (machine::MEMORY - GUARDED) as usize];
+    machine
+        .memory
+        .write_slice(&guard, GuestAddress(GUARDED))
+        .unwrap();
+    let seed = 0x7668_6f73_7421;
+    println!("seed {seed:#x}");
+    let mut random = Random(seed);
+    machine.introduce(&mut front_end, FEATURES);
+    for _ in 0..1500 {
+        machine.reset_queue();
+        for index in 0..16 {
+            let at = GuestAddress(0x4000 + index * 64);
+            let kind = [READ, READ, WRITE, FLUSH, GET_ID, 11, 13, 99][random.below(8) as usize];
+            machine.memory.write_obj([kind, 0], at).unwrap();
+            let sector = [0, 8, 1000, DISK / 512 - 1, u64::MAX][random.below(5) as usize];
+            machine
+                .memory
+                .write_obj(sector, GuestAddress(at.0 + 8))
+                .unwrap();
+        }
+        for index in 0..machine::SIZE {
+            match random.below(20) {
+                0 => {
+                    let (address, len, flags, next) = random.descriptor();
+                    machine.descriptor(index, address, len, flags, next);
+                }
+                1 => {
+                    // An indirect table, which lies where the data does not.
+                    let len = [16, 64, 1024, 24][random.below(4) as usize];
+                    machine.descriptor(index, 0x8000, len, 4, 0);
+                }
+                // Else a part of a request as it should be: header, two pieces of data, status.
+                _ => random.part(&machine, index),
+            }
+        }
+        for index in 0..64 {
+            let (address, len, flags, next) = random.descriptor();
+            machine
+                .memory
+                .write_obj(address, GuestAddress(0x8000 + index * 16))
+                .unwrap();
+            machine
+                .memory
+                .write_obj(len, GuestAddress(0x8008 + index * 16))
+                .unwrap();
+            machine
+                .memory
+                .write_obj([flags, next], GuestAddress(0x800c + index * 16))
+                .unwrap();
+        }
+        for _ in 0..1 + random.below(12) {
+            let head = 4 * random.below(16) as u16;
+            let odd = random.below(40) == 0;
+            machine.offer_head(if odd { random.below(65) as u16 } else { head });
+        }
+        machine.start_queue(&mut front_end, 0);
+        machine.kick();
+        machine.stop(&front_end);
+    }
+    let mut after = vec![0; guard.len()];
+    machine
+        .memory
+        .read_slice(&mut after, GuestAddress(GUARDED))
+        .unwrap();
+    assert!(after == guard, "something was written that was not offered");
+    let stats = server.stats();
+    println!("{stats:?}");
+    assert!(
+        stats.failed > 500 && stats.reads > 300 && stats.writes > 100,
+        "{stats:?}"
+    );
+    assert!(
+        stats.read_bytes > 0 && stats.written_bytes > 0,
+        "some of them were well-formed: {stats:?}"
+    );
+    machine.reset_queue();
+    machine.start(&mut front_end, FEATURES, 0);
+    assert_eq!(machine.request(READ, 0, 512), OK);
+    drop(front_end);
     server.shutdown().unwrap();
 }
