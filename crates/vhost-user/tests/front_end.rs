@@ -528,7 +528,7 @@ impl Random {
             _ => OFFERED + self.below(0x8_0000),
         };
         // Nothing offered reaches into what is guarded.
-        let len = if address >= OFFERED && address < GUARDED {
+        let len = if (OFFERED..GUARDED).contains(&address) {
             len.min(GUARDED - address)
         } else {
             len
