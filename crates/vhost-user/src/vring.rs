@@ -115,7 +115,7 @@ impl Vring {
         mut start: Start,
     ) -> Self {
         start.left.reverse();
-        Self {
+        let vring = Self {
             index,
             shared,
             stats,
@@ -130,7 +130,11 @@ impl Vring {
             unpublished: false,
             in_flight: 0,
             broken: false,
-        }
+        };
+        // A predecessor may have been killed after it had published, and before it told the driver; what ends from now on
+        // lies beyond the entry that the driver waits for, so that it would never be told. A call too many does no harm.
+        vring.call();
+        vring
     }
 
     pub(crate) fn kick(&self) -> &File {

@@ -99,6 +99,25 @@ fn a_machine_reads_what_it_has_written() {
     server.shutdown().unwrap();
 }
 
+/// A predecessor may have been killed after it had published an answer, and before it told the driver.
+#[test]
+fn a_queue_that_starts_tells_the_driver_to_look() {
+    let Setting {
+        server,
+        socket,
+        _dir,
+        ..
+    } = serve();
+    let mut machine = Machine::new();
+    let mut front_end = attach(&socket, &mut machine);
+    assert!(machine.is_called());
+    let base = machine.stop(&front_end);
+    machine.start_queue(&mut front_end, base);
+    assert!(machine.is_called());
+    drop(front_end);
+    server.shutdown().unwrap();
+}
+
 #[test]
 fn with_the_cache_off_every_write_is_durable() {
     let Setting {

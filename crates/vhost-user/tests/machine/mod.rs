@@ -239,23 +239,27 @@ impl Machine {
     /// Slots answered since this was last asked, each of which must have been outstanding.
     pub(crate) fn answered(&mut self) -> Vec<u16> {
         let order = std::sync::atomic::Ordering::SeqCst;
-        let index: u16 = self.memory.load(GuestAddress(USED + 2), order).unwrap();
         let mut slots = Vec::new();
-        while self.used != index {
-            let at = USED + 4 + u64::from(self.used % SIZE) * 8;
-            let head: u32 = self.memory.read_obj(GuestAddress(at)).unwrap();
-            let slot = u16::try_from(head / 3).unwrap();
-            assert!(
-                self.outstanding.remove(&slot),
-                "slot {slot} was answered and did not ask"
-            );
-            slots.push(slot);
-            self.used = self.used.wrapping_add(1);
+        loop {
+            let index: u16 = self.memory.load(GuestAddress(USED + 2), order).unwrap();
+            if self.used == index {
+                return slots;
+            }
+            while self.used != index {
+                let at = USED + 4 + u64::from(self.used % SIZE) * 8;
+                let head: u32 = self.memory.read_obj(GuestAddress(at)).unwrap();
+                let slot = u16::try_from(head / 3).unwrap();
+                assert!(
+                    self.outstanding.remove(&slot),
+                    "slot {slot} was answered and did not ask"
+                );
+                slots.push(slot);
+                self.used = self.used.wrapping_add(1);
+            }
+            // The next one is to be told. What came before this was seen is not, so the index is looked at again.
+            let event = GuestAddress(AVAIL + 4 + u64::from(SIZE) * 2);
+            self.memory.store(self.used, event, order).unwrap();
         }
-        // The next one is to be told.
-        let event = GuestAddress(AVAIL + 4 + u64::from(SIZE) * 2);
-        self.memory.store(self.used, event, order).unwrap();
-        slots
     }
 
     /// Waits until every request was answered, by its call eventfd.
@@ -311,6 +315,11 @@ impl Machine {
     /// Whether the back end has said that the virtqueue is broken, within a while.
     pub(crate) fn is_broken(&self) -> bool {
         wait(&self.error, Duration::from_secs(20))
+    }
+
+    /// Whether the driver was told of something, within a while.
+    pub(crate) fn is_called(&self) -> bool {
+        wait(&self.call, Duration::from_secs(20))
     }
 
     pub(crate) fn config(&self, front_end: &mut Frontend, at: u32, len: u32) -> Vec<u8> {
