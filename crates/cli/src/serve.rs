@@ -62,6 +62,11 @@ pub(crate) struct Args {
     #[arg(short, long, conflicts_with = "create")]
     read_only: bool,
 
+    /// Let the virtual machine's writes complete before they are durable, although it could outlive this process: faster, and what it
+    /// has not flushed is lost if this process is killed while it goes on
+    #[arg(long, requires = "vhost_user")]
+    volatile_cache: bool,
+
     /// Queues, each with a thread and a ring of its own: NBD connections are spread over them, a virtual machine can use as many
     /// [default: one per CPU, at most 4]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=256))]
@@ -219,6 +224,7 @@ impl Servers {
             let builder = VhostServer::builder(device.clone(), listener)
                 .queues(args.queues())
                 .serial(&args.serial)
+                .volatile_cache(args.volatile_cache)
                 .poll(Duration::from_micros(args.poll_us));
             servers.vhost_user = Some(builder.start()?);
         }

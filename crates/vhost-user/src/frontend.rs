@@ -65,6 +65,8 @@ pub(crate) struct Core {
     pub(crate) shared: Arc<Shared>,
     /// One per queue.
     pub(crate) inboxes: Arc<[Arc<Inbox>]>,
+    /// Completed writes need not survive this process.
+    pub(crate) volatile_cache: bool,
 }
 
 /// A front end, as far as it has introduced itself.
@@ -122,12 +124,18 @@ impl FrontEnd {
     }
 
     /// virtio 1.2, 5.2.6.2: what the field says where the driver knows it, else write-back if it can flush.
+    ///
+    /// A guest that outlives this process counts on writes that have completed, flushed or not. The data of those is in
+    /// the host's page cache, but where it lies is known to this process alone until a commit. So with notes for a
+    /// successor, every write is durable when it completes.
     fn set_cache_mode(&self) {
+        let outlived = self.inflight.is_some() && !self.core.volatile_cache;
         let write_through = if self.has(VIRTIO_BLK_F_CONFIG_WCE) {
             !self.writeback
         } else {
             !self.has(VIRTIO_BLK_F_FLUSH)
         };
+        let write_through = write_through || outlived;
         let was = self
             .core
             .shared
@@ -570,6 +578,7 @@ impl VhostUserBackendReqHandlerMut for FrontEnd {
         } = *given;
         let area = Area::open(file, mmap_offset, mmap_size, num_queues, queue_size);
         self.inflight = Some(Arc::new(area.map_err(refuse)?));
+        self.set_cache_mode();
         Ok(())
     }
 

@@ -28,6 +28,7 @@ pub struct ServerBuilder {
     queues: usize,
     serial: String,
     poll: Duration,
+    volatile_cache: bool,
     on_end: Option<Box<dyn FnOnce() + Send>>,
 }
 
@@ -51,6 +52,15 @@ impl ServerBuilder {
     #[must_use]
     pub fn poll(mut self, time: Duration) -> Self {
         self.poll = time;
+        self
+    }
+
+    /// Lets writes complete before they are durable also where the front end has handed over memory for requests in
+    /// flight (QEMU always does), as they do elsewhere: faster, but when this process is killed and its guest goes on with
+    /// another one, writes that had completed and were not flushed may be gone, which no file system expects.
+    #[must_use]
+    pub fn volatile_cache(mut self, volatile: bool) -> Self {
+        self.volatile_cache = volatile;
         self
     }
 
@@ -107,6 +117,7 @@ impl ServerBuilder {
                 .iter()
                 .map(|worker| Arc::clone(&worker.inbox))
                 .collect(),
+            volatile_cache: self.volatile_cache,
         };
         server.start_control(core, self.listener, self.on_end)?;
         Ok(server)
@@ -188,6 +199,7 @@ impl Server {
             queues: 1,
             serial: String::new(),
             poll: Duration::ZERO,
+            volatile_cache: false,
             on_end: None,
         }
     }

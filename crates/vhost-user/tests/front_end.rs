@@ -36,6 +36,10 @@ struct Setting {
 }
 
 fn serve() -> Setting {
+    serve_with(false)
+}
+
+fn serve_with(volatile_cache: bool) -> Setting {
     let dir = tempfile::tempdir().unwrap();
     let image = dir.path().join("image.qcow2");
     urus::create(&image, CreateOptions::new().size(DISK)).unwrap();
@@ -45,6 +49,7 @@ fn serve() -> Setting {
     let server = Server::builder(device.clone(), listener)
         .queues(2)
         .serial("a serial number")
+        .volatile_cache(volatile_cache)
         .start()
         .unwrap();
     Setting {
@@ -118,6 +123,25 @@ fn a_queue_that_starts_tells_the_driver_to_look() {
     server.shutdown().unwrap();
 }
 
+/// The guest may outlive this process, and counts on what has completed.
+#[test]
+fn with_notes_for_a_successor_every_write_is_durable() {
+    let Setting {
+        server,
+        device,
+        socket,
+        _dir,
+    } = serve();
+    let mut machine = Machine::new();
+    let front_end = attach(&socket, &mut machine);
+    assert_eq!(machine.request(WRITE, 0, 4096), OK);
+    let before = device.counters().barriers;
+    assert_eq!(machine.request(WRITE, 4096, 4096), OK);
+    assert!(device.counters().barriers > before);
+    drop(front_end);
+    server.shutdown().unwrap();
+}
+
 #[test]
 fn with_the_cache_off_every_write_is_durable() {
     let Setting {
@@ -125,7 +149,7 @@ fn with_the_cache_off_every_write_is_durable() {
         device,
         socket,
         _dir,
-    } = serve();
+    } = serve_with(true);
     let mut machine = Machine::new();
     let mut front_end = attach(&socket, &mut machine);
     assert_eq!(machine.request(WRITE, 0, 4096), OK);
