@@ -69,7 +69,19 @@ fn arguments() -> Result<Arguments, String> {
     Ok(arguments)
 }
 
+const USAGE: &str = "\
+urus-sim [--part cuts|sequences|errors|model|plants|trace]... [--seed S] [--states N | --minutes M] [--threads T]
+         [--config NAME|NUMBER] [--plant NAME] [--hunts N] [--qemu N] [--exact SEED [--inject K]]
+
+Without --part: all of them. A violation comes with the --exact (and --inject) that shows it again.
+--qemu N: one in N states after a cut also goes through qemu-img; 0: none.
+--plant NAME: hunts one planted bug; --hunts: so often.";
+
 fn main() -> ExitCode {
+    if std::env::args().any(|argument| argument == "--help") {
+        println!("{USAGE}");
+        return ExitCode::SUCCESS;
+    }
     let arguments = match arguments() {
         Ok(arguments) => arguments,
         Err(error) => {
