@@ -27,8 +27,8 @@ const PATIENCE: Duration = Duration::from_secs(240);
 
 /// Modules that the guest needs, in this order; a kernel that has one built in has no file for it.
 const MODULES: &[&str] = &[
-    "virtio",
     "virtio_ring",
+    "virtio",
     "virtio_pci_modern_dev",
     "virtio_pci_legacy_dev",
     "virtio_pci",
@@ -56,7 +56,8 @@ export PATH=/usr/sbin:/usr/bin:/bin
 mount -t proc proc /proc
 mount -t sysfs sys /sys
 mount -t devtmpfs dev /dev
-for module in $(cat /modules/order); do insmod /modules/$module; done
+# In the order of Debian 12's kernel; where another one's is different, what was missing is there in the next round.
+for round in 1 2 3; do for module in $(cat /modules/order); do insmod /modules/$module 2>/dev/null; done; done
 tries=0
 while [ ! -b /dev/vda ] && [ $tries -lt 100 ]; do sleep 0.1; tries=$((tries+1)); done
 say() { echo "URUS $*"; }
