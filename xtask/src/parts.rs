@@ -50,7 +50,7 @@ const PARTS: &[Part] = &[
     },
     Part {
         name: "plants",
-        means: Means::Simulator(&[]),
+        means: Means::Simulator(&["--hunts", "1"]),
     },
     Part {
         name: "trace",

@@ -64,6 +64,12 @@ impl From<urus_nbd::Error> for Failure {
     }
 }
 
+impl From<urus_vhost_user::Error> for Failure {
+    fn from(error: urus_vhost_user::Error) -> Self {
+        Self::new(error)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     //! Guards against messages that do not say which image they are about.

@@ -14,6 +14,7 @@ mod output;
 mod serve;
 mod signals;
 mod size;
+mod vhost_user_blk;
 
 use std::process::ExitCode;
 
@@ -36,6 +37,8 @@ struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     Serve(serve::Args),
+    #[command(name = "vhost-user-blk")]
+    VhostUserBlk(vhost_user_blk::Args),
     Create(create::Args),
     Info(info::Args),
     Check(check::Args),
@@ -48,6 +51,7 @@ impl Command {
     fn image(&self) -> &std::path::Path {
         match self {
             Self::Serve(args) => &args.image,
+            Self::VhostUserBlk(args) => args.image(),
             Self::Create(args) => args.file.as_deref().unwrap_or_else(|| "".as_ref()),
             Self::Info(args) => &args.file,
             Self::Check(args) => &args.file,
@@ -58,11 +62,16 @@ impl Command {
 }
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let arguments = vhost_user_blk::as_program(std::env::args_os().collect());
+    if vhost_user_blk::asks_for_capabilities(&arguments) {
+        return vhost_user_blk::print_capabilities();
+    }
+    let cli = Cli::parse_from(arguments);
     let image = cli.command.image().to_owned();
     logging::start(cli.verbose, &image);
     let result = match cli.command {
         Command::Serve(args) => serve::run(args),
+        Command::VhostUserBlk(args) => vhost_user_blk::run(args),
         Command::Create(args) => create::run(args),
         Command::Info(args) => info::run(args),
         Command::Check(args) => check::run(args),

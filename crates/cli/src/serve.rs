@@ -1,4 +1,5 @@
-//! `urus serve`: an image as an NBD export, until a signal says that it is enough.
+//! `urus serve`: an image as an NBD export, as a disk for a virtual machine (vhost-user-blk), or both, until a signal
+//! says that it is enough.
 
 mod banner;
 mod export;
@@ -9,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use urus::{CreateOptions, Device, Format, InfoOptions, OpenOptions};
 use urus_nbd::{Listen, Listener, Server, ServerBuilder};
+use urus_vhost_user::{Listener as VhostListener, Server as VhostServer};
 
 use crate::common::{BackingArgs, CacheArg, DiscardArg, FormatArg, IoArg};
 use crate::failure::{Failure, Outcome};
@@ -16,9 +18,9 @@ use crate::output::print;
 use crate::signals::Stop;
 use crate::size::Size;
 
-/// Serve an image over NBD
+/// Serve an image over NBD, or to a virtual machine over vhost-user-blk
 ///
-/// Prints what it serves, with lines to paste for nbdcopy, qemu-img and fio, and serves until SIGTERM or SIGINT (Ctrl-C). Then it takes no more
+/// Prints what it serves, with lines to paste for nbdcopy, qemu-img, fio and QEMU, and serves until SIGTERM or SIGINT (Ctrl-C). Then it takes no more
 /// requests, finishes those it has begun, makes everything durable, closes the image cleanly, removes its socket and exits with 0
 /// (1 if something could not be made durable). A second signal changes nothing: the image is closed as fast as the disk
 /// allows. A server that is killed (SIGKILL, power) loses nothing that was flushed; the image is repaired when it is opened
@@ -41,15 +43,34 @@ pub(crate) struct Args {
     #[arg(long, value_name = "SIZE", allow_negative_numbers = true)]
     create: Option<Size>,
 
-    /// Listen here: unix:PATH or HOST:PORT; may be given several times [default: unix:IMAGE.nbd.sock]
+    /// Listen here: unix:PATH or HOST:PORT; may be given several times [default: unix:IMAGE.nbd.sock, unless --vhost-user is given]
     #[arg(long = "nbd", value_name = "ADDRESS")]
     nbd: Vec<String>,
+
+    /// Listen for a virtual machine at this unix socket: a vhost-user-blk device. A socket that a killed server has left is replaced
+    #[arg(long, value_name = "PATH")]
+    vhost_user: Option<PathBuf>,
+
+    /// The serial number that the virtual machine sees, at most 20 bytes
+    #[arg(long, value_name = "S", default_value = "", requires = "vhost_user")]
+    serial: String,
+
+    /// Look for the virtual machine's requests for up to N microseconds before sleeping [default: 0, no polling]
+    #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true, requires = "vhost_user",
+          value_parser = clap::value_parser!(u64).range(..=100_000))]
+    poll_us: u64,
 
     /// Refuse writes, and open the image read-only
     #[arg(short, long, conflicts_with = "create")]
     read_only: bool,
 
-    /// Queues, each with a thread and a ring of its own; connections are spread over them [default: one per CPU, at most 4]
+    /// Let the virtual machine's writes complete before they are durable, although it could outlive this process: faster, and what it
+    /// has not flushed is lost if this process is killed while it goes on
+    #[arg(long, requires = "vhost_user")]
+    volatile_cache: bool,
+
+    /// Queues, each with a thread and a ring of its own: NBD connections are spread over them, a virtual machine can use as many
+    /// [default: one per CPU, at most 4]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=256))]
     num_queues: Option<u16>,
 
@@ -115,17 +136,26 @@ pub(crate) fn run(args: Args) -> Outcome {
     let places = Places::of(&args)?;
     places.look()?;
     let credentials = args.export.credentials()?;
+    let vhost_listener = args
+        .vhost_user
+        .as_ref()
+        .map(VhostListener::bind)
+        .transpose()?;
     let device = open(&args, &args.image, args.create)?;
     let others = args.export.open_others(|image| open(&args, image, None))?;
-    let builder = Server::builder(device.clone()).queues(args.queues());
-    let server = start(args.export.configure(builder, &others, credentials), places)?;
-    banner::print(&args, &device, &others, &server);
+    let nbd = args.export.configure(
+        Server::builder(device.clone()).queues(args.queues()),
+        &others,
+        credentials,
+    );
+    let servers = Servers::start(&args, &device, places, nbd, vhost_listener)?;
+    banner::print(&args, &device, &others, &servers);
 
     let signal = stop.wait();
-    tracing::info!(signal, clients = server.connections(), "stopping");
+    tracing::info!(signal, clients = servers.connections(), "stopping");
     print(&format!("{}: {signal}: finishing\n", args.image.display()));
-    // Closed whatever becomes of the server: what clients have written is to be safe.
-    let ended = server.shutdown();
+    // Closed whatever becomes of the servers: what clients have written is to be safe.
+    let ended = servers.shutdown();
     let mut closed = device.close();
     for other in others {
         // Each is closed; the first error is the one to tell.
@@ -146,12 +176,18 @@ const LOCK_PATIENCE: Duration = Duration::from_secs(1);
 
 fn open(args: &Args, image: &Path, size: Option<Size>) -> Result<Device, Failure> {
     let options = args.open_options();
-    let attempt = || {
+    patiently(|| {
         if let Some(Size(size)) = size {
             create(image, args.format.into(), size)?;
         }
         options.open(image).map_err(OpenError::Urus)
-    };
+    })
+}
+
+/// Opens an image, which a server that was killed just now may still hold.
+pub(crate) fn patiently(
+    attempt: impl Fn() -> Result<Device, OpenError>,
+) -> Result<Device, Failure> {
     let begin = Instant::now();
     loop {
         match attempt() {
@@ -166,7 +202,7 @@ fn open(args: &Args, image: &Path, size: Option<Size>) -> Result<Device, Failure
 }
 
 /// Why an image cannot be served: to tell the one reason that may pass.
-enum OpenError {
+pub(crate) enum OpenError {
     Urus(urus::Error),
     Other(Failure),
 }
@@ -177,11 +213,51 @@ impl From<urus::Error> for OpenError {
     }
 }
 
-fn start(mut builder: ServerBuilder, places: Places) -> Result<Server, Failure> {
-    for listener in places.bind()? {
-        builder = builder.listener(listener);
+/// What serves the image.
+struct Servers {
+    nbd: Option<Server>,
+    vhost_user: Option<VhostServer>,
+}
+
+impl Servers {
+    fn start(
+        args: &Args,
+        device: &Device,
+        places: Places,
+        mut nbd: ServerBuilder,
+        vhost_listener: Option<VhostListener>,
+    ) -> Result<Self, Failure> {
+        let mut servers = Self {
+            nbd: None,
+            vhost_user: None,
+        };
+        if !places.list.is_empty() {
+            for listener in places.bind()? {
+                nbd = nbd.listener(listener);
+            }
+            servers.nbd = Some(nbd.start()?);
+        }
+        if let Some(listener) = vhost_listener {
+            let builder = VhostServer::builder(device.clone(), listener)
+                .queues(args.queues())
+                .serial(&args.serial)
+                .volatile_cache(args.volatile_cache)
+                .poll(Duration::from_micros(args.poll_us));
+            servers.vhost_user = Some(builder.start()?);
+        }
+        Ok(servers)
     }
-    Ok(builder.start()?)
+
+    fn connections(&self) -> usize {
+        self.nbd.as_ref().map_or(0, Server::connections)
+    }
+
+    fn shutdown(self) -> Result<(), Failure> {
+        let vhost_user = self.vhost_user.map_or(Ok(()), VhostServer::shutdown);
+        let nbd = self.nbd.map_or(Ok(()), Server::shutdown);
+        vhost_user?;
+        Ok(nbd?)
+    }
 }
 
 /// Creates the image, or sees that the one that is there has the size.
@@ -213,7 +289,14 @@ struct Places {
 impl Places {
     fn of(args: &Args) -> Result<Self, Failure> {
         let passed = export::passed_sockets()?;
-        if args.nbd.is_empty() && passed.is_empty() {
+        let chosen = !args.nbd.is_empty() || !passed.is_empty();
+        if !chosen && args.vhost_user.is_some() {
+            return Ok(Self {
+                list: Vec::new(),
+                is_default: false,
+            });
+        }
+        if !chosen {
             return Ok(Self {
                 list: vec![Listen::Unix(default_socket(&args.image))],
                 is_default: true,

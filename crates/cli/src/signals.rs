@@ -28,6 +28,12 @@ impl Stop {
         self.signals.forever().next().map_or("no signal", name)
     }
 
+    /// What ends [`wait`](Self::wait) without a signal.
+    pub(crate) fn ender(&self) -> impl FnOnce() + Send + 'static {
+        let handle = self.signals.handle();
+        move || handle.close()
+    }
+
     /// Whether one has come since.
     pub(crate) fn has_come(&mut self) -> bool {
         self.signals.pending().next().is_some()

@@ -148,10 +148,19 @@ impl<S: Storage> Worker<S> {
             },
         );
         meta.dirty_l1.insert(table);
-        meta.used.push((cluster.first, 1));
+        if !planted::is(Bug::UncountedTable) {
+            meta.used.push((cluster.first, 1));
+        }
         Shared::count(&self.shared.stats.allocated_clusters, 1);
         if let Some(old) = old {
             let first = image.geometry.host_cluster(old.table).0;
+            if planted::is(Bug::EarlyTableRelease) {
+                self.shared.give_back(Run {
+                    first,
+                    count: 1,
+                    zero: false,
+                });
+            }
             let mark = self.shared.pins.mark();
             meta.removed.push(Removed {
                 first,

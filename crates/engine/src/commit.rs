@@ -70,6 +70,9 @@ impl<S: Storage> Device<S> {
                 image = self.shared().image_name(),
                 "a sync failed: no more writes are taken"
             );
+            if planted::is(Bug::SilentSyncFailure) {
+                return Ok(());
+            }
         }
         result
     }
@@ -198,7 +201,9 @@ impl<S: Storage> Device<S> {
                 writes.push(self.write_metadata(place.offset, bytes, Owner::RefcountTable));
             }
             join_all(writes).await?;
-            if planted::is(Bug::EarlyRefcountBlock) && next_place.is_none() {
+            if planted::is(Bug::EarlyRefcountBlock) && next_place.is_none()
+                || planted::is(Bug::EarlyHeader) && next_place.is_some()
+            {
                 return Ok(());
             }
             self.data_barrier().await
@@ -258,7 +263,10 @@ impl<S: Storage> Device<S> {
         join_all(writes).await?;
         // Barrier 1: the data that the entries will show, refcounts, whole tables. Without pointers to write it is
         // the flush itself.
-        if !(sealed.writes_pointers() && planted::is(Bug::NoBarrierBeforePointers)) {
+        let idle = refcounts.is_empty() && !sealed.writes_pointers();
+        if !(sealed.writes_pointers() && planted::is(Bug::NoBarrierBeforePointers)
+            || idle && planted::is(Bug::NoIdleBarrier))
+        {
             self.data_barrier().await?;
         }
         self.refcount_entries_durable(&entries);
@@ -442,15 +450,17 @@ impl<S: Storage> Device<S> {
             } else {
                 meta.dirty_l1.extend(sealed.l1_indexes.iter().copied());
                 // O15: what was removed stays removed, and unsettled, until a commit that covers it is durable.
-                let newer = std::mem::replace(&mut meta.removed, sealed.removed.clone());
-                meta.removed.extend(newer);
+                if !planted::is(Bug::SettleAfterFailure) {
+                    let newer = std::mem::replace(&mut meta.removed, sealed.removed.clone());
+                    meta.removed.extend(newer);
+                }
             }
             meta.frames[0].waiting_for_frame.take()
         };
         for waker in waiting {
             waker.wake();
         }
-        if durable {
+        if durable || planted::is(Bug::SettleAfterFailure) {
             self.settle_later(sealed.removed);
         }
     }

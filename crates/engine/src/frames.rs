@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use crate::map::{Map, SliceId};
+use crate::planted::{self, Bug};
 use crate::wake::WaitList;
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -84,7 +85,7 @@ impl Frames {
             let frame = self.hand;
             self.hand = (self.hand + 1) % self.states.len();
             let state = self.states[frame];
-            if state.dirty || state.committing {
+            if state.dirty || state.committing && !planted::is(Bug::EvictTooEarly) {
                 continue;
             }
             let number = u32::try_from(frame).expect("the frame budget fits 32 bits");
@@ -122,7 +123,7 @@ impl Frames {
         let Some(words) = words else {
             return Ok(Install::Superseded);
         };
-        if !current || map.frame_of(slice).is_some() {
+        if !current && !planted::is(Bug::StaleLoad) || map.frame_of(slice).is_some() {
             return Ok(Install::Superseded);
         }
         self.install(map, slice, words)?;

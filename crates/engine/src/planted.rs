@@ -40,11 +40,33 @@ pub enum Bug {
     IgnoreSnapshots = 15,
     /// O15: after a failed commit a table that may be in use counts as new, and is rewritten before barrier 1.
     RewrittenTable = 16,
+    /// O5: a freed range is punched after the allocator has it (Cloud Hypervisor #8624).
+    LatePunch = 17,
+    /// O1: a new L2 table is not counted, so its cluster is handed out again (Cloud Hypervisor #8606).
+    UncountedTable = 18,
+    /// O11: an L2 table is let go before what takes its place is durable (Cloud Hypervisor #8637).
+    EarlyTableRelease = 19,
+    /// O16: a FUA write is acknowledged without a commit.
+    FuaWithoutCommit = 20,
+    /// O17: a failed sync is not told to the flushes that it covered.
+    SilentSyncFailure = 21,
+    /// O18: writes smaller than a block do not exclude their neighbours.
+    NoBlockLocks = 22,
+    /// O19: a slice read before it changed is installed after its newer frame was let go.
+    StaleLoad = 23,
+    /// O19: a slice is evicted before its write-back was seen.
+    EvictTooEarly = 24,
+    /// O22: a flush with no metadata to write issues no barrier.
+    NoIdleBarrier = 25,
+    /// O15: what a failed commit removed counts as durably removed.
+    SettleAfterFailure = 26,
+    /// O8: the header names a moved refcount table before the table is durable.
+    EarlyHeader = 27,
 }
 
 impl Bug {
     /// Every planted bug.
-    pub const ALL: [Self; 16] = [
+    pub const ALL: [Self; 27] = [
         Self::RefcountsAfterPointers,
         Self::NoBarrierBeforePointers,
         Self::EarlyL1Entry,
@@ -61,6 +83,17 @@ impl Bug {
         Self::NoPoison,
         Self::IgnoreSnapshots,
         Self::RewrittenTable,
+        Self::LatePunch,
+        Self::UncountedTable,
+        Self::EarlyTableRelease,
+        Self::FuaWithoutCommit,
+        Self::SilentSyncFailure,
+        Self::NoBlockLocks,
+        Self::StaleLoad,
+        Self::EvictTooEarly,
+        Self::NoIdleBarrier,
+        Self::SettleAfterFailure,
+        Self::EarlyHeader,
     ];
 }
 

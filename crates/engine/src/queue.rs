@@ -16,6 +16,7 @@ use urus_format::L2Entry;
 use crate::error::{Error, Result};
 use crate::limits;
 use crate::pins::QueuePins;
+use crate::planted::{self, Bug};
 use crate::request::{Extent, Reply, Request, RequestKind};
 use crate::resolve::{LayerEntry, Piece};
 use crate::shared::{LayerKind, Shared};
@@ -518,7 +519,11 @@ impl<S: Storage> Core<S> {
                 core.serialize_writes(request).await?;
             }
             core.worker.write_guest(offset, memory).await?;
-            if fua { core.flush().await } else { Ok(()) }
+            if fua && !planted::is(Bug::FuaWithoutCommit) {
+                core.flush().await
+            } else {
+                Ok(())
+            }
         });
     }
 

@@ -130,7 +130,7 @@ impl<S: Storage> Device<S> {
                 _ => free.push((*cluster, 1)),
             }
         }
-        let punched = if planted::is(Bug::EarlyPunch) {
+        let punched = if planted::is(Bug::EarlyPunch) || planted::is(Bug::LatePunch) {
             vec![false; free.len()]
         } else {
             self.punch(&free).await
@@ -148,6 +148,9 @@ impl<S: Storage> Device<S> {
                 refcounts.set(cluster, 0);
                 image.allocator.released(cluster, 1, punched);
             }
+        }
+        if planted::is(Bug::LatePunch) {
+            self.punch(&free).await;
         }
         Ok(())
     }

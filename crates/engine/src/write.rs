@@ -119,6 +119,7 @@ impl<S: Storage> Worker<S> {
             .shared
             .serialize_writes
             .load(crate::sync::Ordering::SeqCst)
+            && !planted::is(Bug::NoBlockLocks)
         {
             let first = at >> lock_bits;
             let last = (at + memory.len() as u64 - 1) >> lock_bits;

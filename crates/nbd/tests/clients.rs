@@ -352,7 +352,6 @@ fn fio_verifies_what_it_wrote_on_four_connections() {
         "--verify_fatal=1",
         "--do_verify=1",
         "--fsync=64",
-        "--thread",
     ];
     let aux = format!("--aux-path={}", fixture.dir.path().display());
     run("fio", &[&work[..], &[&aux]].concat());

@@ -27,4 +27,6 @@ mod uring;
 pub use driver::{DEPTH_MAX, Driver, DriverKind};
 pub use files::{FileSet, OpenFile};
 pub use locks::{LockError, LockMode};
+#[cfg(feature = "vm-memory")]
+pub use memory::OutsideGuestMemory;
 pub use memory::{BUFFER_ALIGNMENT, Buffer, RingMemory};

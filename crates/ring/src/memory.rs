@@ -190,12 +190,23 @@ impl Buffer {
         keep_alive: Arc<dyn Any + Send + Sync>,
         segments: &[(NonNull<u8>, usize)],
     ) {
+        // SAFETY: the caller's promise is the same.
+        unsafe { self.point_at(keep_alive, segments.iter().copied()) }
+    }
+
+    /// # Safety
+    /// As for [`from_segments`](Self::from_segments).
+    unsafe fn point_at(
+        &mut self,
+        keep_alive: Arc<dyn Any + Send + Sync>,
+        segments: impl Iterator<Item = (NonNull<u8>, usize)>,
+    ) {
         let block = self.block_mut();
         assert!(
             matches!(block.owner, Owner::Foreign(_)),
             "only a buffer of segments takes new ones"
         );
-        block.set_pieces(segments.iter().copied());
+        block.set_pieces(segments);
         block.owner = Owner::Foreign(keep_alive);
     }
 
@@ -540,5 +551,9 @@ fn is_zero_foreign(base: NonNull<u8>, len: usize) -> bool {
     true
 }
 
+#[cfg(feature = "vm-memory")]
+mod guest;
+#[cfg(feature = "vm-memory")]
+pub use guest::OutsideGuestMemory;
 #[cfg(test)]
 mod tests;

@@ -810,7 +810,7 @@ fn errors_reach_their_slot(kind: DriverKind) {
             ),
         }
     }
-    assert_eq!(seen, (4..32).sum());
+    assert_eq!(seen, (4..32).sum::<usize>());
     // Offsets that no file has.
     let memory = driver.allocate(512);
     submit(

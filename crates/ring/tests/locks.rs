@@ -148,11 +148,11 @@ fn the_same_bytes_as_qemu() {
         file.lock(mode).unwrap();
         assert_eq!(locked_bytes(&image.path), theirs);
         file.unlock().unwrap();
-        assert_eq!(locked_bytes(&image.path), []);
+        assert_eq!(locked_bytes(&image.path), [0_u64; 0]);
         file.lock(mode).unwrap();
         assert_eq!(locked_bytes(&image.path), theirs);
         drop(file);
-        assert_eq!(locked_bytes(&image.path), []);
+        assert_eq!(locked_bytes(&image.path), [0_u64; 0]);
     }
     // A backing file is locked as by a reader, whatever the overlay is.
     let _holder = Holder::new(&image.overlay, false);
@@ -253,6 +253,6 @@ fn a_closed_driver_frees_the_image_at_once() {
         );
         driver.kick();
         drop(driver);
-        assert_eq!(locked_bytes(&image.path), []);
+        assert_eq!(locked_bytes(&image.path), [0_u64; 0]);
     }
 }

@@ -8,6 +8,7 @@ use crate::contents::index;
 use crate::image;
 use crate::rng::Rng;
 use crate::stamp::Content;
+use crate::workload::Load;
 use crate::world::{FileSpec, SimConfig};
 
 /// The file behind the image.
@@ -75,8 +76,8 @@ pub struct Config {
     pub punch: bool,
     /// What the machine is like.
     pub behaviour: Behaviour,
-    /// Host clusters change hands all the time.
-    pub churn: bool,
+    /// What the guest does.
+    pub load: Load,
 }
 
 /// Versions of stamps in backing files.
@@ -123,7 +124,7 @@ impl Config {
             alignment: 1,
             punch: true,
             behaviour: Behaviour::Any,
-            churn: false,
+            load: Load::Mixed,
         }
     }
 
@@ -339,7 +340,7 @@ pub fn all() -> Vec<Config> {
             ..c("deep")
         },
         Config {
-            churn: true,
+            load: Load::Churn,
             behaviour: Behaviour::Slow,
             queues: 2,
             ..c("churn")
@@ -482,6 +483,16 @@ pub fn all() -> Vec<Config> {
             queues: 3,
             depth: 16,
             ..c("tiny cache, three queues")
+        },
+        Config {
+            cache_bytes: 0,
+            sectors: 1600,
+            fill: 24,
+            queues: 3,
+            depth: 16,
+            behaviour: Behaviour::Slow,
+            load: Load::Scattered,
+            ..c("tiny cache, scattered")
         },
         Config {
             cache_bytes: 0,

@@ -247,7 +247,9 @@ impl Builder<'_> {
     fn compress(&mut self, data: &[u8], references: u64) -> Option<L2Entry> {
         let cluster = self.cluster();
         let stream = compressed::encode(self.plan.options.compression, data, data.len())?;
-        let max = self.geometry.refcount_max().min(200) / references;
+        // Streams that share a cluster may each belong to both states.
+        let most = if self.plan.snapshot { 2 } else { 1 };
+        let max = self.geometry.refcount_max().min(200) / most;
         if max == 0 {
             return None;
         }

@@ -33,6 +33,8 @@ pub struct Scene {
 pub struct Found {
     /// Clusters leaked.
     pub leaks: u64,
+    /// Entries without COPIED at refcount 1.
+    pub copied_clear: u64,
     /// What the guest reads.
     pub guest: Vec<u8>,
 }
@@ -78,6 +80,7 @@ impl Scene {
             .map_err(|mismatch| mismatch.to_string())?;
         Ok(Found {
             leaks: report.leak_count,
+            copied_clear: report.copied_clear,
             guest,
         })
     }
@@ -280,11 +283,7 @@ impl Scene {
     pub fn workload(&self, rng: &mut Rng) -> Workload {
         let (sectors, cluster) = (self.config.sectors, self.config.cluster_sectors());
         let workload = Workload::new(rng.fork(12), sectors, cluster);
-        if self.config.churn {
-            workload.churning()
-        } else {
-            workload
-        }
+        workload.of_kind(self.config.load)
     }
 
     /// How a machine is driven, by lot.

@@ -21,6 +21,7 @@ pub mod memory;
 pub mod model;
 mod op;
 pub mod plants;
+pub mod qemu;
 pub mod rng;
 pub mod runner;
 pub mod sequences;

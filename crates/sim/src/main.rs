@@ -1,15 +1,16 @@
 //! Runs the simulator and prints what it saw.
 //!
 //! `urus-sim [--part cuts|sequences|errors|model|plants|trace]... [--seed S] [--states N] [--minutes M] [--threads T]
-//! [--config NAME|NUMBER] [--plant NAME] [--exact SEED [--inject K]]`
+//! [--config NAME|NUMBER] [--plant NAME] [--hunts N] [--qemu N] [--exact SEED [--inject K]]`
 //!
-//! Without `--part` it runs all parts, each with the budget of `--states`. It exits with 1 where something is wrong.
+//! One state in `--qemu` (1000) after a cut goes through qemu-img too; 0: none. Without `--part` it runs all parts, each with the budget of `--states`. It exits with 1 where something is wrong.
 
 use std::process::ExitCode;
 use std::time::Duration;
 
 use urus_engine::planted::Bug;
 use urus_sim::config::{self, Config};
+use urus_sim::qemu;
 use urus_sim::runner::{Effort, quiet_panics, run};
 use urus_sim::sweep::{self, Budget, Part, Tally};
 
@@ -21,6 +22,8 @@ struct Arguments {
     threads: usize,
     config: Option<Config>,
     plant: Option<Bug>,
+    hunts: u64,
+    qemu: u64,
     exact: Option<u64>,
     inject: Option<usize>,
 }
@@ -34,6 +37,8 @@ fn arguments() -> Result<Arguments, String> {
         threads: std::thread::available_parallelism().map_or(2, usize::from),
         config: None,
         plant: None,
+        hunts: 3,
+        qemu: 1000,
         exact: None,
         inject: None,
     };
@@ -49,6 +54,8 @@ fn arguments() -> Result<Arguments, String> {
             "--states" => arguments.states = value.replace('_', "").parse().map_err(|_| wrong())?,
             "--minutes" => arguments.minutes = Some(value.parse().map_err(|_| wrong())?),
             "--threads" => arguments.threads = value.parse().map_err(|_| wrong())?,
+            "--qemu" => arguments.qemu = value.parse().map_err(|_| wrong())?,
+            "--hunts" => arguments.hunts = value.parse().map_err(|_| wrong())?,
             "--exact" => arguments.exact = Some(value.parse().map_err(|_| wrong())?),
             "--inject" => arguments.inject = Some(value.parse().map_err(|_| wrong())?),
             "--config" => arguments.config = Some(config::find(&value).ok_or_else(wrong)?),
@@ -62,7 +69,19 @@ fn arguments() -> Result<Arguments, String> {
     Ok(arguments)
 }
 
+const USAGE: &str = "\
+urus-sim [--part cuts|sequences|errors|model|plants|trace]... [--seed S] [--states N | --minutes M] [--threads T]
+         [--config NAME|NUMBER] [--plant NAME] [--hunts N] [--qemu N] [--exact SEED [--inject K]]
+
+Without --part: all of them. A violation comes with the --exact (and --inject) that shows it again.
+--qemu N: one in N states after a cut also goes through qemu-img; 0: none.
+--plant NAME: hunts one planted bug; --hunts: so often.";
+
 fn main() -> ExitCode {
+    if std::env::args().any(|argument| argument == "--help") {
+        println!("{USAGE}");
+        return ExitCode::SUCCESS;
+    }
     let arguments = match arguments() {
         Ok(arguments) => arguments,
         Err(error) => {
@@ -70,6 +89,13 @@ fn main() -> ExitCode {
             return ExitCode::from(2);
         }
     };
+    if arguments.qemu > 0 && !qemu::is_installed() {
+        eprintln!(
+            "urus-sim: there is no qemu-img to ask about one state in {}: install qemu-utils, or say --qemu 0",
+            arguments.qemu
+        );
+        return ExitCode::from(2);
+    }
     quiet_panics();
     if let Some(seed) = arguments.exact {
         return again(&arguments, seed);
@@ -96,7 +122,13 @@ fn main() -> ExitCode {
     }
     if wanted("plants") || arguments.plant.is_some() {
         let bugs = arguments.plant.map_or(Bug::ALL.to_vec(), |bug| vec![bug]);
-        let (lines, all) = sweep::hunt_all(&bugs, arguments.seed, 3, 4000, arguments.threads);
+        let (lines, all) = sweep::hunt_all(
+            &bugs,
+            arguments.seed,
+            arguments.hunts,
+            8000,
+            arguments.threads,
+        );
         lines.iter().for_each(|line| println!("{line}"));
         sound &= all;
     }
@@ -114,6 +146,7 @@ fn sweep_part(part: Part, arguments: &Arguments) -> bool {
             Duration::from_secs_f64(minutes * 60.0)
         }),
         threads: arguments.threads,
+        qemu: arguments.qemu,
     };
     let tally = sweep::run(part, arguments.seed, arguments.config.as_ref(), &budget);
     println!("{tally}");

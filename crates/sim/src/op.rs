@@ -30,6 +30,8 @@ pub(crate) struct Landed {
     pub(crate) result: io::Result<usize>,
     /// Whether the log knows it (changes and syncs).
     pub(crate) logged: bool,
+    /// It is not delivered before this step.
+    pub(crate) held_until: u64,
 }
 
 /// An operation that has not ended.
@@ -43,6 +45,8 @@ pub(crate) struct Running {
     pub(crate) slow: bool,
     /// Nothing happens before this step.
     pub(crate) stuck_until: u64,
+    /// Its completion is not delivered before this step.
+    held_until: u64,
     fault: Option<Action>,
     /// The sectors still to do, once a first part is done.
     left: Option<Rc<[bool]>>,
@@ -165,12 +169,17 @@ impl World {
             self.record(Event::SyncSubmitted { op: id, file });
         }
         let slow = self.rng.chance(self.config.slow);
-        let stuck_until = if self.rng.chance(self.config.stuck) {
+        let (mut stuck_until, mut held_until) = (0, 0);
+        if self.rng.chance(self.config.stuck) {
             let most = 1 << self.rng.below(STUCK_STEPS_BITS);
-            self.steps + self.rng.below(most)
-        } else {
-            0
-        };
+            let until = self.steps + self.rng.below(most);
+            // Before it takes effect, or after.
+            if self.rng.chance(128) {
+                stuck_until = until;
+            } else {
+                held_until = until;
+            }
+        }
         let left = None;
         self.running.push(Running {
             op: id,
@@ -181,6 +190,7 @@ impl World {
             kicked: false,
             slow,
             stuck_until,
+            held_until,
             fault,
             left,
             at_submission,
@@ -461,6 +471,7 @@ impl Running {
             slot: self.slot,
             result,
             logged,
+            held_until: self.held_until,
         }
     }
 }

@@ -32,6 +32,11 @@ fn homes(bug: Bug) -> &'static [&'static str] {
         Bug::IgnoreSnapshots => &["snapshot", "snapshot, three queues"],
         Bug::NoClearing => &["half full", "1K"],
         Bug::RewrittenTable => &["half full"],
+        Bug::LatePunch => &["churn", "compressed", "full"],
+        Bug::EarlyTableRelease => &["snapshot", "snapshot, three queues"],
+        Bug::NoBlockLocks => &["direct I/O, 4096", "direct I/O, 512"],
+        Bug::StaleLoad | Bug::EvictTooEarly => &["tiny cache, scattered"],
+        Bug::EarlyHeader => &["refcount table grows", "table grows, two queues"],
         Bug::EarlyL1Entry => &["tiny cache", "tiny cache, snapshot"],
         Bug::EarlyPunch => &["compressed", "zstd", "4-bit, compressed"],
         _ => &[],
@@ -41,7 +46,7 @@ fn homes(bug: Bug) -> &'static [&'static str] {
 /// Of three workloads, so many have errors.
 fn with_errors(bug: Bug) -> u64 {
     match bug {
-        Bug::DoubleGiveBack | Bug::NoPoison => 3,
+        Bug::DoubleGiveBack | Bug::NoPoison | Bug::SilentSyncFailure | Bug::SettleAfterFailure => 3,
         _ => 1,
     }
 }
@@ -71,7 +76,8 @@ fn workload(configs: &[Config], bug: Bug, seed: u64, number: u64) -> (&Config, u
         errors::run_random(config, seed, &Effort::ERRORS)
     } else {
         // What shows while the device runs needs few cuts.
-        let effort = if bug == Bug::NoInFlightPins {
+        let running = [Bug::NoInFlightPins, Bug::StaleLoad, Bug::EvictTooEarly];
+        let effort = if running.contains(&bug) {
             Effort {
                 requests: 600,
                 ..Effort::ERRORS

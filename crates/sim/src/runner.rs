@@ -16,6 +16,7 @@ use crate::errors::Injection;
 use crate::judge::Scene;
 use crate::machine::Machine;
 use crate::model::Model;
+use crate::qemu;
 use crate::rng::Rng;
 use crate::workload::{Ask, Workload};
 
@@ -32,6 +33,8 @@ pub struct Outcome {
     pub reopened: u64,
     /// Clusters leaked in the worst state.
     pub largest_leak: u64,
+    /// States judged by QEMU too.
+    pub qemu: u64,
     /// Errors that really hit.
     pub injected: u64,
     /// Storage operations and fdatasyncs of the first life.
@@ -57,6 +60,8 @@ pub struct Effort {
     pub reopen: u64,
     /// How often the power may fail.
     pub depth: u32,
+    /// One in so many states is also judged by QEMU; 0: none.
+    pub qemu: u64,
 }
 
 impl Effort {
@@ -72,6 +77,7 @@ impl Effort {
         },
         reopen: 40,
         depth: 2,
+        qemu: 0,
     };
 
     /// For very many workloads, each with an error.
@@ -86,6 +92,7 @@ impl Effort {
         },
         reopen: 20,
         depth: 1,
+        qemu: 0,
     };
 }
 
@@ -390,6 +397,10 @@ impl Run<'_> {
         let files: Vec<&[u8]> = files.iter().map(Contents::bytes).collect();
         let found = self.scene.judge(&files, view)?;
         outcome.largest_leak = outcome.largest_leak.max(found.leaks);
+        if self.effort.qemu > 0 && !self.scene.config.raw && lot.below(self.effort.qemu) == 0 {
+            outcome.qemu += 1;
+            qemu::judge(&files, &found.guest, found.copied_clear > 0)?;
+        }
         let drawn = lot.below(self.effort.reopen);
         if drawn == 1 {
             outcome.states += self.scene.repair(&files, &found, view, lot)?;

@@ -55,6 +55,8 @@ pub struct Budget {
     pub time: Duration,
     /// Threads.
     pub threads: usize,
+    /// One in so many states after a cut is also judged by QEMU; 0: none.
+    pub qemu: u64,
 }
 
 /// What a sweep gave.
@@ -72,6 +74,8 @@ pub struct Tally {
     pub states: u64,
     /// Of them, reopened for writing.
     pub reopened: u64,
+    /// Of them, judged by QEMU too.
+    pub qemu: u64,
     /// Errors that hit.
     pub injected: u64,
     /// The first violations, each with how to see it again.
@@ -93,6 +97,7 @@ impl Tally {
             cuts: 0,
             states: 0,
             reopened: 0,
+            qemu: 0,
             injected: 0,
             violations: Vec::new(),
             largest_leak: 0,
@@ -106,6 +111,7 @@ impl Tally {
         self.cuts += outcome.cuts;
         self.states += outcome.states;
         self.reopened += outcome.reopened;
+        self.qemu += outcome.qemu;
         self.injected += outcome.injected;
         self.largest_leak = self.largest_leak.max(outcome.largest_leak);
         self.trace.add(outcome.trace);
@@ -116,12 +122,13 @@ impl Tally {
     #[must_use]
     pub fn head() -> String {
         format!(
-            "{:<28} {:>9} {:>9} {:>10} {:>8} {:>8} {:>10} {:>5}  {:<16} {:>8} {:>6}",
+            "{:<28} {:>9} {:>9} {:>10} {:>8} {:>6} {:>8} {:>10} {:>5}  {:<16} {:>8} {:>6}",
             "part",
             "workloads",
             "cuts",
             "states",
             "reopened",
+            "qemu",
             "errors",
             "violations",
             "leak",
@@ -137,12 +144,13 @@ impl fmt::Display for Tally {
         let rate = u128::from(self.states) * 1000 / self.time.as_millis().max(1);
         write!(
             f,
-            "{:<28} {:>9} {:>9} {:>10} {:>8} {:>8} {:>10} {:>5}  {:016x} {rate:>8} {:>6}",
+            "{:<28} {:>9} {:>9} {:>10} {:>8} {:>6} {:>8} {:>10} {:>5}  {:016x} {rate:>8} {:>6}",
             self.name,
             self.workloads,
             self.cuts,
             self.states,
             self.reopened,
+            self.qemu,
             self.injected,
             self.violations.len(),
             self.largest_leak,
@@ -219,7 +227,11 @@ pub fn run(part: Part, seed: u64, only: Option<&Config>, budget: &Budget) -> Tal
     match part {
         Part::Cuts => sweep("cuts", seed, budget, (50, u64::MAX), &|number| {
             let (config, seed) = (config(number), seed_of(seed, number));
-            let mut outcome = runner::run(config, seed, &Effort::QUICK);
+            let effort = Effort {
+                qemu: budget.qemu,
+                ..Effort::QUICK
+            };
+            let mut outcome = runner::run(config, seed, &effort);
             again(&mut outcome, "cuts", config, seed, "");
             outcome
         }),

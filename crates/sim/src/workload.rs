@@ -50,6 +50,17 @@ pub enum Ask {
     },
 }
 
+/// What the guest does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Load {
+    /// A bit of everything, mostly in a window that moves.
+    Mixed,
+    /// Host clusters change hands all the time: much is written, discarded and flushed, all over a small disk.
+    Churn,
+    /// All over the disk, so that slices come and go.
+    Scattered,
+}
+
 /// Draws requests: mostly near one place that moves, so that they meet.
 #[derive(Clone, Debug)]
 pub struct Workload {
@@ -61,6 +72,8 @@ pub struct Workload {
     fua: u32,
     /// So many in 256 requests are long.
     long: u32,
+    /// So many in 256 requests may lie anywhere.
+    everywhere: u32,
     window: (u64, u64),
 }
 
@@ -85,18 +98,29 @@ impl Workload {
             weights,
             fua,
             long: 12,
+            everywhere: 24,
             window: (0, sectors),
         };
         this.move_window();
         this
     }
 
-    /// Host clusters change hands all the time: much is written, discarded and flushed, all over a small disk.
+    /// Requests of a special kind.
     #[must_use]
-    pub fn churning(mut self) -> Self {
-        self.weights = [6, 16, 10, 4, 5, 0];
-        self.long = 64;
-        self.window = (0, self.sectors.min(self.cluster_sectors * 96));
+    pub fn of_kind(mut self, load: Load) -> Self {
+        match load {
+            Load::Mixed => {}
+            Load::Churn => {
+                self.weights = [6, 16, 10, 4, 5, 0];
+                self.long = 64;
+                self.window = (0, self.sectors.min(self.cluster_sectors * 96));
+            }
+            Load::Scattered => {
+                self.weights = [16, 16, 2, 2, 3, 0];
+                self.long = 0;
+                self.everywhere = 256;
+            }
+        }
         self
     }
 
@@ -109,7 +133,7 @@ impl Workload {
         if self.rng.chance(12) {
             self.move_window();
         }
-        let (base, len) = if self.rng.chance(24) {
+        let (base, len) = if self.rng.chance(self.everywhere) {
             (0, self.sectors)
         } else {
             self.window

@@ -94,7 +94,7 @@ pub struct SimConfig {
     pub refuse: u32,
     /// So many in 256 operations are slow: others overtake them for a long time.
     pub slow: u32,
-    /// So many in 256 operations are stuck: nothing of them happens for a drawn number of steps (at most
+    /// So many in 256 operations are stuck: they have no effect, or their completions are held back, for a drawn number of steps (at most
     /// 2 to the power of [`STUCK_STEPS_BITS`]), unless nothing else can happen.
     pub stuck: u32,
     /// So many in 256 operations of several sectors take effect in two parts.
@@ -204,10 +204,16 @@ impl World {
             };
             list.push(at);
         }
-        if startable.is_empty() && self.landed.is_empty() {
+        let due = |landed: &Landed| landed.held_until <= steps;
+        let mut landed: Vec<usize> = (0..self.landed.len())
+            .filter(|at| due(&self.landed[*at]))
+            .collect();
+        if startable.is_empty() && landed.is_empty() {
+            // Nothing else can happen.
             startable = stuck;
+            landed = (0..self.landed.len()).collect();
         }
-        let candidates = startable.len() + self.landed.len();
+        let candidates = startable.len() + landed.len();
         if candidates == 0 {
             return Outcome::Idle;
         }
@@ -215,12 +221,12 @@ impl World {
         // A slow operation is drawn again a few times before its turn comes.
         for attempt in 0.. {
             let drawn = self.rng.index(candidates);
-            if drawn < self.landed.len() {
-                let landed = self.landed.swap_remove(drawn);
+            if drawn < landed.len() {
+                let landed = self.landed.swap_remove(landed[drawn]);
                 self.arrive(landed);
                 return Outcome::Done;
             }
-            let at = startable[drawn - self.landed.len()];
+            let at = startable[drawn - landed.len()];
             if attempt < 8 && self.running[at].slow && self.rng.chance(240) {
                 continue;
             }

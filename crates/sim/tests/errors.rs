@@ -1,5 +1,6 @@
 //! Errors that the simulator found the engine wrong about: each as a test by its name.
 
+use urus_engine::planted::{Bug, plant};
 use urus_sim::config;
 use urus_sim::errors::{Injection, measure};
 use urus_sim::fault::Action;
@@ -41,14 +42,28 @@ fn a_table_that_may_be_in_use_is_not_rewritten_as_new() {
         ..Effort::ERRORS
     };
     let config = config::find("half full").expect("there is one");
-    let mut states = 0;
-    let seed = 13_382_970_043_324_668_455;
-    let (ops, _) = measure(&config, seed, &effort).expect("sound without errors");
-    for op in 0..ops {
-        let injection = Injection::Once(op, Action::Eio);
-        let outcome = run_with(&config, seed, &effort, Some(injection));
-        assert_eq!(outcome.violation, None, "operation {op}");
-        states += outcome.states;
+    let sweep = |seed: u64| {
+        let (mut states, mut violation) = (0, None);
+        for first in 0..24 {
+            for of in [7, 13, 24] {
+                let injection = Injection::Every(first, of, Action::Eio);
+                let outcome = run_with(&config, seed, &effort, Some(injection));
+                states += outcome.states;
+                violation = violation.or(outcome.violation);
+            }
+        }
+        (states, violation)
+    };
+    plant(Bug::RewrittenTable);
+    let telling: Vec<u64> = (0..12).filter(|seed| sweep(*seed).1.is_some()).collect();
+    plant(Bug::None);
+    assert!(
+        !telling.is_empty(),
+        "no seed tells the rule from its absence"
+    );
+    for seed in telling {
+        let (states, violation) = sweep(seed);
+        assert_eq!(violation, None, "seed {seed}");
+        assert!(states > 1000, "only {states} states");
     }
-    assert!(states > 10_000, "only {states} states");
 }

@@ -84,7 +84,11 @@ struct Core {
     /// Set once `state` is `Closed`: for those who must not wait for a change of state.
     closed: AtomicBool,
     thread: Mutex<Option<JoinHandle<()>>>,
+    /// Who wants to know of another size.
+    on_resize: Mutex<Vec<OnResize>>,
 }
+
+type OnResize = Box<dyn Fn() + Send + Sync>;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
@@ -159,6 +163,7 @@ impl Device {
                 state: Mutex::new(State::Running),
                 closed: AtomicBool::new(false),
                 thread: Mutex::new(Some(thread)),
+                on_resize: Mutex::default(),
             }),
         };
         tracing::info!(
@@ -368,8 +373,21 @@ impl Device {
             State::Paused { .. } => Err(Error::invalid(
                 "a paused device cannot be resized: resume it first",
             )),
-            State::Running => self.core.ask(|reply| Control::Resize(new_size, reply)),
+            State::Running => {
+                self.core.ask(|reply| Control::Resize(new_size, reply))?;
+                drop(state);
+                for action in &*self.core.on_resize() {
+                    action();
+                }
+                Ok(())
+            }
         }
+    }
+
+    /// Calls `action` after each [`resize`](Self::resize), on the thread that does it: for transports, to tell their
+    /// clients. It stays for the life of the device, so it should hold no handle of it.
+    pub fn on_resize(&self, action: impl Fn() + Send + Sync + 'static) {
+        self.core.on_resize().push(Box::new(action));
     }
 
     /// Ends the device: waits for the requests in flight on every queue, makes everything durable, clears the
@@ -421,6 +439,12 @@ impl Core {
         } else {
             Ok(())
         }
+    }
+
+    fn on_resize(&self) -> MutexGuard<'_, Vec<OnResize>> {
+        self.on_resize
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 
     fn state(&self) -> MutexGuard<'_, State> {

@@ -167,4 +167,6 @@ pub use urus_engine::check::{CheckReport, Finding, Repair, Severity};
 pub use urus_engine::error::Error as EngineError;
 pub use urus_engine::request::Extent;
 pub use urus_format::Compression;
+#[cfg(feature = "vm-memory")]
+pub use urus_ring::OutsideGuestMemory;
 pub use urus_ring::{BUFFER_ALIGNMENT, Buffer};

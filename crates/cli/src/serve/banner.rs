@@ -3,22 +3,21 @@
 use std::fmt::Write as _;
 
 use urus::Device;
-use urus_nbd::Server;
 
-use super::Args;
 use super::export::Other;
+use super::{Args, Servers};
 use crate::size::human;
 
-pub(super) fn print(args: &Args, device: &Device, others: &[Other], server: &Server) {
+pub(super) fn print(args: &Args, device: &Device, others: &[Other], servers: &Servers) {
     let mut text = String::new();
     // Writing to a string cannot fail.
     let _ = describe(&mut text, args, device)
         .and_then(|()| exports(&mut text, others))
-        .and_then(|()| addresses(&mut text, server))
+        .and_then(|()| addresses(&mut text, servers))
         .and_then(|()| match args.export.tls_text() {
             // Each client has its own way to name its certificates.
             Some(tls) => writeln!(text, "  TLS       {tls}"),
-            None => examples(&mut text, &server.uris()),
+            None => examples(&mut text, servers),
         });
     crate::output::print(&text);
 }
@@ -71,19 +70,42 @@ fn exports(out: &mut String, others: &[Other]) -> std::fmt::Result {
     Ok(())
 }
 
-fn addresses(out: &mut String, server: &Server) -> std::fmt::Result {
-    for address in server.addresses() {
+fn addresses(out: &mut String, servers: &Servers) -> std::fmt::Result {
+    for address in servers.nbd.iter().flat_map(|server| server.addresses()) {
         writeln!(out, "  listening {address}")?;
+    }
+    for path in servers.vhost_user.iter().filter_map(|server| server.path()) {
+        writeln!(out, "  listening {} (vhost-user-blk)", path.display())?;
     }
     Ok(())
 }
 
-fn examples(out: &mut String, uris: &[String]) -> std::fmt::Result {
-    let Some(uri) = uris.first() else {
+fn examples(out: &mut String, servers: &Servers) -> std::fmt::Result {
+    let uris = servers.nbd.iter().flat_map(|server| server.uris());
+    let uri = uris.into_iter().next();
+    let socket = servers.vhost_user.as_ref().and_then(|server| server.path());
+    if uri.is_none() && socket.is_none() {
         return Ok(());
-    };
-    let uri = quoted(uri);
+    }
     writeln!(out, "\nTo paste:")?;
+    if let Some(socket) = socket {
+        let socket = quoted(&format!(
+            "socket,id=urus,reconnect=1,path={}",
+            socket.display()
+        ));
+        writeln!(
+            out,
+            "  qemu-system-x86_64 ... -object memory-backend-memfd,id=mem,size=SIZE,share=on -machine memory-backend=mem \\\n    \
+             -chardev {socket} -device vhost-user-blk-pci,chardev=urus"
+        )?;
+    }
+    if let Some(uri) = uri {
+        nbd_examples(out, &quoted(&uri))?;
+    }
+    writeln!(out, "\nCtrl-C or SIGTERM ends it cleanly.")
+}
+
+fn nbd_examples(out: &mut String, uri: &str) -> std::fmt::Result {
     writeln!(out, "  nbdcopy --progress {uri} copy.raw")?;
     writeln!(
         out,
@@ -92,8 +114,7 @@ fn examples(out: &mut String, uris: &[String]) -> std::fmt::Result {
     writeln!(
         out,
         "  fio --name=urus --ioengine=nbd --uri={uri} --rw=randread --bs=4k --iodepth=32 --time_based --runtime=10"
-    )?;
-    writeln!(out, "\nCtrl-C or SIGTERM ends it cleanly.")
+    )
 }
 
 /// For a shell.
