@@ -3,6 +3,7 @@
 //! Most are runs of the simulator, of `urus-proofs` with the real program or of the fuzz targets; the interleavings and schedules are tests that
 //! need the engine built on other atomics.
 
+use std::path::Path;
 use std::process::Command;
 
 use crate::leftovers;
@@ -214,8 +215,12 @@ fn libfuzzer(steps: &mut Steps, minutes: u64, seed: &str) {
         steps.note("libfuzzer", "not run: cargo-fuzz is not installed");
         return;
     }
-    let seconds = (minutes * 60 / FUZZ_TARGETS.len() as u64).max(1);
-    for target in FUZZ_TARGETS {
+    let targets = match fuzz_targets(&crate::workspace_root()) {
+        Ok(targets) => targets,
+        Err(error) => return steps.check("libfuzzer", |_| Err(error)),
+    };
+    let seconds = (minutes * 60 / targets.len().max(1) as u64).max(1);
+    for target in &targets {
         // What is found lies in fuzz/artifacts. New entries go into a corpus that Git does not know.
         let corpus = steps.target_directory().join("urus-fuzz").join(target);
         if let Err(error) = std::fs::create_dir_all(&corpus) {
@@ -238,18 +243,21 @@ fn libfuzzer(steps: &mut Steps, minutes: u64, seed: &str) {
     }
 }
 
-/// As crates/fuzz-targets names them.
-const FUZZ_TARGETS: [&str; 9] = [
-    "header",
-    "tables",
-    "compressed",
-    "snapshots",
-    "bitmaps",
-    "check",
-    "operate",
-    "chain",
-    "nbd",
-];
+/// The targets that cargo-fuzz has, by their files.
+fn fuzz_targets(root: &Path) -> Result<Vec<String>, String> {
+    let directory = root.join("fuzz/fuzz_targets");
+    let told = |error| format!("{}: {error}", directory.display());
+    let mut targets = Vec::new();
+    for entry in std::fs::read_dir(&directory).map_err(told)? {
+        let path = entry.map_err(told)?.path();
+        targets.extend(
+            path.file_stem()
+                .map(|name| name.to_string_lossy().into_owned()),
+        );
+    }
+    targets.sort();
+    Ok(targets)
+}
 
 impl Part {
     /// Runs it in small, or (in soak) for so many minutes from a seed.

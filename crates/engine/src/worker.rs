@@ -345,29 +345,7 @@ impl<S: Storage> Worker<S> {
             };
             let words = match source {
                 None => Ok(vec![0; to_usize(map.slice_bytes() / 8)]),
-                Some(offset) if self.is_past_end(layer.file, offset) => Err(Error::Corrupt {
-                    file: layer.name.clone(),
-                    what: format!("an L2 table at {offset:#x} lies past the end of the file"),
-                    place: format!("L1 table entry {table}"),
-                }),
-                Some(offset) => {
-                    Shared::count(&self.shared.stats.slice_loads, 1);
-                    let bytes = self
-                        .read_bytes(
-                            layer.file,
-                            offset + map.offset_in_table(slice),
-                            map.slice_bytes(),
-                        )
-                        .await;
-                    bytes.map(|bytes| {
-                        bytes
-                            .chunks_exact(8)
-                            .map(|word| {
-                                u64::from_be_bytes(word.try_into().expect("chunks of eight"))
-                            })
-                            .collect()
-                    })
-                }
+                Some(offset) => self.read_slice(layer_index, slice, offset).await,
             };
             let outcome = {
                 let mut meta = self.shared.meta.lock();
@@ -391,6 +369,30 @@ impl<S: Storage> Worker<S> {
                 Err(NoCleanFrame) => self.wait_for_frame(layer_index).await?,
             }
         }
+    }
+
+    /// Reads a slice of the L2 table at a host offset.
+    async fn read_slice(&self, layer: usize, slice: SliceId, offset: u64) -> Result<Vec<u64>> {
+        Shared::count(&self.shared.stats.slice_loads, 1);
+        let layer = &self.shared.layers[layer];
+        let map = &layer.qcow2().expect("only qcow2 layers have slices").map;
+        let place = offset + map.offset_in_table(slice);
+        let bytes = self
+            .read_bytes(layer.file, place, map.slice_bytes())
+            .await?;
+        let words: Vec<u64> = bytes
+            .chunks_exact(8)
+            .map(|word| u64::from_be_bytes(word.try_into().expect("chunks of eight")))
+            .collect();
+        // What lies past the end of the file reads as zeroes, and is no table.
+        if words.iter().all(|word| *word == 0) && self.is_past_end(layer.file, offset) {
+            return Err(Error::Corrupt {
+                file: layer.name.clone(),
+                what: format!("an L2 table at {offset:#x} lies past the end of the file"),
+                place: format!("L1 table entry {}", map.table_of(slice)),
+            });
+        }
+        Ok(words)
     }
 
     /// Waits until a commit has cleaned some frames.
