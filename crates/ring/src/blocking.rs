@@ -126,7 +126,10 @@ impl Blocking {
                 offset,
                 memory,
                 sync,
-            } => self.transfer(op.file, &memory, offset, Direction::Write { sync }),
+            } => {
+                let flags = if sync { libc::RWF_DSYNC } else { 0 };
+                self.transfer(op.file, &memory, offset, Direction::Write { flags })
+            }
             OpKind::Punch { offset, len } => {
                 let result = fallocate(
                     FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE,
@@ -172,10 +175,14 @@ impl Blocking {
     }
 }
 
+/// Which way bytes go.
 #[derive(Clone, Copy)]
-enum Direction {
+pub(crate) enum Direction {
     Read,
-    Write { sync: bool },
+    /// With flags of pwritev2(2).
+    Write {
+        flags: libc::c_int,
+    },
 }
 
 /// Fills `iovecs` with the first pieces of `memory`, as many as one system call takes. Allocates only to grow.
@@ -196,7 +203,7 @@ pub(crate) fn fill_iovecs(iovecs: &mut Vec<libc::iovec>, memory: &RingMemory) {
 ///
 /// # Safety
 /// The iovecs must be valid for writes (of a read) or reads (of a write) during the call.
-unsafe fn transfer_vectored(
+pub(crate) unsafe fn transfer_vectored(
     fd: RawFd,
     iovecs: &[libc::iovec],
     offset: u64,
@@ -210,12 +217,12 @@ unsafe fn transfer_vectored(
         // SAFETY: passed on to the caller.
         Direction::Read => unsafe { libc::preadv64(fd, iovecs.as_ptr(), count, offset) },
         // SAFETY: likewise.
-        Direction::Write { sync: false } => unsafe {
+        Direction::Write { flags: 0 } => unsafe {
             libc::pwritev64(fd, iovecs.as_ptr(), count, offset)
         },
         // SAFETY: likewise.
-        Direction::Write { sync: true } => unsafe {
-            libc::pwritev64v2(fd, iovecs.as_ptr(), count, offset, libc::RWF_DSYNC)
+        Direction::Write { flags } => unsafe {
+            libc::pwritev64v2(fd, iovecs.as_ptr(), count, offset, flags)
         },
     };
     usize::try_from(done).map_err(|_| io::Error::last_os_error())

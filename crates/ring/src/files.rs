@@ -9,7 +9,7 @@ use std::path::Path;
 use rustix::fs::{Mode, OFlags, ResolveFlags};
 use rustix::io::Errno;
 use urus_engine::storage::{FileId, FileProperties};
-use urus_engine::sync::{Arc, AtomicBool, Ordering};
+use urus_engine::sync::{Arc, AtomicBool, AtomicU32, Ordering};
 
 use crate::memory::Buffer;
 use crate::probe::{self, FileKind};
@@ -23,6 +23,8 @@ pub struct OpenFile {
     alignment: u32,
     can_punch: AtomicBool,
     can_zero_range: AtomicBool,
+    /// A [`WritesWithoutBlocking`].
+    writes_without_blocking: AtomicU32,
     /// Whether [`lock`](Self::lock) took locks that closing must release.
     pub(crate) locked: AtomicBool,
 }
@@ -111,6 +113,7 @@ impl OpenFile {
             alignment: probe::alignment(fd.as_fd(), kind)?,
             can_punch: AtomicBool::new(can_punch),
             can_zero_range: AtomicBool::new(can_zero_range),
+            writes_without_blocking: AtomicU32::new(0),
             locked: AtomicBool::new(false),
             writable: flags & OFlags::ACCMODE == OFlags::RDWR,
             fd,
@@ -227,6 +230,26 @@ impl OpenFile {
         self.can_zero_range.store(false, Ordering::Relaxed);
     }
 
+    /// Whether it is a regular file whose data goes through the page cache.
+    pub(crate) fn is_buffered_regular(&self) -> bool {
+        self.alignment == 1 && self.kind == FileKind::Regular
+    }
+
+    /// What is known of buffered writes that do not block.
+    pub(crate) fn writes_without_blocking(&self) -> WritesWithoutBlocking {
+        match self.writes_without_blocking.load(Ordering::Relaxed) {
+            0 => WritesWithoutBlocking::Unknown,
+            1 => WritesWithoutBlocking::No,
+            _ => WritesWithoutBlocking::Yes,
+        }
+    }
+
+    /// Notes what the first one has shown.
+    pub(crate) fn learn_writes_without_blocking(&self, can: bool) {
+        self.writes_without_blocking
+            .store(1 + u32::from(can), Ordering::Relaxed);
+    }
+
     /// A second handle of the same open file, for callers that want std's.
     ///
     /// # Errors
@@ -251,6 +274,16 @@ impl fmt::Debug for OpenFile {
             .field("alignment", &self.alignment)
             .finish_non_exhaustive()
     }
+}
+
+/// Whether a file system takes buffered writes with RWF_NOWAIT.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum WritesWithoutBlocking {
+    /// No write was tried yet.
+    Unknown,
+    /// io_uring hands each to a worker.
+    No,
+    Yes,
 }
 
 /// Flags for every open: nothing inherited by children, nothing that waits.

@@ -3,6 +3,7 @@
 //! * [`setup`]: making a ring with the best the kernel has.
 //! * [`slots`]: operations in flight, which own their memory until their completion was seen.
 //! * [`ring`]: the two queues and the system call between them; all `unsafe` about them.
+//! * [`inline`]: buffered writes that are faster without the ring.
 //! * this file: the driver's life, its waiting and waking.
 //!
 //! # Waking
@@ -14,6 +15,7 @@
 //! complete the poll. Nor another eventfd beside the bell's: Linux 6.18 was seen to lose signals of an eventfd
 //! that come about inside the writing of another, and it delays them by an RCU grace period anyway.)
 
+mod inline;
 mod ring;
 pub(crate) mod setup;
 mod slots;
@@ -33,6 +35,7 @@ use crate::files::FileSet;
 use crate::memory::RingMemory;
 use crate::offload::{self, Mailbox};
 
+use inline::Inline;
 use ring::Ring;
 use slots::Slots;
 
@@ -45,6 +48,7 @@ pub(crate) struct Uring {
     /// Before `slots`: the ring is closed before the memory goes. (`drop` has emptied it by then.)
     ring: Ring,
     slots: Slots,
+    inline: Inline,
     files: Arc<FileSet>,
     bell: Arc<Bell>,
     mailbox: Arc<Mailbox>,
@@ -74,6 +78,7 @@ impl Uring {
         let mut uring = Self {
             ring,
             slots: Slots::new(depth),
+            inline: Inline::new(depth),
             files,
             mailbox: Mailbox::new(Arc::clone(&bell)),
             bell,
@@ -109,25 +114,39 @@ impl Uring {
                 let result = blocking::set_len(&self.files, op.file, len);
                 self.ready.push_back(Completion { slot, result });
             }
-            kind => self.ring.push(
-                &mut self.slots,
-                Op {
+            kind => {
+                let op = Op {
                     file: op.file,
                     kind,
-                },
-                slot,
-                &self.files,
-            ),
+                };
+                if let Some(op) = self.inline.take(op, slot, &self.files) {
+                    self.ring.push(&mut self.slots, op, slot, &self.files);
+                }
+            }
         }
         Ok(())
     }
 
     #[inline]
     pub(crate) fn kick(&mut self) {
+        self.start();
         if self.watched && !self.ready.is_empty() {
             // The kernel knows nothing of these.
             self.bell.signal();
         }
+    }
+
+    /// Starts everything taken: first what the kernel does meanwhile, then what this thread does.
+    #[inline]
+    fn start(&mut self) {
+        self.ring.flush();
+        if self.inline.is_empty() {
+            return;
+        }
+        let (ring, slots, files) = (&mut self.ring, &mut self.slots, &self.files);
+        self.inline.run(files, &mut self.ready, |op, slot| {
+            ring.push(slots, op, slot, files);
+        });
         self.ring.flush();
     }
 
@@ -145,6 +164,9 @@ impl Uring {
     }
 
     pub(crate) fn wait(&mut self, timeout: Option<Duration>) {
+        if !self.inline.is_empty() {
+            self.start();
+        }
         let idle = !self.bell.is_rung()
             && self.ready.is_empty()
             && self.mailbox.is_empty()
@@ -261,6 +283,7 @@ impl Uring {
 impl Drop for Uring {
     /// Waits until the kernel has let go of every operation's memory.
     fn drop(&mut self) {
+        self.start();
         let mut failures = 0;
         while self.slots.busy() > 0 {
             if let Some(entry) = self.ring.pop() {

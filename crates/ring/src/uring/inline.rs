@@ -1,0 +1,320 @@
+//! Writes into the page cache that the queue's thread makes itself.
+//!
+//! Where a file system cannot take a buffered write without blocking (ext4, tmpfs, overlayfs), io_uring hands each one to a
+//! kernel worker, and the workers queue up at the inode's lock: several times slower than a plain pwritev(2), which costs little as long
+//! as the page cache takes the data. It may block, though, when the kernel throttles whoever dirties pages. So: only whole
+//! pages (a part of one may have to be read first), a bounded amount at a time, and none for a while after a slow one.
+//!
+//! Whether a file system is of that kind is found out by the first write, tried with RWF_NOWAIT.
+
+use std::collections::VecDeque;
+use std::io;
+use std::time::{Duration, Instant};
+
+use urus_engine::storage::{Completion, FileId, Op, OpKind, Slot};
+
+use crate::blocking::{Direction, fill_iovecs, transfer_vectored};
+use crate::files::{FileSet, WritesWithoutBlocking};
+use crate::memory::RingMemory;
+
+/// Writes are made here from and to multiples of this.
+const PAGE_BYTES: u64 = 4096;
+/// The longest write made here; a longer one gains little, and holds up the thread.
+const WRITE_BYTES_MAX: usize = 64 << 10;
+/// Bytes made here between two enterings of the kernel, at most.
+const TURN_BYTES_MAX: usize = 1 << 20;
+/// A write that takes longer was blocked. (A thread that lost its processor for a turn takes less.)
+const SLOW: Duration = Duration::from_millis(8);
+/// How long the ring has the writes then.
+const REST: Duration = Duration::from_millis(50);
+
+/// A write waiting for its turn.
+struct Queued {
+    slot: Slot,
+    file: FileId,
+    offset: u64,
+    memory: RingMemory,
+}
+
+pub(super) struct Inline {
+    queued: VecDeque<Queued>,
+    queued_bytes: usize,
+    /// Since when the ring has the writes.
+    slow_since: Option<Instant>,
+    /// Scratch, kept for its capacity.
+    iovecs: Vec<libc::iovec>,
+}
+
+impl Inline {
+    pub(super) fn new(depth: usize) -> Self {
+        Self {
+            queued: VecDeque::with_capacity(depth),
+            queued_bytes: 0,
+            slow_since: None,
+            iovecs: Vec::new(),
+        }
+    }
+
+    /// Takes a write that is better made by this thread; everything else is given back, for the ring.
+    #[inline]
+    pub(super) fn take(
+        &mut self,
+        op: Op<RingMemory>,
+        slot: Slot,
+        files: &FileSet,
+    ) -> Option<Op<RingMemory>> {
+        match op.kind {
+            OpKind::Write {
+                offset,
+                memory,
+                sync: false,
+            } if self.wants(op.file, offset, &memory, files) => {
+                self.queued_bytes += urus_engine::storage::Memory::len(&memory);
+                self.queued.push_back(Queued {
+                    slot,
+                    file: op.file,
+                    offset,
+                    memory,
+                });
+                None
+            }
+            kind => Some(Op {
+                file: op.file,
+                kind,
+            }),
+        }
+    }
+
+    fn wants(&mut self, id: FileId, offset: u64, memory: &RingMemory, files: &FileSet) -> bool {
+        let file = files.file(id);
+        let len = urus_engine::storage::Memory::len(memory);
+        if !file.is_buffered_regular()
+            || file.writes_without_blocking() == WritesWithoutBlocking::Yes
+            || !offset.is_multiple_of(PAGE_BYTES)
+            || !(len as u64).is_multiple_of(PAGE_BYTES)
+            || len > WRITE_BYTES_MAX
+            || self.queued_bytes + len > TURN_BYTES_MAX
+        {
+            return false;
+        }
+        match self.slow_since {
+            Some(since) if since.elapsed() < REST => false,
+            Some(_) => {
+                self.slow_since = None;
+                true
+            }
+            None => true,
+        }
+    }
+
+    #[inline]
+    pub(super) fn is_empty(&self) -> bool {
+        self.queued.is_empty()
+    }
+
+    /// Makes the writes taken, in order. What turns out to be the ring's goes to `to_ring`.
+    pub(super) fn run(
+        &mut self,
+        files: &FileSet,
+        ready: &mut VecDeque<Completion>,
+        mut to_ring: impl FnMut(Op<RingMemory>, Slot),
+    ) {
+        let mut before = Instant::now();
+        while let Some(write) = self.queued.pop_front() {
+            let result = match self.slow_since {
+                None => self.write(&write, files),
+                Some(_) => None,
+            };
+            let Some(result) = result else {
+                let kind = OpKind::Write {
+                    offset: write.offset,
+                    memory: write.memory,
+                    sync: false,
+                };
+                let op = Op {
+                    file: write.file,
+                    kind,
+                };
+                to_ring(op, write.slot);
+                continue;
+            };
+            let now = Instant::now();
+            if now.duration_since(before) > SLOW {
+                self.slow_since = Some(now);
+            }
+            before = now;
+            ready.push_back(Completion {
+                slot: write.slot,
+                result,
+            });
+        }
+        self.queued_bytes = 0;
+    }
+
+    /// Makes a write; `None` where the ring can do it without a worker.
+    fn write(&mut self, write: &Queued, files: &FileSet) -> Option<io::Result<usize>> {
+        const UNSUPPORTED: [i32; 2] = [libc::EOPNOTSUPP, libc::EINVAL];
+        fill_iovecs(&mut self.iovecs, &write.memory);
+        let file = files.file(write.file);
+        if file.writes_without_blocking() == WritesWithoutBlocking::Unknown {
+            let tried = self.call(write, files, libc::RWF_NOWAIT);
+            let unsupported = tried.as_ref().is_err_and(|error| {
+                error
+                    .raw_os_error()
+                    .is_some_and(|errno| UNSUPPORTED.contains(&errno))
+            });
+            file.learn_writes_without_blocking(!unsupported);
+            if !unsupported {
+                // EAGAIN, or done in part: the ring knows how to go on.
+                return tried.ok().map(Ok);
+            }
+        }
+        Some(self.call(write, files, 0))
+    }
+
+    fn call(&self, write: &Queued, files: &FileSet, flags: libc::c_int) -> io::Result<usize> {
+        let fd = files.raw_fd(write.file);
+        let direction = Direction::Write { flags };
+        loop {
+            // SAFETY: `transfer_vectored` wants iovecs that are valid for reads: `write` made them from the memory that
+            // `Queued` holds for longer than this blocking call, and whose bytes nobody holds as a slice (contract of
+            // `RingMemory`).
+            let result = unsafe { transfer_vectored(fd, &self.iovecs, write.offset, direction) };
+            match result {
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                result => return result,
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    //! Guards the choice between this thread and the ring: what is taken here must be written once and answered once, and what may
+    //! block for long must not be taken.
+    use super::*;
+    use crate::files::OpenFile;
+    use std::sync::Arc;
+    use urus_engine::storage::{IMAGE, Memory};
+
+    fn files(can: Option<bool>) -> (tempfile::NamedTempFile, Arc<FileSet>) {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(1 << 20).unwrap();
+        let open = OpenFile::open_image(file.path(), false, false).unwrap();
+        if let Some(can) = can {
+            open.learn_writes_without_blocking(can);
+        }
+        (file, FileSet::new(vec![open]))
+    }
+
+    fn write(offset: u64, len: usize, sync: bool) -> Op<RingMemory> {
+        let memory = RingMemory::new(len);
+        memory.write(0, &vec![7; len]);
+        Op {
+            file: IMAGE,
+            kind: OpKind::Write {
+                offset,
+                memory,
+                sync,
+            },
+        }
+    }
+
+    #[test]
+    fn the_ring_keeps_what_may_block() {
+        let (_file, known) = files(Some(false));
+        let mut inline = Inline::new(8);
+        for (offset, len, sync) in [
+            (512, 4096, false),
+            (0, 512, false),
+            (0, 4096, true),
+            (0, WRITE_BYTES_MAX + 4096, false),
+        ] {
+            let op = write(offset, len, sync);
+            assert!(
+                inline.take(op, 0, &known).is_some(),
+                "{offset} {len} {sync}"
+            );
+        }
+        let read = Op {
+            file: IMAGE,
+            kind: OpKind::Read {
+                offset: 0,
+                memory: RingMemory::new(4096),
+            },
+        };
+        assert!(inline.take(read, 0, &known).is_some());
+        let (_file, able) = files(Some(true));
+        assert!(inline.take(write(0, 4096, false), 0, &able).is_some());
+        // A bounded amount at a time.
+        let mut taken = 0;
+        while inline
+            .take(write(0, 64 << 10, false), taken, &known)
+            .is_none()
+        {
+            taken += 1;
+        }
+        assert_eq!(taken, TURN_BYTES_MAX / (64 << 10));
+    }
+
+    #[test]
+    fn what_is_taken_is_written_and_answered_once() {
+        for known in [None, Some(false)] {
+            let (file, files) = files(known);
+            let mut inline = Inline::new(8);
+            for slot in 0..8 {
+                let at = (8 + slot as u64) * 4096;
+                assert!(inline.take(write(at, 4096, false), slot, &files).is_none());
+            }
+            let (mut ready, mut to_ring) = (VecDeque::new(), Vec::new());
+            inline.run(&files, &mut ready, |op, slot| to_ring.push((op, slot)));
+            assert!(inline.is_empty());
+            let mut slots: Vec<_> = ready.iter().map(|completion| completion.slot).collect();
+            slots.extend(to_ring.iter().map(|(_, slot)| *slot));
+            slots.sort_unstable();
+            assert_eq!(slots, (0..8).collect::<Vec<_>>());
+            let content = std::fs::read(file.path()).unwrap();
+            for completion in ready {
+                assert_eq!(completion.result.unwrap(), 4096);
+                let at = (8 + completion.slot) * 4096;
+                assert!(content[at..at + 4096].iter().all(|byte| *byte == 7));
+            }
+            assert_ne!(
+                files.file(IMAGE).writes_without_blocking(),
+                WritesWithoutBlocking::Unknown
+            );
+        }
+    }
+
+    #[test]
+    fn after_a_slow_write_the_ring_has_them() {
+        let (_file, files) = files(Some(false));
+        let mut inline = Inline::new(8);
+        assert!(inline.take(write(0, 4096, false), 0, &files).is_none());
+        inline.slow_since = Some(Instant::now());
+        let (mut ready, mut to_ring) = (VecDeque::new(), 0);
+        inline.run(&files, &mut ready, |_, _| to_ring += 1);
+        assert_eq!((ready.len(), to_ring), (0, 1));
+        assert!(inline.take(write(0, 4096, false), 0, &files).is_some());
+        inline.slow_since = Instant::now().checked_sub(REST);
+        assert!(inline.take(write(0, 4096, false), 0, &files).is_none());
+    }
+
+    #[test]
+    fn errors_come_back_with_their_slot() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let open = OpenFile::open_image(file.path(), true, false).unwrap();
+        open.learn_writes_without_blocking(false);
+        let files = FileSet::new(vec![open]);
+        let mut inline = Inline::new(8);
+        assert!(inline.take(write(0, 4096, false), 3, &files).is_none());
+        let mut ready = VecDeque::new();
+        inline.run(&files, &mut ready, |_, _| panic!("not the ring's"));
+        let completion = ready.pop_front().unwrap();
+        assert_eq!(completion.slot, 3);
+        assert_eq!(
+            completion.result.unwrap_err().raw_os_error(),
+            Some(libc::EBADF)
+        );
+    }
+}
