@@ -14,7 +14,7 @@ type Key = (usize, u64);
 #[derive(Default)]
 struct Inner {
     /// Time of last use, and the decoded cluster.
-    clusters: BTreeMap<Key, (u64, Arc<[u8]>)>,
+    clusters: BTreeMap<Key, (u64, Arc<Vec<u8>>)>,
     /// The same by time of last use.
     ages: BTreeMap<u64, Key>,
     clock: u64,
@@ -26,7 +26,7 @@ struct Inner {
 pub(crate) struct DecodedCache(Mutex<Inner>);
 
 impl DecodedCache {
-    pub(crate) fn get(&self, layer: usize, offset: u64) -> Option<Arc<[u8]>> {
+    pub(crate) fn get(&self, layer: usize, offset: u64) -> Option<Arc<Vec<u8>>> {
         let mut inner = self.0.lock();
         inner.clock += 1;
         let now = inner.clock;
@@ -38,7 +38,7 @@ impl DecodedCache {
         Some(data)
     }
 
-    pub(crate) fn insert(&self, layer: usize, offset: u64, data: Arc<[u8]>) {
+    pub(crate) fn insert(&self, layer: usize, offset: u64, data: Arc<Vec<u8>>) {
         let mut inner = self.0.lock();
         inner.clock += 1;
         let now = inner.clock;

@@ -20,8 +20,8 @@ pub const RUN_BYTES: u64 = 4 << 20;
 pub const RUN_RESTARTS: u32 = 16;
 /// Freed clusters that may wait for a commit before one is started without being asked for.
 pub const PENDING_FREES: usize = 4096;
-/// Budget of the cache of decoded clusters.
-pub const DECODED_CACHE_BYTES: u64 = 32 << 20;
+/// Budget of the cache of decoded clusters: holds a working set of 64 MiB whose ends lie inside clusters.
+pub const DECODED_CACHE_BYTES: u64 = 72 << 20;
 /// Clusters that a discard or write-zeroes changes in one step, holding their locks.
 pub const ZERO_STEP_CLUSTERS: u64 = 512;
 /// Clusters that one step of an allocating write changes at once.

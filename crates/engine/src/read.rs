@@ -4,6 +4,7 @@ use urus_format::CompressedExtent;
 
 use crate::error::{Error, Result};
 use crate::resolve::Piece;
+use crate::shared::Shared;
 use crate::storage::{FileId, Memory, OpKind, Storage};
 use crate::sync::{Arc, Mutex};
 use crate::to_usize;
@@ -88,21 +89,35 @@ impl<S: Storage> Worker<S> {
         within: u64,
         target: S::Memory,
     ) -> Result<()> {
-        let cluster = self.decoded_cluster(layer, extent).await?;
+        let cluster = self.cluster_content(layer, extent).await?;
         let start = to_usize(within);
         target.write(0, &cluster[start..start + target.len()]);
         Ok(())
     }
 
-    /// A compressed cluster's content, from the cache or decoded on another thread.
-    async fn decoded_cluster(
+    /// A compressed cluster's content: from the cache, or decoded once for all requests of this queue that want it. All of
+    /// them pin the old mapping (O7), so what one of them put into the cache is right for the others.
+    async fn cluster_content(
+        &self,
+        layer: usize,
+        extent: CompressedExtent,
+    ) -> Result<Arc<Vec<u8>>> {
+        loop {
+            if let Some(cluster) = self.shared.decoded.get(layer, extent.offset.0) {
+                return Ok(cluster);
+            }
+            if let Some(_flight) = self.decoding.join((layer, extent.offset.0)).await {
+                return self.decode_cluster(layer, extent).await;
+            }
+        }
+    }
+
+    /// Decodes a compressed cluster on another thread, and puts it into the cache.
+    async fn decode_cluster(
         &self,
         layer_index: usize,
         extent: CompressedExtent,
-    ) -> Result<Arc<[u8]>> {
-        if let Some(cluster) = self.shared.decoded.get(layer_index, extent.offset.0) {
-            return Ok(cluster);
-        }
+    ) -> Result<Arc<Vec<u8>>> {
         let layer = &self.shared.layers[layer_index];
         let qcow2 = layer
             .qcow2()
@@ -111,6 +126,7 @@ impl<S: Storage> Worker<S> {
         let source = self
             .read_bytes(layer.file, extent.offset.0, extent.bytes)
             .await?;
+        Shared::count(&self.shared.stats.decoded_clusters, 1);
         let compression = qcow2.compression;
         let cluster_bytes = to_usize(qcow2.geometry.cluster_bytes());
         let outcome = Arc::new(Mutex::new(None));
@@ -118,7 +134,7 @@ impl<S: Storage> Worker<S> {
         let job = Box::new(move || {
             let mut cluster = vec![0; cluster_bytes];
             let result = urus_format::compressed::decode(compression, &source, &mut cluster);
-            *slot.lock() = Some(result.map(|()| Arc::from(cluster)));
+            *slot.lock() = Some(result.map(|()| Arc::new(cluster)));
         });
         self.reactor
             .run(layer.file, OpKind::Job(job))
@@ -127,7 +143,7 @@ impl<S: Storage> Worker<S> {
                 self.io_error("decode", layer.file, extent.offset.0, extent.bytes, &error)
             })?;
         let result = outcome.lock().take().expect("a job that completed has run");
-        let cluster: Arc<[u8]> = result.map_err(|source| Error::Decompress {
+        let cluster: Arc<Vec<u8>> = result.map_err(|source| Error::Decompress {
             file: layer.name.clone(),
             offset: extent.offset.0,
             source,

@@ -235,6 +235,7 @@ pub(crate) struct Stats {
     pub(crate) barriers: AtomicU64,
     pub(crate) allocated_clusters: AtomicU64,
     pub(crate) copied_bytes: AtomicU64,
+    pub(crate) decoded_clusters: AtomicU64,
 }
 
 /// Counters of one device at a moment; they only grow.
@@ -251,6 +252,8 @@ pub struct Counters {
     pub allocated_clusters: u64,
     /// Bytes copied from older places to complete partly written clusters.
     pub copied_bytes: u64,
+    /// Compressed clusters decoded because they were not cached.
+    pub decoded_clusters: u64,
 }
 
 impl Shared {
@@ -294,6 +297,7 @@ impl Shared {
             barriers: read(&self.stats.barriers),
             allocated_clusters: read(&self.stats.allocated_clusters),
             copied_bytes: read(&self.stats.copied_bytes),
+            decoded_clusters: read(&self.stats.decoded_clusters),
         }
     }
 

@@ -1,7 +1,7 @@
 //! Small things that tasks on different executors wait for.
 
 use std::cell::{Cell, RefCell};
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::future::{Future, poll_fn};
 use std::pin::Pin;
 use std::task::{Poll, Waker};
@@ -113,6 +113,53 @@ impl Drop for TurnGuard<'_> {
     fn drop(&mut self) {
         self.0.taken.set(false);
         for waker in self.0.waiting.borrow_mut().take() {
+            waker.wake();
+        }
+    }
+}
+
+/// Work that several tasks of one executor want, and one does: the others wait for it.
+pub(crate) struct Flights<K>(RefCell<BTreeMap<K, WaitList>>);
+
+/// Whoever holds it does the work; the others wait until it is dropped.
+pub(crate) struct FlightGuard<'a, K: Ord + Copy> {
+    flights: &'a Flights<K>,
+    key: K,
+}
+
+impl<K> Default for Flights<K> {
+    fn default() -> Self {
+        Self(RefCell::default())
+    }
+}
+
+impl<K: Ord + Copy> Flights<K> {
+    /// The work, if nobody does it; else waits until whoever does has ended, and returns `None`.
+    pub(crate) async fn join(&self, key: K) -> Option<FlightGuard<'_, K>> {
+        let mut waited = false;
+        poll_fn(|cx| {
+            let mut flights = self.0.borrow_mut();
+            match flights.get_mut(&key) {
+                Some(waiters) => {
+                    waiters.register(cx.waker());
+                    waited = true;
+                    Poll::Pending
+                }
+                None if waited => Poll::Ready(None),
+                None => {
+                    flights.insert(key, WaitList::default());
+                    Poll::Ready(Some(FlightGuard { flights: self, key }))
+                }
+            }
+        })
+        .await
+    }
+}
+
+impl<K: Ord + Copy> Drop for FlightGuard<'_, K> {
+    fn drop(&mut self) {
+        let waiters = self.flights.0.borrow_mut().remove(&self.key);
+        for waker in waiters.map(|mut list| list.take()).unwrap_or_default() {
             waker.wake();
         }
     }

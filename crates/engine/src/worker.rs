@@ -2,7 +2,6 @@
 //! brought into the cache, clusters to write into.
 
 use std::cell::{Cell, RefCell, RefMut};
-use std::collections::BTreeMap;
 use std::future::poll_fn;
 use std::io;
 use std::rc::Rc;
@@ -17,7 +16,7 @@ use crate::shared::{Owner, Run, Shared};
 use crate::storage::{FileId, IMAGE, Memory, OpKind, Storage};
 use crate::sync::{Arc, Ordering};
 use crate::to_usize;
-use crate::wake::WaitList;
+use crate::wake::{Flights, WaitList};
 
 /// An operation of a request that needs no task.
 pub(crate) struct Direct<M> {
@@ -40,7 +39,9 @@ pub(crate) struct Worker<S: Storage> {
     runs_generation: Cell<u64>,
     reserving: RefCell<Option<WaitList>>,
     /// Slices that a task of this worker reads just now: the others wait for it.
-    loading: RefCell<BTreeMap<(usize, SliceId), WaitList>>,
+    loading: Flights<(usize, SliceId)>,
+    /// Compressed clusters (layer, host offset) that a task of this worker decodes just now.
+    pub(crate) decoding: Flights<(usize, u64)>,
 }
 
 /// Whether an interrupted operation deserves another try.
@@ -59,7 +60,8 @@ impl<S: Storage> Worker<S> {
             runs: RefCell::new(Vec::new()),
             runs_generation: Cell::new(0),
             reserving: RefCell::new(None),
-            loading: RefCell::new(BTreeMap::new()),
+            loading: Flights::default(),
+            decoding: Flights::default(),
         })
     }
 
@@ -292,33 +294,10 @@ impl<S: Storage> Worker<S> {
 
     /// Brings a slice into the cache. It may be gone again when this returns: the caller looks it up again.
     pub(crate) async fn load(&self, layer: usize, slice: SliceId) -> Result<()> {
-        let key = (layer, slice);
-        let mut waited = false;
-        let mine = poll_fn(|cx| {
-            let mut loading = self.loading.borrow_mut();
-            match loading.get_mut(&key) {
-                Some(waiters) => {
-                    waiters.register(cx.waker());
-                    waited = true;
-                    Poll::Pending
-                }
-                None if waited => Poll::Ready(false),
-                None => {
-                    loading.insert(key, WaitList::default());
-                    Poll::Ready(true)
-                }
-            }
-        })
-        .await;
-        if !mine {
-            return Ok(());
+        match self.loading.join((layer, slice)).await {
+            None => Ok(()),
+            Some(_flight) => self.load_alone(layer, slice).await,
         }
-        let result = self.load_alone(layer, slice).await;
-        let waiters = self.loading.borrow_mut().remove(&key);
-        for waker in waiters.map(|mut list| list.take()).unwrap_or_default() {
-            waker.wake();
-        }
-        result
     }
 
     async fn load_alone(&self, layer_index: usize, slice: SliceId) -> Result<()> {

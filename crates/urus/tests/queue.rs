@@ -8,7 +8,7 @@ use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::{Scratch, open, refuse};
+use common::{Scratch, open, qemu_img, refuse, text};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use urus::{
     Buffer, CacheMode, Device, DiscardPolicy, Error, Format, IoDriver, OpenOptions, PauseOptions,
@@ -165,6 +165,41 @@ fn waiting_ends_with_the_time() {
         }
         assert!(queue.completion().is_none());
         assert!(started.elapsed() < Duration::from_secs(5));
+    }
+}
+
+/// Sequential reads of a compressed image ask for each cluster many times over.
+#[test]
+fn requests_share_the_decoding_of_a_cluster() {
+    for io in DRIVERS {
+        let scratch = Scratch::new();
+        let (source, path) = (scratch.path("source.raw"), scratch.path("disk.qcow2"));
+        let content: Vec<u8> = (0..1_u32 << 15)
+            .flat_map(|n| (n / 3).to_le_bytes())
+            .collect();
+        std::fs::write(&source, &content).unwrap();
+        qemu_img(&["convert", "-c", "-O", "qcow2", text(&source), text(&path)]);
+        let device = open(OpenOptions::new().io(io).read_only(true), &path);
+        let mut queue = queue(&device);
+        for token in 0..32 {
+            queue
+                .submit(Request::read(token, token * 4096, Buffer::new(4096)))
+                .unwrap();
+        }
+        for _ in 0..32 {
+            let completion = next(&mut queue);
+            completion.result.unwrap();
+            let at = usize::try_from(completion.token).unwrap() * 4096;
+            assert_eq!(
+                completion.buffer.unwrap().as_slice(),
+                &content[at..at + 4096]
+            );
+        }
+        assert_eq!(
+            device.counters().decoded_clusters,
+            2,
+            "two clusters of 64 KiB"
+        );
     }
 }
 
