@@ -154,6 +154,14 @@ impl Frames {
         self.dirty.insert(slice, frame);
     }
 
+    /// Whether what the map says of a slice is durable: nothing of it waits for a commit or is being written by one.
+    pub(crate) fn is_settled(&self, map: &Map, slice: SliceId) -> bool {
+        map.frame_of(slice).is_none_or(|frame| {
+            let state = self.states[frame as usize];
+            !state.dirty && !state.committing
+        })
+    }
+
     /// Takes every dirty slice into a commit.
     pub(crate) fn seal(&mut self) -> BTreeMap<SliceId, u32> {
         let sealed = std::mem::take(&mut self.dirty);

@@ -62,11 +62,13 @@ pub enum Bug {
     SettleAfterFailure = 26,
     /// O8: the header names a moved refcount table before the table is durable.
     EarlyHeader = 27,
+    /// O23: a write that is to outlive the process completes though its mapping is in memory alone.
+    OutlivedByNothing = 28,
 }
 
 impl Bug {
     /// Every planted bug.
-    pub const ALL: [Self; 27] = [
+    pub const ALL: [Self; 28] = [
         Self::RefcountsAfterPointers,
         Self::NoBarrierBeforePointers,
         Self::EarlyL1Entry,
@@ -94,6 +96,7 @@ impl Bug {
         Self::NoIdleBarrier,
         Self::SettleAfterFailure,
         Self::EarlyHeader,
+        Self::OutlivedByNothing,
     ];
 }
 

@@ -99,6 +99,8 @@ struct Core<S: Storage> {
     /// Requests that wait for the gate to open.
     held: RefCell<VecDeque<Request<S::Memory>>>,
     held_count: Cell<usize>,
+    /// O23: completed changes outlive the process.
+    outlives: Cell<bool>,
 }
 
 /// One queue of a device: it belongs to the thread that made it. Any number of them work side by side.
@@ -121,11 +123,18 @@ impl<S: Storage> Queue<S> {
             replies: RefCell::new(VecDeque::with_capacity(depth)),
             held: RefCell::new(VecDeque::new()),
             held_count: Cell::new(0),
+            outlives: Cell::new(false),
         };
         Self {
             core: Rc::new(core),
             depth,
         }
+    }
+
+    /// Whether writes and write-zeroes that complete from now on are still there when this process is killed, flushed or
+    /// not (O23). They may still be lost with the power.
+    pub fn outlive_process(&mut self, outlive: bool) {
+        self.core.outlives.set(outlive);
     }
 
     /// Takes a request; its operations start at the next [`kick`](Self::kick), [`complete`](Self::complete) or
@@ -509,6 +518,9 @@ impl<S: Storage> Core<S> {
         if !fua
             && !shared.serialize_writes.load(Ordering::SeqCst)
             && self.hit_for_write(offset, &memory, &mut parts)
+            && (!self.outlives.get()
+                || planted::is(Bug::OutlivedByNothing)
+                || shared.is_settled(offset, len as u64))
         {
             return self.submit_parts(request, &memory, &parts, true);
         }
@@ -519,11 +531,12 @@ impl<S: Storage> Core<S> {
                 core.serialize_writes(request).await?;
             }
             core.worker.write_guest(offset, memory).await?;
-            if fua && !planted::is(Bug::FuaWithoutCommit) {
-                core.flush().await
-            } else {
-                Ok(())
-            }
+            core.secure(
+                offset,
+                len as u64,
+                fua && !planted::is(Bug::FuaWithoutCommit),
+            )
+            .await
         });
     }
 
@@ -592,8 +605,23 @@ impl<S: Storage> Core<S> {
                 core.serialize_writes(request).await?;
             }
             core.worker.clear_guest(range.0, range.1, how).await?;
-            if fua { core.flush().await } else { Ok(()) }
+            if how == Clearing::Discard {
+                // A hint, which may come to nothing.
+                return Ok(());
+            }
+            core.secure(range.0, range.1, fua).await
         });
+    }
+
+    /// What a change that has been made still needs before it completes: a commit for FUA (O16), and for what is to
+    /// outlive the process where its mapping is in memory alone (O23).
+    async fn secure(&self, offset: u64, len: u64, fua: bool) -> Result<()> {
+        let outlives = self.outlives.get() && !planted::is(Bug::OutlivedByNothing);
+        if fua || outlives && !self.worker.shared.is_settled(offset, len) {
+            self.flush().await
+        } else {
+            Ok(())
+        }
     }
 
     /// Everything whose completion was seen before is durable afterwards (O16, O17: the maintenance executor

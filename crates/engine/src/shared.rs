@@ -5,14 +5,14 @@ use std::future::poll_fn;
 use std::hash::{BuildHasherDefault, Hasher};
 use std::task::Poll;
 
-use urus_format::{Compression, Geometry, Header, L1Entry};
+use urus_format::{Compression, Geometry, GuestOffset, Header, L1Entry};
 
 use crate::cluster_locks::ClusterLocks;
 use crate::decoded::DecodedCache;
 use crate::error::{Error, Result};
 use crate::frames::Frames;
 use crate::limits;
-use crate::map::Map;
+use crate::map::{Map, SliceId};
 use crate::pins::Pins;
 use crate::storage::FileId;
 use crate::sync::{Arc, AtomicBool, AtomicU64, Mutex, Ordering};
@@ -402,6 +402,23 @@ impl Shared {
             });
         }
         Ok(())
+    }
+
+    /// O23: whether the mapping of a range is durable as it is. Then what lies behind it needs no commit to be found again.
+    pub(crate) fn is_settled(&self, offset: u64, len: u64) -> bool {
+        let Some(image) = self.layers[0].qcow2() else {
+            return true;
+        };
+        if len == 0 {
+            return true;
+        }
+        let slice_at = |offset| {
+            let cluster = image.geometry.guest_cluster(GuestOffset(offset));
+            image.map.slice_of(cluster).0
+        };
+        let frames = &self.meta.lock().frames[0];
+        (slice_at(offset)..=slice_at(offset + len - 1))
+            .all(|slice| frames.is_settled(&image.map, SliceId(slice)))
     }
 
     pub(crate) fn check_range(&self, offset: u64, len: u64) -> Result<()> {

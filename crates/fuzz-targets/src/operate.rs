@@ -318,6 +318,7 @@ impl Session<'_> {
             depth: way.depth,
             spurious: false,
             errors: true,
+            outlives: false,
         };
         let model = Model::new(Vec::new(), FIRST_VERSION);
         let opened = Machine::open(&world, layers, self.options.clone(), model, driving, rng);

@@ -78,6 +78,8 @@ pub struct Config {
     pub behaviour: Behaviour,
     /// What the guest does.
     pub load: Load,
+    /// Completed writes outlive the process; it is also killed.
+    pub outlives: bool,
 }
 
 /// Versions of stamps in backing files.
@@ -125,6 +127,7 @@ impl Config {
             punch: true,
             behaviour: Behaviour::Any,
             load: Load::Mixed,
+            outlives: false,
         }
     }
 
@@ -576,6 +579,29 @@ pub fn all() -> Vec<Config> {
             sectors: 512,
             queues: 2,
             ..c("block device, direct I/O")
+        },
+        Config {
+            outlives: true,
+            fill: 64,
+            queues: 2,
+            ..c("outlives")
+        },
+        Config {
+            outlives: true,
+            fill: 64,
+            behaviour: Behaviour::Slow,
+            backing: Backing::Raw(100),
+            ..c("outlives, backed, slow")
+        },
+        Config {
+            outlives: true,
+            cache_bytes: 0,
+            sectors: 1600,
+            fill: 100,
+            snapshot: true,
+            queues: 3,
+            depth: 16,
+            ..c("outlives, tiny cache, snapshot")
         },
         Config {
             raw: true,

@@ -371,6 +371,27 @@ impl CrashCursor {
         result
     }
 
+    /// The process is killed here: all that has taken effect stays (the kernel has it), and of what is in flight each operation
+    /// may still happen or not.
+    #[must_use]
+    pub fn killed(&self, rng: &mut Rng) -> Choice {
+        let density = [0, 128, 256][rng.index(3)];
+        let in_flight = self.in_flight.iter().map(|pending| {
+            if rng.chance(density) {
+                pending.limit.clone()
+            } else {
+                Keep::Nothing
+            }
+        });
+        let applied = self.applied.iter().map(|pending| pending.limit.clone());
+        Choice {
+            name: "killed",
+            keeps: applied.chain(in_flight).collect(),
+            reversed: false,
+            cut_length: false,
+        }
+    }
+
     /// Visits the states that a power cut at this point can leave, each once. `known` holds the hashes of states
     /// visited before, so that cut points that give the same files cost one check; `epoch` goes into them and must
     /// change whenever the visitor's judgement of equal files may become stricter (a flush was acknowledged).

@@ -294,6 +294,7 @@ impl Scene {
             depth: 1 + rng.index(self.config.depth),
             spurious: rng.chance(64),
             errors: false,
+            outlives: self.config.outlives,
         }
     }
 }

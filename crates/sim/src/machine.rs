@@ -46,6 +46,8 @@ pub struct Driving {
     pub spurious: bool,
     /// Requests may fail (errors are injected).
     pub errors: bool,
+    /// Completed writes outlive the process.
+    pub outlives: bool,
 }
 
 /// The device.
@@ -91,6 +93,7 @@ impl Machine {
                 let storage = world.handle();
                 let handle = storage.number();
                 let mut queue = Queue::new(maintenance.shared(), storage, driving.depth);
+                queue.outlive_process(driving.outlives);
                 assert!(queue.complete().is_none());
                 Seat { queue, handle }
             })

@@ -279,6 +279,17 @@ impl Model {
         }
     }
 
+    /// What every sector may hold when the process is killed at this moment and completed changes outlive it.
+    #[must_use]
+    pub fn after_kill(&self, now: u64) -> View {
+        let settled = |change: &Request| change.succeeded_before(now + 1);
+        View {
+            legal: (0..self.sectors())
+                .map(|lba| self.legal(lba, now, settled))
+                .collect(),
+        }
+    }
+
     /// Checks what a read returned that was issued and completed at these moments.
     ///
     /// # Errors

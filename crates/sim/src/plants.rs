@@ -38,6 +38,7 @@ fn homes(bug: Bug) -> &'static [&'static str] {
         Bug::StaleLoad | Bug::EvictTooEarly => &["tiny cache, scattered"],
         Bug::EarlyHeader => &["refcount table grows", "table grows, two queues"],
         Bug::EarlyL1Entry => &["tiny cache", "tiny cache, snapshot"],
+        Bug::OutlivedByNothing => &["outlives", "outlives, backed, slow"],
         Bug::EarlyPunch => &["compressed", "zstd", "4-bit, compressed"],
         _ => &[],
     }

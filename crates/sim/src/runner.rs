@@ -47,6 +47,9 @@ pub struct Outcome {
     pub violation: Option<String>,
 }
 
+/// States of a killed process at each cut point.
+const KILLS: u32 = 3;
+
 /// How much of each.
 #[derive(Clone, Copy, Debug)]
 pub struct Effort {
@@ -382,6 +385,32 @@ impl Run<'_> {
             if let Some(violation) = violation {
                 return Err(violation);
             }
+            if self.scene.config.outlives {
+                self.kill(&mut cursor, now, machine, &mut lot, outcome)
+                    .map_err(|error| {
+                        format!("killed at event {position} (moment {now}): {error}")
+                    })?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The process is killed instead: what has completed must be there, flushed or not (O23).
+    fn kill(
+        &self,
+        cursor: &mut CrashCursor,
+        now: u64,
+        machine: &Machine,
+        lot: &mut Rng,
+        outcome: &mut Outcome,
+    ) -> Result<(), String> {
+        let view = machine.model.after_kill(now);
+        for _ in 0..KILLS {
+            let choice = cursor.killed(lot);
+            outcome.states += 1;
+            cursor.with_state(&choice, |state| {
+                self.state(state.files, &view, machine, lot, outcome)
+            })?;
         }
         Ok(())
     }

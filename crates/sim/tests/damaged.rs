@@ -29,6 +29,7 @@ fn open(bytes: &[u8]) -> Machine {
         depth: 8,
         spurious: false,
         errors: true,
+        outlives: false,
     };
     let layers = layers(&[bytes], &[false]).expect("its header parses");
     let model = Model::new(Vec::new(), 1);

@@ -61,6 +61,14 @@ pub struct Queue {
 }
 
 impl Queue {
+    /// Whether writes and write-zeroes submitted from now on, once completed, are still there when this process is killed. For a
+    /// VMM whose guest lives on in another process (vhost-user): such a guest counts on what has completed, flushed or not. They may
+    /// still be lost with the power, as without it. Costs nothing for overwrites; what changes the mapping waits for a commit,
+    /// as [`Request::fua`] does. Off by default.
+    pub fn outlive_process(&mut self, outlive: bool) {
+        self.engine.outlive_process(outlive);
+    }
+
     /// Takes a request, to be started at the latest by [`kick`](Self::kick). A request that makes no sense (a
     /// range past the end, a write on a read-only device) is taken too, and completes with its error.
     ///

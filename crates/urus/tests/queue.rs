@@ -203,6 +203,42 @@ fn requests_share_the_decoding_of_a_cluster() {
     }
 }
 
+/// What a vhost-user back end promises its guest must not cost a sync for each overwrite.
+#[test]
+fn outliving_the_process_costs_a_commit_only_where_the_mapping_changes() {
+    for io in DRIVERS {
+        let scratch = Scratch::new();
+        let path = scratch.path("disk.qcow2");
+        qemu_img(&["create", "-q", "-f", "qcow2", text(&path), "4M"]);
+        let device = open(OpenOptions::new().io(io), &path);
+        let mut queue = queue(&device);
+        queue.outlive_process(true);
+        let mut write = |device: &Device, offset| {
+            let before = device.counters().barriers;
+            let mut buffer = Buffer::new(4096);
+            buffer.as_mut_slice().fill(9);
+            queue.submit(Request::write(0, offset, buffer)).unwrap();
+            next(&mut queue).result.unwrap();
+            device.counters().barriers - before
+        };
+        assert!(write(&device, 0) >= 2, "a new cluster waits for its commit");
+        assert_eq!(write(&device, 8192), 0, "an overwrite waits for nothing");
+        assert!(write(&device, 1 << 20) >= 2);
+        // As it is after a kill: nothing was flushed or closed.
+        let seen = scratch.path("seen.qcow2");
+        std::fs::copy(&path, &seen).unwrap();
+        let seen = open(OpenOptions::new().io(io), &seen);
+        for offset in [0, 8192, 1 << 20] {
+            let mut bytes = [0; 4096];
+            seen.blocking()
+                .unwrap()
+                .read_at(&mut bytes, offset)
+                .unwrap();
+            assert!(bytes.iter().all(|byte| *byte == 9), "{offset}");
+        }
+    }
+}
+
 #[test]
 fn dropping_drains() {
     for io in DRIVERS {

@@ -125,9 +125,7 @@ impl FrontEnd {
 
     /// virtio 1.2, 5.2.6.2: what the field says where the driver knows it, else write-back if it can flush.
     ///
-    /// A guest that outlives this process counts on writes that have completed, flushed or not. The data of those is in
-    /// the host's page cache, but where it lies is known to this process alone until a commit. So with notes for a
-    /// successor, every write is durable when it completes.
+    /// With notes for a successor, the guest outlives this process and counts on writes that have completed, flushed or not.
     fn set_cache_mode(&self) {
         let outlived = self.inflight.is_some() && !self.core.volatile_cache;
         let write_through = if self.has(VIRTIO_BLK_F_CONFIG_WCE) {
@@ -135,7 +133,7 @@ impl FrontEnd {
         } else {
             !self.has(VIRTIO_BLK_F_FLUSH)
         };
-        let write_through = write_through || outlived;
+        self.core.shared.outlived.store(outlived, Ordering::Relaxed);
         let was = self
             .core
             .shared

@@ -19,8 +19,8 @@
 //!
 //! * **A write** is durable after a flush, or when it completes while the cache is off: the driver has switched it off
 //!   (CONFIG_WCE), or has not taken FLUSH. Switching it off flushes.
-//!   So it is for a front end that has handed over memory for requests in flight, whose guest may outlive this process
-//!   ([`ServerBuilder::volatile_cache`] turns that off).
+//!   For a front end that has handed over memory for requests in flight, whose guest may outlive this process, it is still
+//!   there when this process was killed ([`ServerBuilder::volatile_cache`] turns that off).
 //! * **Discard** gives whole clusters back; **write-zeroes** keeps them allocated unless it may unmap.
 //! * **A request** of any length and cut is taken: up to 1024 descriptors. Data goes straight from and to the guest's memory,
 //!   as one vectored operation where it is stored in one piece.

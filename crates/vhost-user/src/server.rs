@@ -88,6 +88,7 @@ impl ServerBuilder {
                 serial,
             },
             write_through: AtomicBool::new(false),
+            outlived: AtomicBool::new(false),
         });
         let seats = (0..self.queues)
             .map(|_| self.device.queue())

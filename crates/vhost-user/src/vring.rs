@@ -76,6 +76,8 @@ pub(crate) struct Shared {
     pub(crate) disk: Disk,
     /// Writes are durable when they complete: the driver has turned the cache off.
     pub(crate) write_through: AtomicBool,
+    /// The guest lives on when this process is killed, and counts on writes that have completed (O23).
+    pub(crate) outlived: AtomicBool,
 }
 
 /// A virtqueue that runs.
@@ -300,6 +302,7 @@ impl Vring {
         self.count(request.kind);
         let token = self.slot(map, head, request);
         let fua = self.shared.write_through.load(Ordering::Relaxed);
+        queue.outlive_process(self.shared.outlived.load(Ordering::Relaxed));
         let id = token as u64;
         match request.kind {
             Kind::Ended { status, written } => self.answer(token, status, written, view)?,

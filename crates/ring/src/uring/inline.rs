@@ -20,7 +20,7 @@ use crate::memory::RingMemory;
 /// Writes are made here from and to multiples of this.
 const PAGE_BYTES: u64 = 4096;
 /// The longest write made here; a longer one gains little, and holds up the thread.
-const WRITE_BYTES_MAX: usize = 64 << 10;
+const WRITE_BYTES_MAX: usize = 32 << 10;
 /// Bytes made here between two enterings of the kernel, at most.
 const TURN_BYTES_MAX: usize = 1 << 20;
 /// A write that takes longer was blocked. (A thread that lost its processor for a turn takes less.)
