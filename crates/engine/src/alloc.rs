@@ -11,7 +11,7 @@ use crate::limits;
 use crate::ranges::RangeSet;
 use crate::refcounts::Refcounts;
 use crate::shared::{Owner, Owners, Run, Shared};
-use crate::storage::Storage;
+use crate::storage::{IMAGE, OpKind, Storage};
 use crate::worker::Worker;
 
 /// Where a refcount table lies.
@@ -34,6 +34,10 @@ pub(crate) struct Allocator {
     cursor: Cell<u64>,
     /// Clusters from here on are found by extension.
     end: Cell<u64>,
+    /// The file is as long as this, or no longer growth is tried below it.
+    grown: Cell<u64>,
+    /// The file's length when it was opened.
+    opened_bytes: u64,
     /// Where the refcount table lies on disk.
     place: Cell<TablePlace>,
     /// Where it is to move, as no commit has begun yet.
@@ -65,6 +69,8 @@ impl Allocator {
             virgin: Cell::new(if regular { file_end } else { u64::MAX }),
             cursor: Cell::new(0),
             end: Cell::new(end),
+            grown: Cell::new(file_end),
+            opened_bytes: file_bytes,
             place: Cell::new(place),
             next_place: Cell::new(None),
             table_clusters: Cell::new(place.clusters),
@@ -153,7 +159,9 @@ impl Allocator {
         if let Some(run) = self.scan(worker, count).await? {
             return Ok(run);
         }
-        self.extend(worker, count).await
+        let run = self.extend(worker, count).await?;
+        self.grow_ahead(worker).await;
+        Ok(run)
     }
 
     fn take_recycled(&self, count: u64) -> Option<Run> {
@@ -263,6 +271,66 @@ impl Allocator {
                 .count() as u64;
             self.end.set(first + taken);
             return Ok(self.hand_out(first, taken, zero));
+        }
+    }
+
+    /// Lengthens the file ahead of the clusters taken at its end, in steps. Writes past the end of a file wait for one another
+    /// (those with O_DIRECT for their whole time), and each would change the file's length. What is added reads as zeroes, as what lies
+    /// past the end does, so it may be there after a power cut or not. A file system that cannot do it, or is full, goes without.
+    async fn grow_ahead<S: Storage>(&self, worker: &Worker<S>) {
+        let bits = self.refcounts.geometry.cluster_bits();
+        let end = self.end.get();
+        if !self.regular || end <= self.grown.get() {
+            return;
+        }
+        let step = ((end << bits) / limits::GROW_PART)
+            .clamp(limits::GROW_BYTES_MIN, limits::GROW_BYTES_MAX)
+            .div_ceil(1 << bits);
+        // Before it has grown: a failure counts until this much is used up, too.
+        self.grown.set(end + step);
+        let (offset, len) = (end << bits, step << bits);
+        let result = worker
+            .simple("allocate", IMAGE, offset, len, || OpKind::Allocate {
+                offset,
+                len,
+            })
+            .await;
+        if let Err(error) = result {
+            tracing::debug!(image = worker.shared.image_name(), %error, "the file is not lengthened ahead");
+        }
+    }
+
+    /// Gives back what [`grow_ahead`](Self::grow_ahead) added and nobody took. Nothing is in flight, and everything is
+    /// committed: so nothing refers to what goes.
+    pub(crate) async fn give_slack_back<S: Storage>(&self, worker: &Worker<S>) {
+        if self.grown.get() <= self.end.get() {
+            return;
+        }
+        let bits = self.refcounts.geometry.cluster_bits();
+        let mut used = self.end.get();
+        {
+            // Runs that nothing was written into; whoever still has one finds zeroes there, as before.
+            let owners = &worker.shared.meta.lock().owners;
+            let unused =
+                |cluster| self.refcounts.get(cluster) == Some(0) && !owners.contains_key(&cluster);
+            while used > 0 && unused(used - 1) {
+                used -= 1;
+            }
+        }
+        // What was there when the file was opened is not ours to cut, used or not.
+        let used = (used << bits).max(self.opened_bytes);
+        let len = worker
+            .reactor
+            .with_storage(|storage| storage.file_len(IMAGE));
+        self.grown.set(self.end.get());
+        if !len.is_ok_and(|len| len > used) {
+            return;
+        }
+        let result = worker
+            .simple("shorten", IMAGE, used, 0, || OpKind::SetLen { len: used })
+            .await;
+        if let Err(error) = result {
+            tracing::debug!(image = worker.shared.image_name(), %error, "the file stays longer than it need be");
         }
     }
 

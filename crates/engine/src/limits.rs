@@ -18,6 +18,12 @@ pub const RUN_CLUSTERS: u64 = 64;
 pub const RUN_BYTES: u64 = 4 << 20;
 /// How often the search for a long run of adjacent clusters starts anew before it is given up.
 pub const RUN_RESTARTS: u32 = 16;
+/// The file is lengthened ahead by this part of what is in use…
+pub const GROW_PART: u64 = 8;
+/// …but by no fewer bytes than these (one cluster at least)…
+pub const GROW_BYTES_MIN: u64 = 64 << 10;
+/// …and no more than these.
+pub const GROW_BYTES_MAX: u64 = 16 << 20;
 /// Freed clusters that may wait for a commit before one is started without being asked for.
 pub const PENDING_FREES: usize = 4096;
 /// Budget of the cache of decoded clusters: holds a working set of 64 MiB whose ends lie inside clusters.

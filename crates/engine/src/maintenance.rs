@@ -294,6 +294,8 @@ impl<S: Storage> Device<S> {
         if self.image().allocator.refcounts.is_dirty() {
             self.flush().await?;
         }
+        let image = self.image();
+        image.allocator.give_slack_back(&self.worker).await;
         Ok(())
     }
 

@@ -239,6 +239,40 @@ fn outliving_the_process_costs_a_commit_only_where_the_mapping_changes() {
     }
 }
 
+/// The file grows ahead while it is written, and is no longer than it need be afterwards.
+#[test]
+fn slack_is_given_back() {
+    for (io, cache) in DRIVERS
+        .into_iter()
+        .zip([CacheMode::None, CacheMode::Writeback])
+    {
+        let scratch = Scratch::new();
+        let path = scratch.path("disk.qcow2");
+        qemu_img(&["create", "-q", "-f", "qcow2", text(&path), "64M"]);
+        let device = open(OpenOptions::new().io(io).cache(cache), &path);
+        let mut queue = queue(&device);
+        for token in 0..300 {
+            let mut buffer = Buffer::new(4096);
+            buffer.as_mut_slice().fill(7);
+            queue
+                .submit(Request::write(token, token * 65536, buffer))
+                .unwrap();
+            next(&mut queue).result.unwrap();
+        }
+        drop(queue);
+        let bytes = || std::fs::metadata(&path).unwrap().len();
+        let busy = bytes();
+        device.pause(PauseOptions::default()).unwrap();
+        let paused = bytes();
+        assert!(paused < busy, "{paused} bytes, {busy} before");
+        device.resume().unwrap();
+        device.close().unwrap();
+        let check = qemu_img(&["check", "--output=json", text(&path)]);
+        let end = format!("\"image-end-offset\": {}", bytes());
+        assert!(check.contains(&end), "{} bytes, and {check}", bytes());
+    }
+}
+
 #[test]
 fn dropping_drains() {
     for io in DRIVERS {

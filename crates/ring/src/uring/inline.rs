@@ -19,7 +19,7 @@ use crate::memory::RingMemory;
 
 /// Writes are made here from and to multiples of this.
 const PAGE_BYTES: u64 = 4096;
-/// The longest write made here; a longer one gains little, and holds up the thread.
+/// The longest write made here; for a longer one a worker on another processor gains more than it costs.
 const WRITE_BYTES_MAX: usize = 32 << 10;
 /// Bytes made here between two enterings of the kernel, at most.
 const TURN_BYTES_MAX: usize = 1 << 20;
@@ -249,12 +249,12 @@ mod tests {
         // A bounded amount at a time.
         let mut taken = 0;
         while inline
-            .take(write(0, 64 << 10, false), taken, &known)
+            .take(write(0, WRITE_BYTES_MAX, false), taken, &known)
             .is_none()
         {
             taken += 1;
         }
-        assert_eq!(taken, TURN_BYTES_MAX / (64 << 10));
+        assert_eq!(taken, TURN_BYTES_MAX / WRITE_BYTES_MAX);
     }
 
     #[test]
