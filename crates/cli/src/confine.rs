@@ -1,6 +1,6 @@
 //! Confining a server: no more files, no more system calls than serving takes (docs/SANDBOX.md).
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use urus_sandbox::FileAccess;
 
@@ -14,22 +14,22 @@ pub(crate) struct SandboxArgs {
 }
 
 impl SandboxArgs {
-    /// To be called when all files are open, and before the first thread: from now on unix sockets can be made and removed in the
-    /// directories of these paths, and that is all that can be done with a path.
+    /// To be called when all files are open, and before the first thread. All that can be done with a path from now on is to make the
+    /// unix sockets `to_make`, and to remove those and the files `made`: strictly, any in their directories.
     pub(crate) fn restrict_files<'a>(
         &self,
-        sockets: impl IntoIterator<Item = &'a Path>,
+        to_make: impl IntoIterator<Item = &'a Path>,
+        made: impl IntoIterator<Item = &'a Path>,
     ) -> Result<(), Failure> {
         if self.no_sandbox {
             return Ok(());
         }
         let mut access = FileAccess::none();
-        for socket in sockets {
-            if let Ok(path) = std::path::absolute(socket)
-                && let Some(directory) = path.parent()
-            {
-                access = access.sockets_in(directory);
-            }
+        for directory in to_make.into_iter().filter_map(directory) {
+            access = access.sockets_in(directory);
+        }
+        for directory in made.into_iter().filter_map(directory) {
+            access = access.removed_in(directory);
         }
         access.restrict().map(|_| ()).map_err(failure)
     }
@@ -41,6 +41,12 @@ impl SandboxArgs {
         }
         urus_sandbox::restrict_calls().map_err(failure)
     }
+}
+
+/// Where a file lies, whatever directory the process is in.
+fn directory(path: &Path) -> Option<PathBuf> {
+    let path = std::path::absolute(path).ok()?;
+    path.parent().map(Path::to_owned)
 }
 
 fn failure(error: urus_sandbox::Error) -> Failure {

@@ -158,7 +158,7 @@ pub(crate) fn run(args: Args) -> Outcome {
         .prepare_others(|image| prepare(&args, image, None))?;
     let places = places.bind_tcp()?;
     args.sandbox
-        .restrict_files(places.paths().chain(args.vhost_user.as_deref()))?;
+        .restrict_files(places.paths(), args.vhost_user.as_deref())?;
     let device = image.start()?;
     let others = export::start_others(others)?;
     let nbd = args.export.configure(

@@ -132,7 +132,8 @@ pub(crate) fn run(args: Args) -> Outcome {
     };
     let listener = listener(&args)?;
     let prepared = prepare(&args, image)?;
-    args.sandbox.restrict_files(args.socket_path.as_deref())?;
+    args.sandbox
+        .restrict_files([], args.socket_path.as_deref())?;
     let device = prepared.start()?;
     let server = Server::builder(device.clone(), listener)
         .queues(args.num_queues.into())
