@@ -7,6 +7,9 @@
 //! No KVM is needed: QEMU interprets (TCG), which takes some ten seconds a boot. The kernel is Debian's, downloaded with apt-get and
 //! never installed; the guest is an initial RAM disk of busybox and a few of this machine's own programs.
 
+#[path = "guest_root.rs"]
+mod root;
+
 use std::collections::BTreeSet;
 use std::fs;
 use std::io::{BufRead, BufReader};
@@ -443,6 +446,11 @@ impl Guest {
     /// What is said until the end, of lines that begin with `what`.
     fn all(&mut self, what: &str) -> Vec<String> {
         self.says("end");
+        self.said(what)
+    }
+
+    /// What was said so far, of lines that begin with `what`.
+    fn said(&self, what: &str) -> Vec<String> {
         let wanted = format!("URUS {what} ");
         self.seen
             .iter()

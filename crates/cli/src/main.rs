@@ -4,6 +4,7 @@
 mod bench;
 mod check;
 mod common;
+mod confine;
 mod create;
 mod failure;
 mod info;

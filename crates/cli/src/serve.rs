@@ -6,13 +6,15 @@ mod export;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
-use urus::{CreateOptions, Device, Format, InfoOptions, OpenOptions};
+use urus::{CreateOptions, Device, Format, InfoOptions, OpenOptions, Prepared};
 use urus_nbd::{Listen, Listener, Server, ServerBuilder};
 use urus_vhost_user::{Listener as VhostListener, Server as VhostServer};
 
 use crate::common::{BackingArgs, CacheArg, DiscardArg, FormatArg, IoArg};
+use crate::confine::SandboxArgs;
 use crate::failure::{Failure, Outcome};
 use crate::output::print;
 use crate::signals::Stop;
@@ -100,15 +102,22 @@ pub(crate) struct Args {
     /// Memory for cached L2 tables, of the whole image [default: 64M, which maps 512G with clusters of 64K]
     #[arg(long, value_name = "BYTES", allow_negative_numbers = true)]
     l2_cache_size: Option<Size>,
+
+    #[command(flatten)]
+    sandbox: SandboxArgs,
 }
 
 impl Args {
+    /// Asked once: finding out the number of processors reads files.
     fn queues(&self) -> usize {
         /// Beyond that, one image rarely gains.
         const MOST: usize = 4;
+        static PROCESSORS: OnceLock<usize> = OnceLock::new();
         match self.num_queues {
             Some(queues) => queues.into(),
-            None => std::thread::available_parallelism().map_or(1, |cpus| cpus.get().min(MOST)),
+            None => *PROCESSORS.get_or_init(|| {
+                std::thread::available_parallelism().map_or(1, |cpus| cpus.get().min(MOST))
+            }),
         }
     }
 
@@ -141,14 +150,24 @@ pub(crate) fn run(args: Args) -> Outcome {
         .as_ref()
         .map(VhostListener::bind)
         .transpose()?;
-    let device = open(&args, &args.image, args.create)?;
-    let others = args.export.open_others(|image| open(&args, image, None))?;
+    // What only reading files tells is asked before files are out of reach.
+    args.queues();
+    let image = prepare(&args, &args.image, args.create)?;
+    let others = args
+        .export
+        .prepare_others(|image| prepare(&args, image, None))?;
+    let places = places.bind_tcp()?;
+    args.sandbox
+        .restrict_files(places.paths(), args.vhost_user.as_deref())?;
+    let device = image.start()?;
+    let others = export::start_others(others)?;
     let nbd = args.export.configure(
         Server::builder(device.clone()).queues(args.queues()),
         &others,
         credentials,
     );
     let servers = Servers::start(&args, &device, places, nbd, vhost_listener)?;
+    args.sandbox.restrict_calls()?;
     banner::print(&args, &device, &others, &servers);
 
     let signal = stop.wait();
@@ -174,27 +193,27 @@ pub(crate) fn run(args: Args) -> Outcome {
 /// which it does in the background.
 const LOCK_PATIENCE: Duration = Duration::from_secs(1);
 
-fn open(args: &Args, image: &Path, size: Option<Size>) -> Result<Device, Failure> {
+fn prepare(args: &Args, image: &Path, size: Option<Size>) -> Result<Prepared, Failure> {
     let options = args.open_options();
     patiently(|| {
         if let Some(Size(size)) = size {
             create(image, args.format.into(), size)?;
         }
-        options.open(image).map_err(OpenError::Urus)
+        options.prepare(image).map_err(OpenError::Urus)
     })
 }
 
-/// Opens an image, which a server that was killed just now may still hold.
+/// Opens an image's files, which a server that was killed just now may still hold.
 pub(crate) fn patiently(
-    attempt: impl Fn() -> Result<Device, OpenError>,
-) -> Result<Device, Failure> {
+    attempt: impl Fn() -> Result<Prepared, OpenError>,
+) -> Result<Prepared, Failure> {
     let begin = Instant::now();
     loop {
         match attempt() {
             Err(OpenError::Urus(urus::Error::InUse { .. })) if begin.elapsed() < LOCK_PATIENCE => {
                 std::thread::sleep(Duration::from_millis(20));
             }
-            Ok(device) => return Ok(device),
+            Ok(prepared) => return Ok(prepared),
             Err(OpenError::Urus(error)) => return Err(error.into()),
             Err(OpenError::Other(failure)) => return Err(failure),
         }
@@ -279,9 +298,15 @@ fn create(image: &Path, format: Format, size: u64) -> Result<(), OpenError> {
     Ok(())
 }
 
+/// A place to listen at.
+enum Place {
+    To(Listen),
+    Bound(Listener),
+}
+
 /// Where to listen.
 struct Places {
-    list: Vec<Listen>,
+    list: Vec<Place>,
     /// The only place is the socket beside the image, which nobody has chosen.
     is_default: bool,
 }
@@ -298,7 +323,7 @@ impl Places {
         }
         if !chosen {
             return Ok(Self {
-                list: vec![Listen::Unix(default_socket(&args.image))],
+                list: vec![Place::To(Listen::Unix(default_socket(&args.image)))],
                 is_default: true,
             });
         }
@@ -309,6 +334,7 @@ impl Places {
                 .map_err(|error: urus_nbd::Error| Failure::usage(format!("--nbd: {error}")))?;
             list.push(place);
         }
+        let list = list.into_iter().map(Place::To).collect();
         Ok(Self {
             list,
             is_default: false,
@@ -319,7 +345,9 @@ impl Places {
     /// tells that the server is ready.
     fn look(&self) -> Result<(), Failure> {
         for place in &self.list {
-            let Listen::Unix(path) = place else { continue };
+            let Place::To(Listen::Unix(path)) = place else {
+                continue;
+            };
             if path.symlink_metadata().is_err() {
                 continue;
             }
@@ -332,12 +360,34 @@ impl Places {
         Ok(())
     }
 
+    /// Listens where no file tells that the server is ready: looking up a host's name reads files, which is over soon.
+    fn bind_tcp(mut self) -> Result<Self, Failure> {
+        let bind = |place| match place {
+            Place::To(listen) if !matches!(listen, Listen::Unix(_)) => {
+                Ok(Place::Bound(Listener::bind(listen)?))
+            }
+            place => Ok(place),
+        };
+        let bound: Result<_, Failure> = self.list.into_iter().map(bind).collect();
+        self.list = bound?;
+        Ok(self)
+    }
+
+    /// The paths of sockets to be made.
+    fn paths(&self) -> impl Iterator<Item = &Path> {
+        self.list.iter().filter_map(|place| match place {
+            Place::To(Listen::Unix(path)) => Some(path.as_path()),
+            _ => None,
+        })
+    }
+
     fn bind(self) -> Result<Vec<Listener>, Failure> {
         let mut listeners = Vec::new();
         for place in self.list {
             listeners.push(match place {
-                Listen::Unix(path) if self.is_default => bind_default(path)?,
-                place => Listener::bind(place)?,
+                Place::To(Listen::Unix(path)) if self.is_default => bind_default(path)?,
+                Place::To(listen) => Listener::bind(listen)?,
+                Place::Bound(listener) => listener,
             });
         }
         Ok(listeners)

@@ -6,10 +6,11 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use rustix::process::{PidfdFlags, PidfdGetfdFlags, getpid, pidfd_getfd, pidfd_open};
-use urus::{Device, OpenOptions};
+use urus::{OpenOptions, Prepared};
 use urus_vhost_user::{Listener, Server};
 
 use crate::common::{BackingArgs, CacheArg, DiscardArg, FormatArg, IoArg};
+use crate::confine::SandboxArgs;
 use crate::failure::{Failure, Outcome};
 use crate::output::print;
 use crate::serve::{OpenError, patiently};
@@ -108,6 +109,9 @@ pub(crate) struct Args {
 
     #[command(flatten)]
     backing: BackingArgs,
+
+    #[command(flatten)]
+    sandbox: SandboxArgs,
 }
 
 impl Args {
@@ -127,12 +131,16 @@ pub(crate) fn run(args: Args) -> Outcome {
         ));
     };
     let listener = listener(&args)?;
-    let device = open(&args, image)?;
+    let prepared = prepare(&args, image)?;
+    args.sandbox
+        .restrict_files([], args.socket_path.as_deref())?;
+    let device = prepared.start()?;
     let server = Server::builder(device.clone(), listener)
         .queues(args.num_queues.into())
         .serial(&args.serial)
         .on_end(stop.ender())
         .start()?;
+    args.sandbox.restrict_calls()?;
     let signal = stop.wait();
     tracing::info!(signal, "stopping");
     // Closed whatever becomes of the server: what the guest has written is to be safe.
@@ -158,7 +166,7 @@ fn listener(args: &Args) -> Result<Listener, Failure> {
     }
 }
 
-fn open(args: &Args, image: &Path) -> Result<Device, Failure> {
+fn prepare(args: &Args, image: &Path) -> Result<Prepared, Failure> {
     let mut options = OpenOptions::new();
     options
         .format(args.format.into())
@@ -167,5 +175,5 @@ fn open(args: &Args, image: &Path) -> Result<Device, Failure> {
         .io(args.io.into())
         .discard(args.discard.into());
     args.backing.apply(&mut options);
-    patiently(|| options.open(image).map_err(OpenError::from))
+    patiently(|| options.prepare(image).map_err(OpenError::from))
 }

@@ -16,6 +16,7 @@ pub mod nbd;
 pub mod operate;
 pub mod selftest;
 mod view;
+pub mod virtqueue;
 
 use std::time::Duration;
 
@@ -41,7 +42,7 @@ pub struct Target {
 }
 
 /// All targets.
-pub const TARGETS: [Target; 9] = [
+pub const TARGETS: [Target; 10] = [
     target("header", codec::header, 4096, 1),
     target("tables", codec::tables, 512, 1),
     target("compressed", codec::compressed, 4096, 1),
@@ -51,6 +52,7 @@ pub const TARGETS: [Target; 9] = [
     target("operate", operate::operate, 512, 6),
     target("chain", chain::chain, 512, 4),
     target("nbd", nbd::nbd, 2048, 2),
+    target("virtqueue", virtqueue::virtqueue, 1024, 2),
 ];
 
 const fn target(

@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use rustix::time::{ClockId, clock_gettime};
-use urus_fuzz_targets::{MOST_MEMORY, MOST_TIME, Target, Verdict, bases, havoc, nbd};
+use urus_fuzz_targets::{MOST_MEMORY, MOST_TIME, Target, Verdict, bases, havoc, nbd, virtqueue};
 use urus_sim::runner::panic_text;
 
 use crate::{ALLOCATOR, Arguments};
@@ -153,6 +153,9 @@ impl Run {
         bases::prepare();
         if target.name == "nbd" {
             nbd::prepare()?;
+        }
+        if target.name == "virtqueue" {
+            virtqueue::prepare()?;
         }
         watch(target.name);
         let baseline = ALLOCATOR.allocated();

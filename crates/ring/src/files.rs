@@ -12,6 +12,7 @@ use urus_engine::storage::{FileId, FileProperties};
 use urus_engine::sync::{Arc, AtomicBool, AtomicU32, Ordering};
 
 use crate::memory::Buffer;
+use crate::offload;
 use crate::probe::{self, FileKind};
 
 /// An open regular file or block device, with what it can do. Closing it releases its image locks.
@@ -92,6 +93,7 @@ impl OpenFile {
     }
 
     fn probe(fd: OwnedFd, name: String) -> io::Result<Self> {
+        offload::threads_max();
         let kind = probe::kind(fd.as_fd())?;
         let flags = rustix::fs::fcntl_getfl(&fd)?;
         let invalid = |message: &str| {

@@ -87,8 +87,12 @@ struct Pool {
     work: Condvar,
 }
 
-/// Asked once: finding it out reads files.
-static THREADS_MAX: OnceLock<usize> = OnceLock::new();
+/// How many threads there may be. Asked once: finding it out reads files, so it is asked first while files are opened, after which a
+/// process may have given up the right to.
+pub(crate) fn threads_max() -> usize {
+    static THREADS_MAX: OnceLock<usize> = OnceLock::new();
+    *THREADS_MAX.get_or_init(|| thread::available_parallelism().map_or(1, usize::from))
+}
 
 static POOL: Pool = Pool {
     queue: Mutex::new(Queue {
@@ -108,7 +112,7 @@ pub(crate) fn submit(job: Job, slot: Slot, mailbox: &Arc<Mailbox>) {
     };
     let mut queue = POOL.queue.lock();
     queue.tasks.push_back(task);
-    let limit = *THREADS_MAX.get_or_init(|| thread::available_parallelism().map_or(1, usize::from));
+    let limit = threads_max();
     if queue.tasks.len() > queue.idle && queue.threads < limit {
         queue.threads += 1;
         let spawned = thread::Builder::new()

@@ -97,10 +97,23 @@ enum State {
     Closed,
 }
 
-impl Device {
+/// An image whose files are open and locked, and whose headers are read, before any thread runs: where a process that will need
+/// no other file can give up the right to open one, by means that only threads started later inherit (Landlock). Made by
+/// [`OpenOptions::prepare`].
+///
+/// Dropping it closes the files; nothing has been changed.
+pub struct Prepared {
+    options: OpenOptions,
+    chain: Vec<ChainFile>,
+}
+
+impl Prepared {
     pub(crate) fn open(options: &OpenOptions, path: &Path) -> Result<Self> {
         options.check()?;
-        Self::start(options, chain::open_path(options, path)?)
+        Ok(Self {
+            options: options.clone(),
+            chain: chain::open_path(options, path)?,
+        })
     }
 
     pub(crate) fn open_fds(
@@ -109,9 +122,32 @@ impl Device {
         backing: Vec<OwnedFd>,
     ) -> Result<Self> {
         options.check()?;
-        Self::start(options, chain::open_fds(options, image, backing)?)
+        Ok(Self {
+            options: options.clone(),
+            chain: chain::open_fds(options, image, backing)?,
+        })
     }
 
+    /// The rest of opening: starts the device's thread and repairs a dirty image unless it is opened read-only. Blocks on I/O.
+    /// Opens no file.
+    ///
+    /// # Errors
+    /// As [`OpenOptions::open`].
+    pub fn start(self) -> Result<Device> {
+        Device::start(&self.options, self.chain)
+    }
+}
+
+impl fmt::Debug for Prepared {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Prepared")
+            .field("image", &self.chain[0].path)
+            .field("layers", &self.chain.len())
+            .finish_non_exhaustive()
+    }
+}
+
+impl Device {
     /// Starts the maintenance thread over an open chain.
     fn start(options: &OpenOptions, chain: Vec<ChainFile>) -> Result<Self> {
         let layers = chain

@@ -153,7 +153,7 @@ mod request;
 pub use blocking::BlockingIo;
 pub use check::check;
 pub use create::{CreateOptions, create};
-pub use device::{Device, Layer, PauseOptions};
+pub use device::{Device, Layer, PauseOptions, Prepared};
 pub use error::{Error, Result};
 pub use info::{
     BackingInfo, BitmapInfo, Encryption, ImageInfo, InfoOptions, Qcow2Info, SnapshotInfo, info,

@@ -3,7 +3,7 @@
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
-use crate::{Device, Error, Result, limits};
+use crate::{Device, Error, Prepared, Result, limits};
 
 /// The format of an image file. Always stated, never guessed: a guest can write any bytes onto its disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -222,7 +222,16 @@ impl OpenOptions {
     /// # Errors
     /// Whatever stands against it: see [`Error`]. Nothing is changed on disk then.
     pub fn open(&self, path: impl AsRef<Path>) -> Result<Device> {
-        Device::open(self, path.as_ref())
+        self.prepare(path)?.start()
+    }
+
+    /// The first half of [`open`](Self::open): opens and locks the files and reads the headers, and starts no thread. Between this and
+    /// [`Prepared::start`] a process can confine itself.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open).
+    pub fn prepare(&self, path: impl AsRef<Path>) -> Result<Prepared> {
+        Prepared::open(self, path.as_ref())
     }
 
     /// Opens the image behind a descriptor, with its backing files behind `backing`, nearest first: for a
@@ -233,7 +242,7 @@ impl OpenOptions {
     /// # Errors
     /// As [`open`](Self::open), and [`Error::BackingCount`] unless there is exactly one descriptor per backing file.
     pub fn open_fds(&self, image: OwnedFd, backing: Vec<OwnedFd>) -> Result<Device> {
-        Device::open_fds(self, image, backing)
+        Prepared::open_fds(self, image, backing)?.start()
     }
 
     /// Options that no image could satisfy.

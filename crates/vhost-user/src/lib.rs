@@ -48,6 +48,8 @@ mod control;
 mod dirty;
 mod error;
 mod frontend;
+#[cfg(feature = "fuzzing")]
+pub mod fuzzing;
 mod inflight;
 mod limits;
 mod listen;

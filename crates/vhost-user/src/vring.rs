@@ -148,6 +148,12 @@ impl Vring {
         self.in_flight
     }
 
+    /// Whether it takes no more until it is set up again.
+    #[cfg(feature = "fuzzing")]
+    pub(crate) fn is_broken(&self) -> bool {
+        self.broken
+    }
+
     /// Where a successor goes on.
     pub(crate) fn next_avail(&self) -> u16 {
         self.start.ring.next_avail()

@@ -4,7 +4,7 @@ use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
 use listenfd::ListenFd;
-use urus::Device;
+use urus::{Device, Prepared};
 use urus_nbd::{Listen, ServerBuilder, TlsCredentials};
 
 use crate::failure::Failure;
@@ -69,17 +69,13 @@ impl Other {
 }
 
 impl ExportArgs {
-    pub(super) fn open_others(
+    /// Opens their files.
+    pub(super) fn prepare_others(
         &self,
-        open: impl Fn(&Path) -> Result<Device, Failure>,
-    ) -> Result<Vec<Other>, Failure> {
-        let open = |image: &NamedImage| {
-            Ok(Other {
-                name: image.name.clone(),
-                device: open(&image.path)?,
-            })
-        };
-        self.images.iter().map(open).collect()
+        prepare: impl Fn(&Path) -> Result<Prepared, Failure>,
+    ) -> Result<Vec<(String, Prepared)>, Failure> {
+        let prepare = |image: &NamedImage| Ok((image.name.clone(), prepare(&image.path)?));
+        self.images.iter().map(prepare).collect()
     }
 
     /// Reads the credentials, so that a wrong file is told before an image is opened.
@@ -117,6 +113,15 @@ impl ExportArgs {
         }
         builder
     }
+}
+
+/// Starts them.
+pub(super) fn start_others(others: Vec<(String, Prepared)>) -> Result<Vec<Other>, Failure> {
+    let start = |(name, prepared): (String, Prepared)| {
+        let device = prepared.start()?;
+        Ok(Other { name, device })
+    };
+    others.into_iter().map(start).collect()
 }
 
 /// Sockets that a service manager has passed (`LISTEN_FDS`).

@@ -37,6 +37,7 @@ impl Ring {
                     |error| tracing::debug!(%error, "files are not registered with the ring"),
                 )
                 .is_ok();
+        setup::enable(&uring, ftruncate)?;
         Ok(Self {
             uring,
             registered,
