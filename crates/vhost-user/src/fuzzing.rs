@@ -86,6 +86,7 @@ impl Virtqueue {
                 serial: [b's'; SERIAL_BYTES],
             },
             write_through: AtomicBool::new(setup.write_through),
+            outlived: AtomicBool::new(false),
         };
         let start = Start {
             map: Arc::clone(&memory.0),
