@@ -1,12 +1,18 @@
-//! `urus bench`: the image against a raw file of the same content, through the same driver, in alternating slices of one run.
+//! `urus bench`: the image against a raw file of the same content, through the same driver, in alternating slices of one run; or a suite of
+//! such pairs over images that the bench makes.
 //!
 //! Only ratios are worth anything: absolute figures drift by tens of percent on one machine, and both sides of a pair drift together.
 
+mod chart;
 mod control;
+mod images;
+mod latency;
+mod proposal;
 mod report;
 mod slices;
+mod suite_report;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -27,10 +33,20 @@ use slices::{Side, Slices};
 /// reads everything once so that both are warm, and then runs the same requests in turn on one and on the other, in-process and
 /// through the same driver. Prints the median of the paired ratios, their range and the 95 % interval of that median, and CPU time
 /// per operation. The load average tells whether the machine was quiet.
+///
+/// --suite measures images that it makes itself, with content, and keeps for the next time.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     /// The image
-    pub(crate) image: PathBuf,
+    #[arg(required_unless_present_any = ["suite", "clean"])]
+    pub(crate) image: Option<PathBuf>,
+
+    /// Run a suite of measurements instead of measuring an image
+    #[arg(long, conflicts_with_all = ["image", "mode", "block_size", "queues", "span", "cache", "io", "overwrite"])]
+    suite: Option<Suite>,
+
+    #[command(flatten)]
+    suite_args: SuiteArgs,
 
     /// Format of the image
     #[arg(short, long, value_name = "FORMAT", default_value = "qcow2")]
@@ -55,9 +71,9 @@ pub(crate) struct Args {
           value_parser = clap::value_parser!(u16).range(1..=64))]
     queues: u16,
 
-    /// Time for all slices together
-    #[arg(long, value_name = "N", default_value_t = 15.0, value_parser = seconds)]
-    seconds: f64,
+    /// Time for all slices together; of each test of a suite [default: 15, and 3 for a suite]
+    #[arg(long, value_name = "N", value_parser = seconds)]
+    seconds: Option<f64>,
 
     /// Pairs of slices; fewer than 15 say little
     #[arg(long, value_name = "N", default_value_t = 15,
@@ -94,6 +110,42 @@ pub(crate) struct Args {
     /// Print JSON
     #[arg(long)]
     json: bool,
+}
+
+/// What the suites take.
+#[derive(Debug, clap::Args)]
+pub(crate) struct SuiteArgs {
+    /// Where the suite's images are made and kept; what lies there already is left alone
+    #[arg(long, value_name = "DIR", default_value = "urus-bench-images")]
+    dir: PathBuf,
+
+    /// Bytes of the suite's virtual disks
+    #[arg(
+        long,
+        value_name = "SIZE",
+        default_value = "1G",
+        allow_negative_numbers = true
+    )]
+    size: Size,
+
+    /// Only these tests of the suite, by name
+    #[arg(long, value_name = "TEST", value_delimiter = ',', requires = "suite")]
+    only: Vec<String>,
+
+    /// Draw charts into DIR
+    #[arg(long, value_name = "DIR", requires = "suite")]
+    svg: Option<PathBuf>,
+
+    /// Remove the images that suites made in --dir; with --suite, at its end
+    #[arg(long, conflicts_with = "image")]
+    clean: bool,
+}
+
+/// Named sets of measurements.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Suite {
+    /// Five kinds of image, three ways of reading, one and four queues: io_uring against plain system calls
+    Proposal,
 }
 
 /// What the requests do.
@@ -136,30 +188,55 @@ fn seconds(text: &str) -> Result<f64, String> {
 }
 
 pub(crate) fn run(args: Args) -> Outcome {
+    let mut stop = Stop::watch()
+        .map_err(|error| Failure::new(format!("cannot watch for signals: {error}")))?;
+    let suite = args
+        .suite
+        .map(|Suite::Proposal| proposal::run(&args, &mut stop));
+    let outcome = match (suite, &args.image) {
+        (Some(outcome), _) => outcome,
+        (None, Some(image)) => one_image(&args, image, &mut stop),
+        (None, None) => Ok(ExitCode::SUCCESS),
+    }?;
+    if args.suite_args.clean {
+        images::clean(&args.suite_args.dir)?;
+    }
+    Ok(outcome)
+}
+
+/// The image against a raw copy of it.
+fn one_image(args: &Args, path: &Path, stop: &mut Stop) -> Outcome {
     if args.mode.writes() && !args.overwrite {
         return Err(Failure::usage(format!(
             "--mode {} writes over the image's content; say --overwrite if it may be destroyed",
             args.mode.name()
         )));
     }
-    let mut stop = Stop::watch()
-        .map_err(|error| Failure::new(format!("cannot watch for signals: {error}")))?;
-    let image = open_image(&args)?;
-    let span = span(&args, &image)?;
+    let image = open_image(args, path)?;
+    let span = span(args, &image)?;
     if !args.json {
         print(&format!(
             "{}: copying {} into a raw file beside it, and reading both…\n",
-            args.image.display(),
+            path.display(),
             crate::size::human(span)
         ));
     }
-    let Some((raw, data_bytes)) = control::raw_copy(&args, &image, span, &mut stop)? else {
+    let Some((raw, data_bytes)) = control::raw_copy(args, path, &image, span, stop)? else {
         return interrupted(&image);
     };
-    let Some(pairs) = measure(&args, &image, &raw, span, &mut stop)? else {
+    let plan = slices::Plan {
+        block_bytes: args.block_size.0,
+        span,
+        depth: args.depth,
+        queues: args.queues,
+        mode: args.mode,
+        slice: slice_time(args, 15.0),
+        cold: false,
+    };
+    let Some(pairs) = measure(plan, args.pairs, [&image, &raw], stop, || ())? else {
         return interrupted(&image);
     };
-    let report = Report::new(&args, &image, span, data_bytes, &pairs);
+    let report = Report::new(args, &image, span, data_bytes, &pairs);
     if args.json {
         print_json(&report);
     } else {
@@ -188,7 +265,7 @@ fn options(args: &Args) -> OpenOptions {
     options
 }
 
-fn open_image(args: &Args) -> Result<Device, Failure> {
+fn open_image(args: &Args, path: &Path) -> Result<Device, Failure> {
     let mut options = options(args);
     options
         .format(args.format.into())
@@ -197,7 +274,7 @@ fn open_image(args: &Args) -> Result<Device, Failure> {
         options.l2_cache_bytes(bytes);
     }
     args.backing.apply(&mut options);
-    Ok(options.open(&args.image)?)
+    Ok(options.open(path)?)
 }
 
 /// How much of the disk takes part: whole blocks, one at least for each queue.
@@ -216,38 +293,36 @@ fn span(args: &Args, image: &Device) -> Result<u64, Failure> {
     Ok(blocks * block)
 }
 
-/// Runs all pairs; None when a signal came.
+/// The time of each slice.
+fn slice_time(args: &Args, default: f64) -> Duration {
+    let seconds = args.seconds.unwrap_or(default);
+    Duration::from_secs_f64(seconds / f64::from(args.pairs) / 2.0)
+}
+
+/// Runs all pairs, with a call of `step` after each; None when a signal came.
 fn measure(
-    args: &Args,
-    image: &Device,
-    raw: &Device,
-    span: u64,
+    plan: slices::Plan,
+    count: u16,
+    [subject, control]: [&Device; 2],
     stop: &mut Stop,
+    step: impl Fn(),
 ) -> Result<Option<Vec<Pair>>, Failure> {
-    let slice = Duration::from_secs_f64(args.seconds / f64::from(args.pairs) / 2.0);
-    let plan = slices::Plan {
-        block_bytes: args.block_size.0,
-        span,
-        depth: args.depth,
-        queues: args.queues,
-        mode: args.mode,
-        slice,
-    };
-    Slices::with(plan, image, raw, |slices| {
+    Slices::with(plan, subject, control, |slices| {
         // One that does not count: rings, threads, processor clocks.
-        slices.pair(0, Side::Raw)?;
+        slices.pair(0, Side::Control)?;
         let mut pairs = Vec::new();
-        for number in 1..=args.pairs {
+        for number in 1..=count {
             if stop.has_come() {
                 return Ok(None);
             }
             // Who is first takes turns, so that what drifts does not favour one.
             let first = if number % 2 == 0 {
-                Side::Raw
+                Side::Control
             } else {
-                Side::Image
+                Side::Subject
             };
             pairs.push(slices.pair(number.into(), first)?);
+            step();
         }
         Ok(Some(pairs))
     })

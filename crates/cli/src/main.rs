@@ -57,7 +57,7 @@ impl Command {
             Self::Info(args) => &args.file,
             Self::Check(args) => &args.file,
             Self::Map(args) => &args.file,
-            Self::Bench(args) => &args.image,
+            Self::Bench(args) => args.image.as_deref().unwrap_or_else(|| "".as_ref()),
         }
     }
 }

@@ -17,11 +17,12 @@ const STEP_BYTES: u64 = 4 << 20;
 /// image stores as data. None when a signal came.
 pub(super) fn raw_copy(
     args: &Args,
+    path: &Path,
     image: &Device,
     span: u64,
     stop: &mut Stop,
 ) -> Result<Option<(Device, u64)>, Failure> {
-    let dir = match args.image.parent() {
+    let dir = match path.parent() {
         Some(dir) if !dir.as_os_str().is_empty() => dir,
         _ => Path::new("."),
     };
@@ -75,13 +76,13 @@ pub(super) fn raw_copy(
 
 /// Drops the file from the page cache. What a file's pages are like depends on how they got there: a large write makes large folios, in
 /// which a small write can cost eight times as much as in small ones. Both files have to be read the same way.
-fn evict(file: &File) {
+pub(super) fn evict(file: &File) {
     // Advice: what is not dropped is measured as it is.
     let _ = rustix::fs::fadvise(file, 0, None, rustix::fs::Advice::DontNeed);
 }
 
 /// Reads everything: fills the page cache, unless O_DIRECT passes it by, and the engine's own caches.
-fn warm(device: &Device, span: u64) -> Result<(), Failure> {
+pub(super) fn warm(device: &Device, span: u64) -> Result<(), Failure> {
     let mut io = device.blocking()?;
     let mut bytes = vec![0; usize::try_from(STEP_BYTES.min(span)).expect("a few MiB")];
     let mut at = 0;

@@ -6,6 +6,7 @@ use serde::Serialize;
 use urus::Device;
 
 use super::Args;
+use super::latency::Percentiles;
 use crate::common::CacheArg;
 use crate::size::human;
 
@@ -15,11 +16,12 @@ pub(super) struct Slice {
     pub(super) operations: u64,
     pub(super) iops: f64,
     pub(super) cpu: Duration,
+    pub(super) latency: Percentiles,
 }
 
 impl Slice {
     #[allow(clippy::cast_precision_loss, reason = "far below 2^52")]
-    fn cpu_microseconds(&self) -> f64 {
+    pub(super) fn cpu_microseconds(&self) -> f64 {
         self.cpu.as_secs_f64() * 1e6 / self.operations.max(1) as f64
     }
 }
@@ -27,23 +29,23 @@ impl Slice {
 /// Two slices, one after the other.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Pair {
-    pub(super) image: Slice,
-    pub(super) raw: Slice,
+    pub(super) subject: Slice,
+    pub(super) control: Slice,
 }
 
 /// A median with what surrounds it.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
-struct Spread {
-    median: f64,
-    min: f64,
-    max: f64,
+pub(super) struct Spread {
+    pub(super) median: f64,
+    pub(super) min: f64,
+    pub(super) max: f64,
     /// The 95 % interval of the median, from order statistics; the whole range for fewer than six values.
-    low: f64,
-    high: f64,
+    pub(super) low: f64,
+    pub(super) high: f64,
 }
 
 impl Spread {
-    fn of(values: impl Iterator<Item = f64>) -> Self {
+    pub(super) fn of(values: impl Iterator<Item = f64>) -> Self {
         let mut values: Vec<f64> = values.collect();
         values.sort_unstable_by(f64::total_cmp);
         let count = values.len();
@@ -102,6 +104,7 @@ pub(super) struct Report {
     iops_ratio: Spread,
     cpu_microseconds_per_operation: Sides,
     cpu_ratio: Spread,
+    latency_microseconds: Latencies,
     load_average: Vec<f64>,
 }
 
@@ -112,27 +115,34 @@ struct Sides {
     raw: f64,
 }
 
+/// Medians of the slices' percentiles.
+#[derive(Debug, Serialize)]
+struct Latencies {
+    image: Percentiles,
+    raw: Percentiles,
+}
+
 impl Sides {
     fn of(pairs: &[Pair], value: impl Fn(&Slice) -> f64) -> Self {
         Self {
-            image: Spread::of(pairs.iter().map(|pair| value(&pair.image))).median,
-            raw: Spread::of(pairs.iter().map(|pair| value(&pair.raw))).median,
+            image: Spread::of(pairs.iter().map(|pair| value(&pair.subject))).median,
+            raw: Spread::of(pairs.iter().map(|pair| value(&pair.control))).median,
         }
     }
 }
 
-fn ratios(pairs: &[Pair], value: impl Fn(&Slice) -> f64) -> Spread {
+pub(super) fn ratios(pairs: &[Pair], value: impl Fn(&Slice) -> f64) -> Spread {
     Spread::of(
         pairs
             .iter()
-            .map(|pair| value(&pair.image) / value(&pair.raw)),
+            .map(|pair| value(&pair.subject) / value(&pair.control)),
     )
 }
 
 impl Report {
     pub(super) fn new(args: &Args, image: &Device, span: u64, stored: u64, pairs: &[Pair]) -> Self {
         Self {
-            image: args.image.display().to_string(),
+            image: image.name().to_owned(),
             format: image.format().name(),
             driver: image.driver(),
             cache: args.cache.name(),
@@ -147,6 +157,10 @@ impl Report {
             iops_ratio: ratios(pairs, |slice| slice.iops),
             cpu_microseconds_per_operation: Sides::of(pairs, Slice::cpu_microseconds),
             cpu_ratio: ratios(pairs, Slice::cpu_microseconds),
+            latency_microseconds: Latencies {
+                image: Percentiles::median(pairs.iter().map(|pair| pair.subject.latency)),
+                raw: Percentiles::median(pairs.iter().map(|pair| pair.control.latency)),
+            },
             load_average: load_average(),
         }
     }
@@ -183,6 +197,7 @@ impl Report {
              {:<12}{:>12.0}{:>12.0}   {}\n\
              {:<12}{:>12.1}{:>12.1}\n\
              {:<12}{:>12.2}{:>12.2}   {}\n\
+             latency µs (p50 / p99 / p99.9): image {}, raw {}\n\
              load average {}\n",
             self.image,
             self.mode,
@@ -206,13 +221,15 @@ impl Report {
             cpu.image,
             cpu.raw,
             spread(&self.cpu_ratio),
+            self.latency_microseconds.image,
+            self.latency_microseconds.raw,
             load.join(" ")
         )
     }
 }
 
 /// Of the last 1, 5 and 15 minutes.
-fn load_average() -> Vec<f64> {
+pub(super) fn load_average() -> Vec<f64> {
     let text = std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
     text.split_whitespace()
         .take(3)

@@ -1,13 +1,17 @@
-//! Threads that run slices: each with a queue on the image and a queue on the raw file, one of them busy at a time.
+//! Threads that run slices: each with a queue on the subject (what is measured) and a queue on its control, one of them busy at a time.
 
+use std::fs::File;
 use std::sync::mpsc::{self, Receiver, Sender};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use hdrhistogram::Histogram;
 use rustix::time::{ClockId, clock_gettime};
 use urus::{Buffer, Device, Queue, Request};
 
 use super::Mode;
+use super::control::evict;
+use super::latency::{self, Percentiles};
 use super::report::{Pair, Slice};
 use crate::failure::Failure;
 
@@ -24,25 +28,36 @@ pub(super) struct Plan {
     pub(super) queues: u16,
     pub(super) mode: Mode,
     pub(super) slice: Duration,
+    /// The page cache is dropped before each slice. What the engine has cached within its budgets stays.
+    pub(super) cold: bool,
 }
 
-/// Which file.
+/// Which of the two.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Side {
-    Image,
-    Raw,
+    Subject,
+    Control,
 }
 
 impl Side {
     fn other(self) -> Self {
         match self {
-            Self::Image => Self::Raw,
-            Self::Raw => Self::Image,
+            Self::Subject => Self::Control,
+            Self::Control => Self::Subject,
         }
     }
 }
 
-/// Run a slice: on which file, and where from.
+impl Side {
+    fn index(self) -> usize {
+        match self {
+            Self::Subject => 0,
+            Self::Control => 1,
+        }
+    }
+}
+
+/// Run a slice: on which of the two, and where from.
 #[derive(Clone, Copy, Debug)]
 struct Order {
     side: Side,
@@ -54,20 +69,24 @@ struct Order {
 struct Done {
     operations: u64,
     time: Duration,
+    latencies: Histogram<u64>,
 }
 
 /// The threads, waiting for orders.
 pub(super) struct Slices {
     workers: Vec<Sender<Order>>,
     results: Receiver<Result<Done, Failure>>,
+    cold: bool,
+    /// What is dropped from the page cache before a cold slice: the subject's layers and the control's.
+    files: [Vec<File>; 2],
 }
 
 impl Slices {
     /// Starts the threads, lets `work` run slices, and ends them.
     pub(super) fn with<T>(
         plan: Plan,
-        image: &Device,
-        raw: &Device,
+        subject: &Device,
+        control: &Device,
         work: impl FnOnce(&mut Self) -> Result<T, Failure>,
     ) -> Result<T, Failure> {
         thread::scope(|scope| {
@@ -75,16 +94,18 @@ impl Slices {
             let mut slices = Self {
                 workers: Vec::new(),
                 results,
+                cold: plan.cold,
+                files: [files(subject), files(control)],
             };
             for number in 0..plan.queues {
                 let (orders_in, orders) = mpsc::channel();
-                let seats = [image.queue()?, raw.queue()?];
+                let seats = [subject.queue()?, control.queue()?];
                 let results = results_in.clone();
                 scope.spawn(move || {
-                    let [image, raw] = seats.map(urus::QueueSeat::activate);
-                    let worker = image.and_then(|image| Ok((image, raw?)));
+                    let [subject, control] = seats.map(urus::QueueSeat::activate);
+                    let worker = subject.and_then(|subject| Ok((subject, control?)));
                     let mut worker = match worker {
-                        Ok((image, raw)) => Worker::new(plan, number, image, raw),
+                        Ok((subject, control)) => Worker::new(plan, number, subject, control),
                         Err(error) => {
                             let _ = results.send(Err(error.into()));
                             return;
@@ -109,18 +130,22 @@ impl Slices {
         let one = self.slice(first, number)?;
         let other = self.slice(first.other(), number)?;
         Ok(match first {
-            Side::Image => Pair {
-                image: one,
-                raw: other,
+            Side::Subject => Pair {
+                subject: one,
+                control: other,
             },
-            Side::Raw => Pair {
-                image: other,
-                raw: one,
+            Side::Control => Pair {
+                subject: other,
+                control: one,
             },
         })
     }
 
     fn slice(&mut self, side: Side, seed: u64) -> Result<Slice, Failure> {
+        if self.cold {
+            self.files[side.index()].iter().for_each(evict);
+        }
+        let mut latencies = latency::empty();
         let before = cpu_time();
         for worker in &self.workers {
             // A thread that has gone has left its reason among the results.
@@ -136,10 +161,26 @@ impl Slices {
             let operations = done.operations as f64;
             slice.operations += done.operations;
             slice.iops += operations / done.time.as_secs_f64();
+            // The same bounds: nothing can be out of them.
+            let _ = latencies.add(&done.latencies);
         }
         slice.cpu = cpu_time().saturating_sub(before);
+        slice.latency = Percentiles::of(&latencies);
         Ok(slice)
     }
+}
+
+/// The files of all layers that have names.
+fn files(device: &Device) -> Vec<File> {
+    device
+        .layers()
+        .iter()
+        .filter_map(|layer| File::open(&layer.path).ok())
+        .collect()
+}
+
+fn slot_index(slot: u64) -> usize {
+    usize::try_from(slot).expect("less than the depth")
 }
 
 /// CPU time of the whole process, in user and kernel mode, its ring's kernel workers included.
@@ -155,57 +196,66 @@ fn cpu_time() -> Duration {
 struct Worker {
     plan: Plan,
     number: u16,
-    image: Queue,
-    raw: Queue,
-    buffers: Vec<Buffer>,
+    subject: Queue,
+    control: Queue,
+    /// Each with its number, which is the token of its request.
+    buffers: Vec<(u64, Buffer)>,
+    /// When the request of each was submitted.
+    started: Vec<Instant>,
 }
 
 impl Worker {
-    fn new(plan: Plan, number: u16, image: Queue, raw: Queue) -> Self {
+    fn new(plan: Plan, number: u16, subject: Queue, control: Queue) -> Self {
         let bytes = usize::try_from(plan.block_bytes).expect("at most MAX_BLOCK_BYTES");
         let mut places = Places::new(plan, number, 0);
         let buffers = (0..plan.depth)
-            .map(|_| {
+            .map(|slot| {
                 let mut buffer = Buffer::new(bytes);
                 // Not zeroes: those could be written without being stored.
                 for chunk in buffer.as_mut_slice().chunks_mut(8) {
                     chunk.copy_from_slice(&(places.draw() | 1).to_le_bytes()[..chunk.len()]);
                 }
-                buffer
+                (u64::from(slot), buffer)
             })
             .collect();
         Self {
             plan,
             number,
-            image,
-            raw,
+            subject,
+            control,
             buffers,
+            started: vec![
+                Instant::now();
+                usize::try_from(plan.depth).expect("32 bits fit a usize")
+            ],
         }
     }
 
     fn slice(&mut self, order: Order) -> Result<Done, Failure> {
         let queue = match order.side {
-            Side::Image => &mut self.image,
-            Side::Raw => &mut self.raw,
+            Side::Subject => &mut self.subject,
+            Side::Control => &mut self.control,
         };
         let mut places = Places::new(self.plan, self.number, order.seed);
         let writes = self.plan.mode.writes();
-        let mut submit = |queue: &mut Queue, buffer: Buffer| {
+        let mut latencies = latency::empty();
+        let mut submit = |queue: &mut Queue, slot: u64, buffer: Buffer| {
             let offset = places.next();
             let request = if writes {
-                Request::write(0, offset, buffer)
+                Request::write(slot, offset, buffer)
             } else {
-                Request::read(0, offset, buffer)
+                Request::read(slot, offset, buffer)
             };
             queue
                 .submit(request)
                 .expect("the queue is as deep as there are buffers");
         };
-        let mut operations = 0;
+        let (mut operations, mut seen) = (0, 0);
         let mut failed = None;
         let start = Instant::now();
-        for buffer in self.buffers.drain(..) {
-            submit(queue, buffer);
+        for (slot, buffer) in self.buffers.drain(..) {
+            self.started[slot_index(slot)] = start;
+            submit(queue, slot, buffer);
         }
         let mut is_over = false;
         while queue.in_flight() > 0 {
@@ -218,13 +268,22 @@ impl Worker {
                 if let Err(error) = completion.result {
                     failed.get_or_insert(error);
                 }
-                self.buffers
-                    .push(completion.buffer.expect("reads and writes have a buffer"));
+                let buffer = completion.buffer.expect("reads and writes have a buffer");
+                self.buffers.push((completion.token, buffer));
             }
-            is_over = is_over || failed.is_some() || start.elapsed() >= self.plan.slice;
-            if !is_over {
-                for buffer in self.buffers.drain(..) {
-                    submit(queue, buffer);
+            // One look at the clock for all that came together: a look costs as much as a look-up in the image.
+            let now = Instant::now();
+            is_over = is_over || failed.is_some() || now - start >= self.plan.slice;
+            for (slot, _) in self.buffers.iter().skip(seen) {
+                latencies
+                    .saturating_record(latency::nanoseconds(now - self.started[slot_index(*slot)]));
+            }
+            if is_over {
+                seen = self.buffers.len();
+            } else {
+                for (slot, buffer) in self.buffers.drain(..) {
+                    self.started[slot_index(slot)] = now;
+                    submit(queue, slot, buffer);
                 }
             }
         }
@@ -233,6 +292,7 @@ impl Worker {
             None => Ok(Done {
                 operations,
                 time: start.elapsed(),
+                latencies,
             }),
         }
     }
@@ -301,6 +361,7 @@ mod tests {
             queues: 3,
             mode,
             slice: Duration::from_millis(1),
+            cold: false,
         }
     }
 

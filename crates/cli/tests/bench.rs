@@ -1,0 +1,91 @@
+//! Guards the suites of `urus bench`: that each test of them runs and is told by name, what programs read of the results, and that what
+//! the bench made can be removed again without anything else.
+
+mod common;
+
+use common::Scratch;
+
+const SMALL: &str = "--size 16M --seconds 0.06 --pairs 3";
+
+#[test]
+fn the_proposal_suite_runs_all_thirty() {
+    let scratch = Scratch::new();
+    let ran = scratch.urus(&format!(
+        "bench --suite proposal {SMALL} --json --svg charts"
+    ));
+    assert_eq!(ran.code, Some(0), "{ran:?}");
+    assert_eq!(ran.stderr, "", "no progress bar where there is no terminal");
+    let report: serde_json::Value = serde_json::from_str(&ran.stdout).expect("JSON");
+    assert_eq!(report["suite"], "proposal");
+    assert_eq!(report["size"], 16 << 20);
+    assert_eq!(report["left-out"].as_array().map(Vec::len), Some(0));
+    let rows = report["rows"].as_array().expect("a list");
+    assert_eq!(rows.len(), 30);
+    for row in rows {
+        let number = |path: &str| row.pointer(path).and_then(serde_json::Value::as_f64);
+        for path in [
+            "/iops/io_uring",
+            "/iops/blocking",
+            "/iops-ratio/median",
+            "/iops-ratio/min",
+            "/iops-ratio/max",
+            "/cpu-ratio/median",
+            "/latency-microseconds/io_uring/p50",
+            "/latency-microseconds/blocking/p99.9",
+        ] {
+            assert!(number(path).expect("a number") > 0.0, "{path} of {row}");
+        }
+    }
+    let chart = std::fs::read_to_string(scratch.path("charts/ratios.svg")).expect("a chart");
+    assert!(chart.starts_with("<svg"), "{chart}");
+    for name in ["qcow2_read", "backing_raw_read_warm_4_queues"] {
+        assert!(chart.contains(name), "{name} is not in the chart");
+    }
+    for name in ["zlib", "zstd"] {
+        scratch.sh(&format!(
+            "qemu-img info urus-bench-images/{name}-16777216.qcow2 | grep -q 'compression type: {name}'
+             qemu-img compare -q urus-bench-images/{name}-16777216.qcow2 urus-bench-images/qcow2-16777216.qcow2"
+        ));
+    }
+
+    scratch.sh("touch urus-bench-images/mine");
+    let ran = scratch.urus("bench --clean");
+    assert_eq!(ran.code, Some(0), "{ran:?}");
+    scratch.sh("test $(ls urus-bench-images) = mine");
+}
+
+#[test]
+fn tests_that_need_qemu_img_are_left_out_without_it() {
+    let scratch = Scratch::new();
+    let only = "--only zstd_read,qcow2_random_read_4_queues --clean";
+    let mut command = scratch.command(
+        common::urus(),
+        &format!("bench --suite proposal {SMALL} {only}"),
+    );
+    let output = command.env("PATH", "").output().expect("urus runs");
+    let text = String::from_utf8(output.stdout).expect("text");
+    assert!(output.status.success(), "{text}");
+    let line = |name: &str| {
+        text.lines()
+            .find(|line| line.starts_with(name))
+            .unwrap_or_else(|| panic!("{name} is not in {text}"))
+    };
+    assert!(line("zstd_read ").contains("left out: qemu-img"));
+    assert!(!line("qcow2_random_read_4_queues ").contains("left out"));
+    scratch.sh("test ! -e urus-bench-images");
+}
+
+#[test]
+fn what_does_not_go_together_is_refused() {
+    let scratch = Scratch::new();
+    for line in [
+        "bench",
+        "bench a.qcow2 --suite proposal",
+        "bench --suite proposal --mode randwrite",
+        "bench --suite proposal --only no_such_test",
+        "bench a.qcow2 --clean",
+    ] {
+        assert_eq!(scratch.urus(line).code, Some(2), "{line}");
+    }
+    scratch.sh("test -z \"$(ls)\"");
+}
