@@ -149,8 +149,16 @@ static CALLS: &[Call] = &[
     ),
     call!(preadv, SYS_preadv, "reads of the blocking driver"),
     call!(preadv2, SYS_preadv2, "reads of the blocking driver"),
-    call!(pwrite64, SYS_pwrite64, "writes into the page cache, and of the blocking driver"),
-    call!(pwritev, SYS_pwritev, "writes into the page cache, and of the blocking driver"),
+    call!(
+        pwrite64,
+        SYS_pwrite64,
+        "writes into the page cache, and of the blocking driver"
+    ),
+    call!(
+        pwritev,
+        SYS_pwritev,
+        "writes into the page cache, and of the blocking driver"
+    ),
     call!(
         pwritev2,
         SYS_pwritev2,
