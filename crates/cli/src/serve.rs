@@ -3,6 +3,7 @@
 
 mod banner;
 mod export;
+mod service;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -105,6 +106,9 @@ pub(crate) struct Args {
 
     #[command(flatten)]
     sandbox: SandboxArgs,
+
+    #[command(flatten)]
+    service: service::ServiceArgs,
 }
 
 impl Args {
@@ -150,6 +154,7 @@ pub(crate) fn run(args: Args) -> Outcome {
         .as_ref()
         .map(VhostListener::bind)
         .transpose()?;
+    let manager = service::Manager::find();
     // What only reading files tells is asked before files are out of reach.
     args.queues();
     let image = prepare(&args, &args.image, args.create)?;
@@ -157,8 +162,13 @@ pub(crate) fn run(args: Args) -> Outcome {
         .export
         .prepare_others(|image| prepare(&args, image, None))?;
     let places = places.bind_tcp()?;
-    args.sandbox
-        .restrict_files(places.paths(), args.vhost_user.as_deref())?;
+    // Not before the image is known to be this process's.
+    let pid_file = service::PidFile::write(args.service.pid_file.as_deref())?;
+    let made = [&args.vhost_user, &args.service.pid_file];
+    args.sandbox.restrict_files(
+        places.paths(),
+        made.into_iter().flatten().map(|path| &**path),
+    )?;
     let device = image.start()?;
     let others = export::start_others(others)?;
     let nbd = args.export.configure(
@@ -169,10 +179,12 @@ pub(crate) fn run(args: Args) -> Outcome {
     let servers = Servers::start(&args, &device, places, nbd, vhost_listener)?;
     args.sandbox.restrict_calls()?;
     banner::print(&args, &device, &others, &servers);
+    manager.ready(&args.image);
 
     let signal = stop.wait();
     tracing::info!(signal, clients = servers.connections(), "stopping");
     print(&format!("{}: {signal}: finishing\n", args.image.display()));
+    manager.stopping();
     // Closed whatever becomes of the servers: what clients have written is to be safe.
     let ended = servers.shutdown();
     let mut closed = device.close();
@@ -180,6 +192,7 @@ pub(crate) fn run(args: Args) -> Outcome {
         // Each is closed; the first error is the one to tell.
         closed = closed.and(other.device.close());
     }
+    drop(pid_file);
     closed?;
     ended?;
     print(&format!(
