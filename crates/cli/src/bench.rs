@@ -11,6 +11,7 @@ mod proposal;
 mod report;
 mod slices;
 mod suite_report;
+mod writes;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -146,6 +147,8 @@ pub(crate) struct SuiteArgs {
 pub(crate) enum Suite {
     /// Five kinds of image, three ways of reading, one and four queues: io_uring against plain system calls
     Proposal,
+    /// Writes to new clusters and copy-on-write, through the page cache and past it: urus against qemu-img bench
+    Writes,
 }
 
 /// What the requests do.
@@ -190,9 +193,10 @@ fn seconds(text: &str) -> Result<f64, String> {
 pub(crate) fn run(args: Args) -> Outcome {
     let mut stop = Stop::watch()
         .map_err(|error| Failure::new(format!("cannot watch for signals: {error}")))?;
-    let suite = args
-        .suite
-        .map(|Suite::Proposal| proposal::run(&args, &mut stop));
+    let suite = args.suite.map(|suite| match suite {
+        Suite::Proposal => proposal::run(&args, &mut stop),
+        Suite::Writes => writes::run(&args, &mut stop),
+    });
     let outcome = match (suite, &args.image) {
         (Some(outcome), _) => outcome,
         (None, Some(image)) => one_image(&args, image, &mut stop),

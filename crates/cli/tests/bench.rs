@@ -76,6 +76,38 @@ fn tests_that_need_qemu_img_are_left_out_without_it() {
 }
 
 #[test]
+fn the_writes_suite_compares_with_qemu() {
+    let scratch = Scratch::new();
+    let ran = scratch.urus("bench --suite writes --size 16M --pairs 2 --json");
+    assert_eq!(ran.code, Some(0), "{ran:?}");
+    let report: serde_json::Value = serde_json::from_str(&ran.stdout).expect("JSON");
+    assert_eq!(report["writes"], 256);
+    let rows = report["rows"].as_array().expect("a list");
+    let names: Vec<_> = rows.iter().map(|row| row["name"].as_str()).collect();
+    let expected = [
+        "allocate",
+        "allocate_direct",
+        "copy_on_write",
+        "copy_on_write_direct",
+    ];
+    assert_eq!(names, expected.map(Some));
+    for row in rows {
+        let number = |path: &str| row.pointer(path).and_then(serde_json::Value::as_f64);
+        for path in ["/urus-per-second", "/qemu-per-second", "/ratio/median"] {
+            assert!(number(path).expect("a number") > 0.0, "{path} of {row}");
+        }
+    }
+    // The last run was urus': an image in order, with what was written.
+    scratch.sh("cd urus-bench-images
+         qemu-img check -q written-16777216.qcow2
+         qemu-io -f qcow2 -c 'read -P 0x77 16711680 4k' written-16777216.qcow2
+         ! qemu-io -f qcow2 -c 'read -P 0x77 16715776 4k' written-16777216.qcow2");
+    let ran = scratch.urus("bench --clean");
+    assert_eq!(ran.code, Some(0), "{ran:?}");
+    scratch.sh("test ! -e urus-bench-images");
+}
+
+#[test]
 fn what_does_not_go_together_is_refused() {
     let scratch = Scratch::new();
     for line in [
@@ -83,6 +115,9 @@ fn what_does_not_go_together_is_refused() {
         "bench a.qcow2 --suite proposal",
         "bench --suite proposal --mode randwrite",
         "bench --suite proposal --only no_such_test",
+        "bench --suite writes --only no_such_test",
+        "bench --suite writes --size 1M",
+        "bench --suite writes --svg charts",
         "bench a.qcow2 --clean",
     ] {
         assert_eq!(scratch.urus(line).code, Some(2), "{line}");

@@ -100,6 +100,22 @@ impl Images {
         }
     }
 
+    /// A new image for writing, in place of the last one: empty, or over the image of that kind.
+    pub(super) fn fresh(&self, backing: Option<Kind>) -> Result<PathBuf, Missing> {
+        let backing = backing.map(|kind| self.get(kind)).transpose()?;
+        let name = format!("written-{}.qcow2", self.size);
+        if listed(&self.dir)?.contains(&name) {
+            remove(&self.dir.join(&name))?;
+        }
+        self.made(&name, |path| match &backing {
+            Some(backing) => overlay(backing, Format::Qcow2, path),
+            None => {
+                urus::create(path, CreateOptions::new().size(self.size)).map_err(Failure::from)?;
+                Ok(())
+            }
+        })
+    }
+
     fn raw(&self) -> Result<PathBuf, Missing> {
         self.made(&format!("raw-{}.raw", self.size), |path| {
             let file = File::create(path).map_err(|error| failed("create", path, &error))?;
