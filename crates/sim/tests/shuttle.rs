@@ -416,14 +416,19 @@ fn allocate_and_evict() {
     explore("tiny cache", 2, 8);
 }
 
-/// The schedules find what they are for.
+/// The schedules find what they are for. `EarlyDecrement` shows in one of some thousand: the search ends when it is found, and its bound
+/// lies at ten times that.
 #[test]
 fn planted_bugs_show() {
-    for bug in [Bug::EarlyReuse, Bug::NoClusterLocks, Bug::EarlyDecrement] {
+    for (bug, queues, requests, bound) in [
+        (Bug::EarlyReuse, 3, 6, 3_000),
+        (Bug::NoClusterLocks, 3, 6, 3_000),
+        (Bug::EarlyDecrement, 4, 12, 50_000),
+    ] {
         plant(bug);
         let run = || {
-            let device = || device(&configuration("half full"), 3, 6);
-            schedule(RandomScheduler::new(3000), device);
+            let device = move || device(&configuration("half full"), queues, requests);
+            schedule(RandomScheduler::new(bound), device);
         };
         let found = catch_unwind(AssertUnwindSafe(run)).is_err();
         plant(Bug::None);
