@@ -417,6 +417,61 @@ fn requests_wait_while_paused() {
     }
 }
 
+/// A server that is told to stop while it is paused closes its image all the same, and nobody waits for an answer for ever.
+#[test]
+fn a_paused_device_closes() {
+    for io in DRIVERS {
+        let scratch = Scratch::new();
+        let path = scratch.path("disk.qcow2");
+        qemu_img(&["create", "-q", "-f", "qcow2", text(&path), "4M"]);
+        let mut options = OpenOptions::new();
+        options.io(io);
+        let device = open(&options, &path);
+        device
+            .blocking()
+            .unwrap()
+            .write_at(&[7; 70_000], 100)
+            .unwrap();
+        device.pause(PauseOptions::new()).unwrap();
+        let (ended, end) = mpsc::channel();
+        let (submitted, held) = mpsc::channel();
+        let seat = device.queue().unwrap();
+        let user = thread::spawn(move || {
+            let mut queue = seat.activate().unwrap();
+            queue
+                .submit(Request::write(0, 1 << 20, Buffer::new(512)))
+                .unwrap();
+            queue.kick();
+            submitted.send(()).unwrap();
+            ended.send(next(&mut queue).result).unwrap();
+        });
+        held.recv().unwrap();
+        let (closed, close) = mpsc::channel();
+        let closing = device.clone();
+        let closer = thread::spawn(move || closed.send(closing.close()).unwrap());
+        close
+            .recv_timeout(Duration::from_secs(10))
+            .expect("closing ends")
+            .unwrap();
+        // Whether it was done or refused, it is answered.
+        match end.recv_timeout(Duration::from_secs(10)) {
+            Ok(Ok(_) | Err(Error::Closed)) => {}
+            other => panic!("{other:?}"),
+        }
+        user.join().unwrap();
+        closer.join().unwrap();
+        drop(device);
+        qemu_img(&["check", "-q", text(&path)]);
+        let mut bytes = [0; 70_000];
+        open(&options, &path)
+            .blocking()
+            .unwrap()
+            .read_at(&mut bytes, 100)
+            .unwrap();
+        assert!(bytes.iter().all(|&byte| byte == 7));
+    }
+}
+
 #[test]
 fn options_that_make_no_sense_are_refused() {
     let scratch = Scratch::new();
