@@ -11,7 +11,7 @@ use std::collections::VecDeque;
 use std::io;
 use std::time::{Duration, Instant};
 
-use urus_engine::storage::{Completion, FileId, Op, OpKind, Slot};
+use urus_engine::storage::{Completion, FileId, Memory, Op, OpKind, Slot};
 
 use crate::blocking::{Direction, fill_iovecs, transfer_vectored};
 use crate::files::{FileSet, WritesWithoutBlocking};
@@ -69,7 +69,7 @@ impl Inline {
                 memory,
                 sync: false,
             } if self.wants(op.file, offset, &memory, files) => {
-                self.queued_bytes += urus_engine::storage::Memory::len(&memory);
+                self.queued_bytes += memory.len();
                 self.queued.push_back(Queued {
                     slot,
                     file: op.file,
@@ -87,7 +87,7 @@ impl Inline {
 
     fn wants(&mut self, id: FileId, offset: u64, memory: &RingMemory, files: &FileSet) -> bool {
         let file = files.file(id);
-        let len = urus_engine::storage::Memory::len(memory);
+        let len = memory.len();
         if !file.is_buffered_regular()
             || file.writes_without_blocking() == WritesWithoutBlocking::Yes
             || !offset.is_multiple_of(PAGE_BYTES)
@@ -195,7 +195,7 @@ mod tests {
     use super::*;
     use crate::files::OpenFile;
     use std::sync::Arc;
-    use urus_engine::storage::{IMAGE, Memory};
+    use urus_engine::storage::IMAGE;
 
     fn files(can: Option<bool>) -> (tempfile::NamedTempFile, Arc<FileSet>) {
         let file = tempfile::NamedTempFile::new().unwrap();
