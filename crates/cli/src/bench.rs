@@ -208,6 +208,17 @@ pub(crate) fn run(args: Args) -> Outcome {
     Ok(outcome)
 }
 
+/// Refuses names of tests that a suite does not have.
+fn check_names(only: &[String], names: &[String]) -> Result<(), Failure> {
+    match only.iter().find(|name| !names.contains(name)) {
+        None => Ok(()),
+        Some(unknown) => Err(Failure::usage(format!(
+            "--only {unknown}: no such test; there are {}",
+            names.join(", ")
+        ))),
+    }
+}
+
 /// The image against a raw copy of it.
 fn one_image(args: &Args, path: &Path, stop: &mut Stop) -> Outcome {
     if args.mode.writes() && !args.overwrite {

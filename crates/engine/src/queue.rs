@@ -131,7 +131,7 @@ impl<S: Storage> Queue<S> {
         }
     }
 
-    /// Whether writes and write-zeroes that complete from now on are still there when this process is killed, flushed or
+    /// Whether writes and write-zeroes submitted from now on are, once completed, still there when this process is killed, flushed or
     /// not (O23). They may still be lost with the power.
     pub fn outlive_process(&mut self, outlive: bool) {
         self.core.outlives.set(outlive);
@@ -515,12 +515,11 @@ impl<S: Storage> Core<S> {
             return self.part_done(request, Some(error));
         }
         let mut parts = Parts::new();
+        let outlives = self.outlives();
         if !fua
             && !shared.serialize_writes.load(Ordering::SeqCst)
             && self.hit_for_write(offset, &memory, &mut parts)
-            && (!self.outlives.get()
-                || planted::is(Bug::OutlivedByNothing)
-                || shared.is_settled(offset, len as u64))
+            && (!outlives || shared.is_settled(offset, len as u64))
         {
             return self.submit_parts(request, &memory, &parts, true);
         }
@@ -531,12 +530,8 @@ impl<S: Storage> Core<S> {
                 core.serialize_writes(request).await?;
             }
             core.worker.write_guest(offset, memory).await?;
-            core.secure(
-                offset,
-                len as u64,
-                fua && !planted::is(Bug::FuaWithoutCommit),
-            )
-            .await
+            let fua = fua && !planted::is(Bug::FuaWithoutCommit);
+            core.secure(offset, len as u64, fua, outlives).await
         });
     }
 
@@ -600,6 +595,7 @@ impl<S: Storage> Core<S> {
         let align = u64::from(self.worker.reactor.properties(IMAGE).alignment);
         let unaligned = how != Clearing::Discard
             && (!range.0.is_multiple_of(align) || !range.1.is_multiple_of(align));
+        let outlives = self.outlives();
         self.spawn(request, move |core| async move {
             if unaligned {
                 core.serialize_writes(request).await?;
@@ -609,14 +605,18 @@ impl<S: Storage> Core<S> {
                 // A hint, which may come to nothing.
                 return Ok(());
             }
-            core.secure(range.0, range.1, fua).await
+            core.secure(range.0, range.1, fua, outlives).await
         });
+    }
+
+    /// Whether a request that begins now is to outlive the process.
+    fn outlives(&self) -> bool {
+        self.outlives.get() && !planted::is(Bug::OutlivedByNothing)
     }
 
     /// What a change that has been made still needs before it completes: a commit for FUA (O16), and for what is to
     /// outlive the process where its mapping is in memory alone (O23).
-    async fn secure(&self, offset: u64, len: u64, fua: bool) -> Result<()> {
-        let outlives = self.outlives.get() && !planted::is(Bug::OutlivedByNothing);
+    async fn secure(&self, offset: u64, len: u64, fua: bool, outlives: bool) -> Result<()> {
         if fua || outlives && !self.worker.shared.is_settled(offset, len) {
             self.flush().await
         } else {

@@ -11,7 +11,7 @@ use super::images::{Images, Kind, Missing};
 use super::report::Pair;
 use super::slices::Plan;
 use super::suite_report::{LeftOut, Row, SuiteReport};
-use super::{Args, INTERRUPTED, Mode, chart, control, measure, slice_time};
+use super::{Args, INTERRUPTED, Mode, chart, check_names, control, measure, slice_time};
 use crate::failure::{Failure, Outcome};
 use crate::output::{print, print_json};
 use crate::signals::Stop;
@@ -90,16 +90,8 @@ fn tests() -> Vec<Test> {
 /// Those that were asked for.
 fn chosen(only: &[String]) -> Result<Vec<Test>, Failure> {
     let all = tests();
-    if let Some(unknown) = only
-        .iter()
-        .find(|name| !all.iter().any(|test| test.name() == **name))
-    {
-        let names: Vec<String> = all.iter().map(|test| test.name()).collect();
-        return Err(Failure::usage(format!(
-            "--only {unknown}: no such test; there are {}",
-            names.join(", ")
-        )));
-    }
+    let names: Vec<String> = all.iter().map(|test| test.name()).collect();
+    check_names(only, &names)?;
     Ok(all
         .into_iter()
         .filter(|test| only.is_empty() || only.contains(&test.name()))

@@ -12,7 +12,7 @@ use urus::{Buffer, CacheMode, OpenOptions, Queue, Request};
 use super::images::{Images, Kind, Missing};
 use super::report::{Spread, load_average};
 use super::suite_report::LeftOut;
-use super::{Args, INTERRUPTED};
+use super::{Args, INTERRUPTED, check_names};
 use crate::failure::{Failure, Outcome};
 use crate::output::{print, print_json};
 use crate::signals::Stop;
@@ -124,13 +124,7 @@ pub(super) fn run(args: &Args, stop: &mut Stop) -> Outcome {
 }
 
 fn chosen(only: &[String]) -> Result<Vec<Test>, Failure> {
-    let names = Test::ALL.map(Test::name);
-    if let Some(unknown) = only.iter().find(|name| !names.contains(&name.as_str())) {
-        return Err(Failure::usage(format!(
-            "--only {unknown}: no such test; there are {}",
-            names.join(", ")
-        )));
-    }
+    check_names(only, &Test::ALL.map(|test| test.name().to_owned()))?;
     let wanted = |test: &Test| only.is_empty() || only.iter().any(|name| name == test.name());
     Ok(Test::ALL.into_iter().filter(wanted).collect())
 }
