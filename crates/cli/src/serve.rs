@@ -11,7 +11,8 @@ use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use urus::{CreateOptions, Device, Format, InfoOptions, OpenOptions, Prepared};
-use urus_nbd::{Listen, Listener, Server, ServerBuilder};
+use urus_listen::{Listen, Listener};
+use urus_nbd::{Server, ServerBuilder};
 use urus_vhost_user::{Listener as VhostListener, Server as VhostServer};
 
 use crate::common::{BackingArgs, CacheArg, DiscardArg, FormatArg, IoArg};
@@ -344,7 +345,7 @@ impl Places {
         for text in &args.nbd {
             let place = text
                 .parse()
-                .map_err(|error: urus_nbd::Error| Failure::usage(format!("--nbd: {error}")))?;
+                .map_err(|error: urus_listen::Error| Failure::usage(format!("--nbd: {error}")))?;
             list.push(place);
         }
         let list = list.into_iter().map(Place::To).collect();
@@ -365,7 +366,7 @@ impl Places {
                 continue;
             }
             match Listener::bind(Listen::Unix(path.clone())) {
-                Err(urus_nbd::Error::SocketStale { .. }) if self.is_default => {}
+                Err(urus_listen::Error::SocketStale { .. }) if self.is_default => {}
                 Err(error) => return Err(error.into()),
                 Ok(_) => {}
             }
@@ -416,15 +417,8 @@ fn default_socket(image: &Path) -> PathBuf {
 /// The socket beside the image is ours by name: one that a killed server has left is replaced. (A server that is alive answers, and
 /// keeps the image locked.)
 fn bind_default(path: PathBuf) -> Result<Listener, Failure> {
-    match Listener::bind(Listen::Unix(path.clone())) {
-        Err(urus_nbd::Error::SocketStale { .. }) => {
-            tracing::info!(path = %path.display(), "replacing the socket that a killed server left behind");
-            std::fs::remove_file(&path).map_err(|error| {
-                Failure::new(format!("{}: cannot remove: {error}", path.display()))
-            })?;
-            Ok(Listener::bind(Listen::Unix(path))?)
-        }
-        Err(error @ urus_nbd::Error::SocketPathTooLong { .. }) => {
+    match Listener::bind_replacing_stale(Listen::Unix(path)) {
+        Err(error @ urus_listen::Error::SocketPathTooLong { .. }) => {
             Err(Failure::new(format!("{error} with --nbd unix:PATH")))
         }
         result => Ok(result?),

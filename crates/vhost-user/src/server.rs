@@ -93,7 +93,8 @@ impl ServerBuilder {
         let seats = (0..self.queues)
             .map(|_| self.device.queue())
             .collect::<Result<Vec<_>, _>>()?;
-        let signals = Signals::new().map_err(|error| Error::system("make an eventfd", error))?;
+        let signals = Signals::new(&self.listener.source)
+            .map_err(|error| Error::system("make an eventfd", error))?;
         let mut server = Server {
             signals: Arc::new(signals),
             control: None,
@@ -276,9 +277,8 @@ impl Server {
         let (signals, span) = (Arc::clone(&self.signals), self.span.clone());
         let work = move || {
             let _entered = span.enter();
-            let result = control::run(&core, &listener, &signals)
+            let result = control::run(&core, listener, &signals)
                 .inspect_err(|error| error!(%error, "no more front ends are taken"));
-            drop(listener);
             if let Some(on_end) = on_end {
                 on_end();
             }

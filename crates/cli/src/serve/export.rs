@@ -5,7 +5,8 @@ use std::path::{Path, PathBuf};
 
 use listenfd::ListenFd;
 use urus::{Device, Prepared};
-use urus_nbd::{Listen, ServerBuilder, TlsCredentials};
+use urus_listen::Listen;
+use urus_nbd::{ServerBuilder, TlsCredentials};
 
 use crate::failure::Failure;
 
