@@ -17,6 +17,7 @@ use urus_vhost_user::{Listener as VhostListener, Server as VhostServer};
 
 use crate::common::{BackingArgs, CacheArg, DiscardArg, FormatArg, IoArg};
 use crate::confine::SandboxArgs;
+use crate::control::{Control, ControlArgs, Controlled};
 use crate::failure::{Failure, Outcome};
 use crate::output::print;
 use crate::signals::Stop;
@@ -109,6 +110,9 @@ pub(crate) struct Args {
     sandbox: SandboxArgs,
 
     #[command(flatten)]
+    control: ControlArgs,
+
+    #[command(flatten)]
     service: service::ServiceArgs,
 }
 
@@ -155,6 +159,7 @@ pub(crate) fn run(args: Args) -> Outcome {
         .as_ref()
         .map(VhostListener::bind)
         .transpose()?;
+    let control = args.control.bind()?;
     let manager = service::Manager::find();
     // What only reading files tells is asked before files are out of reach.
     args.queues();
@@ -165,11 +170,13 @@ pub(crate) fn run(args: Args) -> Outcome {
     let places = places.bind_tcp()?;
     // Not before the image is known to be this process's.
     let pid_file = service::PidFile::write(args.service.pid_file.as_deref())?;
-    let made = [&args.vhost_user, &args.service.pid_file];
-    args.sandbox.restrict_files(
-        places.paths(),
-        made.into_iter().flatten().map(|path| &**path),
-    )?;
+    let made = [
+        args.vhost_user.as_deref(),
+        args.control.path(),
+        args.service.pid_file.as_deref(),
+    ];
+    args.sandbox
+        .restrict_files(places.paths(), made.into_iter().flatten())?;
     let device = image.start()?;
     let others = export::start_others(others)?;
     let nbd = args.export.configure(
@@ -178,6 +185,9 @@ pub(crate) fn run(args: Args) -> Outcome {
         credentials,
     );
     let servers = Servers::start(&args, &device, places, nbd, vhost_listener)?;
+    let mut control = control
+        .map(|listener| Control::start(listener, controlled(&args, &device, &others)))
+        .transpose()?;
     args.sandbox.restrict_calls()?;
     banner::print(&args, &device, &others, &servers);
     manager.ready(&args.image);
@@ -186,6 +196,10 @@ pub(crate) fn run(args: Args) -> Outcome {
     tracing::info!(signal, clients = servers.connections(), "stopping");
     print(&format!("{}: {signal}: finishing\n", args.image.display()));
     manager.stopping();
+    // First: servers wait for the requests that a pause holds.
+    if let Some(control) = &mut control {
+        control.end();
+    }
     // Closed whatever becomes of the servers: what clients have written is to be safe.
     let ended = servers.shutdown();
     let mut closed = device.close();
@@ -201,6 +215,19 @@ pub(crate) fn run(args: Args) -> Outcome {
         args.image.display()
     ));
     Ok(ExitCode::SUCCESS)
+}
+
+/// What the control socket reaches: every image.
+fn controlled(args: &Args, device: &Device, others: &[export::Other]) -> Vec<Controlled> {
+    let first = Controlled {
+        name: args.export.export_name.clone(),
+        device: device.clone(),
+    };
+    let others = others.iter().map(|other| Controlled {
+        name: other.name.clone(),
+        device: other.device.clone(),
+    });
+    std::iter::once(first).chain(others).collect()
 }
 
 /// How long an image that is in use may be let go. A process that was killed holds its locks until the kernel has taken its rings apart,

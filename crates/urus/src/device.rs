@@ -83,6 +83,8 @@ struct Core {
     state: Mutex<State>,
     /// Set once `state` is `Closed`: for those who must not wait for a change of state.
     closed: AtomicBool,
+    /// Set while `state` is `Paused`, for the same.
+    paused: AtomicBool,
     thread: Mutex<Option<JoinHandle<()>>>,
     /// Who wants to know of another size.
     on_resize: Mutex<Vec<OnResize>>,
@@ -198,6 +200,7 @@ impl Device {
                 unmaps: options.discard == DiscardPolicy::Unmap,
                 state: Mutex::new(State::Running),
                 closed: AtomicBool::new(false),
+                paused: AtomicBool::new(false),
                 thread: Mutex::new(Some(thread)),
                 on_resize: Mutex::default(),
             }),
@@ -265,6 +268,12 @@ impl Device {
         let whole = |at: u64| at.is_multiple_of(geometry.cluster_bytes());
         let end = offset.saturating_add(len);
         whole(offset) && (whole(end) || end == self.size())
+    }
+
+    /// Whether [`pause`](Self::pause) holds requests at this moment. Does not wait for a change under way.
+    #[must_use]
+    pub fn is_paused(&self) -> bool {
+        self.core.paused.load(Ordering::SeqCst)
     }
 
     /// What logs and errors call the device.
@@ -347,6 +356,7 @@ impl Device {
                 *state = State::Paused {
                     locks_released: false,
                 };
+                self.core.paused.store(true, Ordering::SeqCst);
                 false
             }
             State::Paused { locks_released } => locks_released,
@@ -393,6 +403,7 @@ impl Device {
             }
         }
         *state = State::Running;
+        self.core.paused.store(false, Ordering::SeqCst);
         tracing::info!(image = self.name(), "resumed");
         Ok(())
     }
@@ -522,6 +533,7 @@ impl Core {
         let result = self.ask(Control::Close);
         *state = State::Closed;
         self.closed.store(true, Ordering::SeqCst);
+        self.paused.store(false, Ordering::SeqCst);
         let thread = self.thread().take();
         if let Some(thread) = thread
             && thread.join().is_err()
