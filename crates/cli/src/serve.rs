@@ -74,6 +74,11 @@ pub(crate) struct Args {
     #[arg(long, requires = "vhost_user")]
     volatile_cache: bool,
 
+    /// Keep all of the virtual machine's memory in the host's, so that the kernel looks its pages up once and not for each request. Not for
+    /// machines with a balloon, nor for more memory than the host has
+    #[arg(long, requires = "vhost_user")]
+    pin_guest_memory: bool,
+
     /// Queues, each with a thread and a ring of its own: NBD connections are spread over them, a virtual machine can use as many
     /// [default: one per CPU, at most 4]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=256))]
@@ -302,6 +307,7 @@ impl Servers {
                 .queues(args.queues())
                 .serial(&args.serial)
                 .volatile_cache(args.volatile_cache)
+                .pin_guest_memory(args.pin_guest_memory)
                 .poll(Duration::from_micros(args.poll_us));
             servers.vhost_user = Some(builder.start()?);
         }
