@@ -94,6 +94,53 @@ fn extents_are_those_of_qemu_nbd() {
     }
 }
 
+/// Holes of raw files, as an image and as a backing file: told as qemu-nbd tells them.
+#[test]
+fn holes_of_raw_files_agree_with_qemu_nbd() {
+    let scratch = Scratch::new();
+    let (raw, top) = (scratch.file("disk.raw"), scratch.file("top.qcow2"));
+    // The last page is not whole.
+    let file = std::fs::File::create(&raw).expect("a file");
+    file.set_len(SIZE - 1024).expect("a size");
+    drop(file);
+    qemu::io(
+        "raw",
+        &raw.display().to_string(),
+        &[
+            "write -q -P 1 256k 64k",
+            "write -q -P 2 1M 300k",
+            "write -q -z -u 1100k 64k",
+            "write -q -P 3 9M 1M",
+        ],
+    );
+    qemu::create_overlay(&top, "", "disk.raw", "raw");
+    qemu::io_file(&top, &["write -q -P 4 512k 640k", "write -q -z 9M 512k"]);
+    for (image, format) in [(&raw, "raw"), (&top, "qcow2")] {
+        let directory = tempfile::tempdir().expect("a directory for a socket");
+        let socket = directory.path().join("qemu");
+        let qemu_nbd = program("qemu-nbd")
+            .words("--read-only --allocation-depth --persistent --format")
+            .arg(format)
+            .arg("--socket")
+            .arg(&socket)
+            .arg(image);
+        let reference = Background::start(qemu_nbd, &scratch.file("log"), &socket);
+        let uri = format!("nbd+unix:///?socket={}", socket.display());
+        let contexts = ["base:allocation", "qemu:allocation-depth"];
+        let expected = contexts.map(|context| map(&uri, context));
+        drop(reference);
+        for driver in Driver::ALL {
+            let served = Serve::new(image, driver)
+                .with(&format!("--read-only --format {format}"))
+                .start();
+            let found = contexts.map(|context| map(&served.uri(), context));
+            served.stop();
+            assert_eq!(found, expected, "{format}, {driver:?}");
+        }
+        assert!(expected[0].len() > 5, "{expected:?}");
+    }
+}
+
 /// Several images in one process: listed, each under its name, the first also under none, each closed clean.
 #[test]
 fn several_images_under_names() {

@@ -1,7 +1,5 @@
 //! `urus map`, as `qemu-img map`.
 
-mod holes;
-
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -78,14 +76,11 @@ pub(crate) fn run(args: Args) -> Outcome {
         .map_or(u64::MAX, |length| start.saturating_add(length.0))
         .min(device.size());
     let mut printer = Printer::begin(args.output, names(&args.file, &device));
-    let holes = holes::Holes::open(device.layers());
     let mut pieces = Pieces { last: None };
     let mut io = device.blocking()?;
-    walk(&mut io, start, end, |extent| {
-        holes.split(extent, |extent| match pieces.add(extent) {
-            Some(extent) => printer.show(&extent),
-            None => Ok(()),
-        })
+    walk(&mut io, start, end, |extent| match pieces.add(extent) {
+        Some(extent) => printer.show(&extent),
+        None => Ok(()),
     })?;
     // An empty range still gets an answer.
     let last = pieces.last.take().unwrap_or(Extent {

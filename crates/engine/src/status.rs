@@ -50,10 +50,15 @@ impl<S: Storage> Worker<S> {
             extent.len = extent.len.min(size - offset);
             let qcow2 = match &layer.kind {
                 LayerKind::Raw => {
+                    let found = self
+                        .reactor
+                        .with_storage(|storage| storage.extent(layer.file, offset, extent.len));
                     extent.present = true;
-                    extent.zero = false;
-                    extent.data = true;
+                    extent.zero = !found.data;
+                    extent.data = found.data;
                     extent.host = Some(offset);
+                    // Whatever the file system says, the answer goes on.
+                    extent.len = found.len.clamp(1, extent.len);
                     return Ok(extent);
                 }
                 LayerKind::Qcow2(qcow2) => qcow2,

@@ -117,6 +117,15 @@ pub struct Completion {
     pub result: io::Result<usize>,
 }
 
+/// A part of a file: data, or a hole.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FileExtent {
+    /// Not a hole.
+    pub data: bool,
+    /// Bytes, at least one.
+    pub len: u64,
+}
+
 /// What a file can do, found once at open.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FileProperties {
@@ -169,6 +178,13 @@ pub trait Storage: 'static {
 
     /// What a file can do.
     fn properties(&self, file: FileId) -> FileProperties;
+
+    /// Whether a file has data at `offset`, or a hole that reads as zeroes, and for how long it goes on so, `len` bytes at most (`len` is
+    /// not 0). Asked of the file system, which may read metadata for it. What does not know its holes is all data.
+    fn extent(&self, file: FileId, offset: u64, len: u64) -> FileExtent {
+        let _ = (file, offset);
+        FileExtent { data: true, len }
+    }
 
     /// Length of a file in bytes, now. (For a block device its size.)
     ///

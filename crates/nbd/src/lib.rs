@@ -28,8 +28,8 @@
 //! * **TRIM** gives whole clusters back; what it does not give back keeps its content.
 //! * **WRITE_ZEROES** gives space back unless NO_HOLE is set. FAST_ZERO fails with ENOTSUP where [`urus::Device::zeroes_fast`] says no.
 //! * **CACHE** reads the range, so that it is in the host's page cache and the engine's caches.
-//! * **BLOCK_STATUS**: HOLE where no data is stored in any layer, ZERO where the range reads as zeroes, as qemu-nbd says it; holes of raw files are
-//!   told as data. `qemu:allocation-depth` is 0 for what is in no layer, 1 in the image, 2 in its backing file, and so on. One reply has at
+//! * **BLOCK_STATUS**: HOLE where no data is stored in any layer, ZERO where the range reads as zeroes, as qemu-nbd says it; so are holes of
+//!   raw files. `qemu:allocation-depth` is 0 for what is in no layer, 1 in the image, 2 in its backing file, and so on. One reply has at
 //!   most 2048 descriptors of each, and may cover less than was asked.
 //! * A request of no bytes succeeds. One that goes beyond the end fails: with ENOSPC if it would write, else with EINVAL.
 //!

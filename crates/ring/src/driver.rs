@@ -6,7 +6,9 @@ use std::sync::Once;
 use std::time::Duration;
 
 use io_uring::IoUring;
-use urus_engine::storage::{Completion, FileId, FileProperties, Notify, Op, Slot, Storage};
+use urus_engine::storage::{
+    Completion, FileExtent, FileId, FileProperties, Notify, Op, Slot, Storage,
+};
 use urus_engine::sync::Arc;
 
 use crate::blocking::Blocking;
@@ -187,6 +189,10 @@ impl Storage for Driver {
 
     fn properties(&self, file: FileId) -> FileProperties {
         self.files().file(file).properties()
+    }
+
+    fn extent(&self, file: FileId, offset: u64, len: u64) -> FileExtent {
+        self.files().file(file).extent(offset, len)
     }
 
     fn file_len(&self, file: FileId) -> io::Result<u64> {

@@ -6,9 +6,9 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::path::Path;
 
-use rustix::fs::{Mode, OFlags, ResolveFlags};
+use rustix::fs::{Mode, OFlags, ResolveFlags, SeekFrom};
 use rustix::io::Errno;
-use urus_engine::storage::{FileId, FileProperties};
+use urus_engine::storage::{FileExtent, FileId, FileProperties};
 use urus_engine::sync::{Arc, AtomicBool, AtomicU32, Ordering};
 
 use crate::memory::Buffer;
@@ -160,6 +160,27 @@ impl OpenFile {
     /// As the operating system says.
     pub fn file_len(&self) -> io::Result<u64> {
         probe::len(&self.fd, self.kind)
+    }
+
+    /// Whether there is data at `offset` or a hole, and for how long, `len` bytes at most (SEEK_DATA, SEEK_HOLE). Where the file system does not
+    /// know, it is data.
+    #[must_use]
+    pub fn extent(&self, offset: u64, len: u64) -> FileExtent {
+        let next = offset.saturating_add(1);
+        let end = offset.saturating_add(len).max(next);
+        // The descriptor's position is nobody's: all I/O says where.
+        let seek = |from| rustix::fs::seek(&self.fd, from);
+        let (data, until) = match seek(SeekFrom::Data(offset)) {
+            Ok(start) if start > offset => (false, start),
+            Ok(_) => (true, seek(SeekFrom::Hole(offset)).unwrap_or(end)),
+            // Nothing but a hole up to the end, or nothing at all.
+            Err(Errno::NXIO) => (false, end),
+            Err(_) => (true, end),
+        };
+        FileExtent {
+            data,
+            len: until.clamp(next, end) - offset,
+        }
     }
 
     /// Reads up to `len` bytes at `offset`, blocking; fewer only at the end of file. For looking at headers: any
@@ -353,5 +374,31 @@ impl FileSet {
 
     pub(crate) fn raw_fd(&self, id: FileId) -> RawFd {
         self.file(id).fd.as_raw_fd()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    //! Guards against holes that are told as data, and the other way round.
+    use super::*;
+    use std::os::unix::fs::FileExt;
+
+    #[test]
+    fn holes_are_found_between_data() {
+        let file = tempfile::tempfile_in(env!("CARGO_MANIFEST_DIR")).unwrap();
+        file.set_len(1 << 20).unwrap();
+        file.write_all_at(&[1; 65_536], 256 << 10).unwrap();
+        let file = OpenFile::from_fd(file.into(), "a file".into()).unwrap();
+        let at = |offset: u64, len: u64| {
+            let FileExtent { data, len } = file.extent(offset, len);
+            (data, len)
+        };
+        assert_eq!(at(0, 1 << 20), (false, 256 << 10));
+        assert_eq!(at(1000, 100), (false, 100));
+        assert_eq!(at(256 << 10, 1 << 20), (true, 64 << 10));
+        assert_eq!(at((256 << 10) + 1, 7), (true, 7));
+        assert_eq!(at(320 << 10, 1 << 30), (false, 1 << 30));
+        assert_eq!(at(1 << 30, 1), (false, 1));
+        assert_eq!(at(u64::MAX, u64::MAX).1, 0, "no overflow");
     }
 }

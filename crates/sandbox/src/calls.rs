@@ -176,7 +176,11 @@ static CALLS: &[Call] = &[
         SYS_ftruncate,
         "growth of the image; memory for requests in flight"
     ),
-    call!(lseek, SYS_lseek, "the size of a block device"),
+    call!(
+        lseek,
+        SYS_lseek,
+        "the size of a block device; holes of raw files"
+    ),
     call!(
         fstat,
         SYS_fstat,
