@@ -8,6 +8,7 @@ use std::collections::BTreeSet;
 use std::fmt;
 use std::fs;
 use std::io::Write as _;
+use std::os::unix::process::ExitStatusExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -32,7 +33,9 @@ const FILES: [&str; 8] = [
 /// Of a hundred mutants that compile, so many must be noticed.
 const LEAST_CAUGHT_PERCENT: u64 = 90;
 /// Address space of a judge: a mutant may allocate without end.
-const MOST_MEMORY: &str = "--as=8589934592";
+const MOST_MEMORY: &str = "--as=4294967296";
+const SIGKILL: i32 = 9;
+const SIGXCPU: i32 = 24;
 /// A build that takes longer has hung.
 const BUILD_SECONDS: u64 = 900;
 
@@ -42,6 +45,8 @@ struct Judge {
     /// What cargo builds for it.
     build: &'static [&'static str],
     run: Run,
+    /// Processor time it may take, some times what it needs: a mutant may loop without end.
+    seconds: u64,
 }
 
 enum Run {
@@ -53,11 +58,12 @@ enum Run {
 
 const SIMULATOR: &[&str] = &["build", "-p", "urus-sim", "--bin", "urus-sim"];
 
-const fn simulator(name: &'static str, arguments: &'static [&'static str]) -> Judge {
+const fn simulator(name: &'static str, arguments: &'static [&'static str], seconds: u64) -> Judge {
     Judge {
         name,
         build: SIMULATOR,
         run: Run::Simulator(arguments),
+        seconds,
     }
 }
 
@@ -65,6 +71,7 @@ const FORMAT: Judge = Judge {
     name: "format",
     build: &["test", "-p", "urus-format", "--lib", "--tests"],
     run: Run::Tests,
+    seconds: 60,
 };
 
 /// The simulator's parts, each at its smallest; then the engine's own tests, which take longest to build.
@@ -72,23 +79,28 @@ const JUDGES: [Judge; 5] = [
     simulator(
         "sequences",
         &["--part", "sequences", "--states", "5000", "--qemu", "0"],
+        15,
     ),
     simulator(
         "model",
         &["--part", "model", "--states", "5000", "--qemu", "0"],
+        40,
     ),
     simulator(
         "cuts",
         &["--part", "cuts", "--states", "5000", "--qemu", "0"],
+        120,
     ),
     simulator(
         "errors",
         &["--part", "errors", "--states", "5000", "--qemu", "0"],
+        80,
     ),
     Judge {
         name: "engine",
         build: &["test", "-p", "urus-engine", "--lib"],
         run: Run::Tests,
+        seconds: 120,
     },
 ];
 
@@ -222,11 +234,17 @@ impl Laboratory {
         Ok(laboratory)
     }
 
-    fn cargo(&self, arguments: &[&str], more: &[&str], seconds: u64) -> Result<Ended, String> {
+    fn cargo(
+        &self,
+        arguments: &[&str],
+        more: &[&str],
+        (processor, seconds): (u64, u64),
+    ) -> Result<Ended, String> {
         let (command, options) = arguments.split_first().expect("a cargo command");
         let mut run = Command::new("timeout");
         run.args(["--kill-after=5", &seconds.to_string()])
-            .args(["prlimit", MOST_MEMORY, "cargo", command])
+            .args(["prlimit", MOST_MEMORY, &format!("--cpu={processor}")])
+            .args(["cargo", command])
             .args(["--locked", "--quiet", "--profile", "mutants"])
             .args(options)
             .args(more);
@@ -242,9 +260,10 @@ impl Laboratory {
             .stderr(Stdio::null())
             .status()
             .map_err(|error| format!("{command:?} did not start: {error}"))?;
-        Ok(match status.code() {
-            Some(0) => Ended::Well,
-            Some(124 | 137) => Ended::Late,
+        Ok(match (status.code(), status.signal()) {
+            (Some(0), _) => Ended::Well,
+            // Ended by `timeout`, by it with force, or for its processor time.
+            (Some(124), _) | (_, Some(SIGKILL | SIGXCPU)) => Ended::Late,
             _ => Ended::Badly,
         })
     }
@@ -254,16 +273,17 @@ impl Laboratory {
             Run::Simulator(_) => &[],
             Run::Tests => &["--no-run"],
         };
-        Ok(self.cargo(judge.build, more, BUILD_SECONDS)? == Ended::Well)
+        Ok(self.cargo(judge.build, more, (BUILD_SECONDS, BUILD_SECONDS))? == Ended::Well)
     }
 
     fn judge(&self, judge: &Judge, seconds: u64) -> Result<Ended, String> {
         match judge.run {
-            Run::Tests => self.cargo(judge.build, &[], seconds),
+            Run::Tests => self.cargo(judge.build, &[], (judge.seconds, seconds)),
             Run::Simulator(arguments) => {
                 let mut run = Command::new("timeout");
                 run.args(["--kill-after=5", &seconds.to_string()])
                     .args(["prlimit", MOST_MEMORY])
+                    .arg(format!("--cpu={}", judge.seconds))
                     .arg(self.build.join("mutants").join("urus-sim"))
                     .args(arguments);
                 self.ended(run)

@@ -345,3 +345,24 @@ fn an_l2_table_used_twice_by_the_active_table() {
     let report = check(&memory, Repair::All);
     assert!(report.corruptions >= 1 && !report.is_sound(), "{report:?}");
 }
+
+/// Found by fuzzing. An L2 table that is data too, by an entry of its own: what is written into such a table could be a guest's.
+/// So its flags stay, while the refcount rises that kept the cluster from nobody.
+#[test]
+fn a_table_that_is_data_too_is_counted_and_not_written() {
+    let mut image = small(9, 4);
+    let table = image.l2(1);
+    let cluster = table / 512;
+    image.poke(table + 9 * 8, table | COPIED);
+    let at = crate::to_usize(table);
+    let before = image.bytes[at..at + 512].to_vec();
+    assert_eq!(image.refcount(cluster), 1);
+    let memory = Memory::new(&image.bytes);
+    let report = check(&memory, Repair::All);
+    assert!(!report.is_sound(), "{report:?}");
+    let repaired = memory.image();
+    assert_eq!(repaired.bytes[at..at + 512], before);
+    assert_eq!(repaired.refcount(cluster), 2);
+    // The table of L1 entries is nobody else's: that flag follows.
+    assert_eq!(repaired.word(repaired.l1() + 8) & COPIED, 0);
+}
