@@ -74,7 +74,7 @@ const FORMAT: Judge = Judge {
     seconds: 60,
 };
 
-/// The simulator's parts, each at its smallest; then the engine's own tests, which take longest to build.
+/// The simulator's parts, each at its smallest, and the engine's own tests, which take longest to build.
 const JUDGES: [Judge; 5] = [
     simulator(
         "sequences",
@@ -88,13 +88,8 @@ const JUDGES: [Judge; 5] = [
     ),
     simulator(
         "cuts",
-        &["--part", "cuts", "--states", "5000", "--qemu", "0"],
+        &["--part", "cuts", "--states", "15000", "--qemu", "0"],
         120,
-    ),
-    simulator(
-        "errors",
-        &["--part", "errors", "--states", "5000", "--qemu", "0"],
-        80,
     ),
     Judge {
         name: "engine",
@@ -102,6 +97,11 @@ const JUDGES: [Judge; 5] = [
         run: Run::Tests,
         seconds: 120,
     },
+    simulator(
+        "errors",
+        &["--part", "errors", "--states", "5000", "--qemu", "0"],
+        80,
+    ),
 ];
 
 /// Judges of a file, in order.

@@ -176,10 +176,25 @@ fn was_there(old: &Report, now: &Violation) -> bool {
         }
         // Broken entries stay, and may be broken in more ways than before.
         (Violation::BadEntry { owner: a, .. }, Violation::BadEntry { owner: b, .. })
+        | (Violation::BadEntry { owner: a, .. }, Violation::Copied { owner: b, .. })
         | (Violation::BadTable { owner: a, .. }, Violation::BadTable { owner: b, .. }) => a == b,
         _ => before == now,
     };
+    if let Violation::RefcountTooLow { owners, .. } = now {
+        // Where only broken entries lead no cluster is known, so none is counted.
+        let is_broken = |owner| old.violations.iter().any(|before| is_broken(before, owner));
+        if owners.iter().all(is_broken) {
+            return true;
+        }
+    }
     old.violations.iter().any(same)
+}
+
+fn is_broken(violation: &Violation, by: &Owner) -> bool {
+    match violation {
+        Violation::BadEntry { owner, .. } | Violation::BadTable { owner, .. } => owner == by,
+        _ => false,
+    }
 }
 
 fn is_overlap(violation: &Violation) -> bool {

@@ -314,6 +314,26 @@ fn leaks_of_a_table_that_is_cut_off_are_not_freed() {
     assert_eq!(memory.image().refcount(table), 1);
 }
 
+/// Found by fuzzing. So are those of a refcount block whose entry is broken: whoever ignores the broken bits still counts in it.
+#[test]
+fn a_refcount_block_behind_a_broken_entry_is_no_leak() {
+    let mut image = small(9, 4);
+    let block = image.bytes.len() as u64;
+    image.bytes.resize(image.bytes.len() + 512, 0);
+    image.set_refcount(block / 512, 1);
+    let table = image.word(48);
+    image.poke(table + 8, block | 1);
+    let memory = Memory::new(&image.bytes);
+    let report = check(&memory, Repair::Leaks);
+    assert_eq!(memory.image().bytes, image.bytes, "{report:?}");
+    let told = |finding: &crate::check::Finding| finding.text.contains("no cluster is freed");
+    assert!(report.messages.iter().any(told), "{report:?}");
+    // With a new table nothing leads there any more.
+    let report = check(&memory, Repair::All);
+    assert!(report.is_clean(), "{report:?}");
+    assert_eq!(memory.image().refcount(block / 512), 0);
+}
+
 /// Found by fuzzing. What a repair does not mend is not called repaired because the file became longer.
 #[test]
 fn what_is_left_is_not_called_repaired() {
