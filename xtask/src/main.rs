@@ -2,10 +2,12 @@
 
 mod leftovers;
 mod licences;
+mod mutants;
 mod packages;
 mod parts;
 mod spdx;
 mod steps;
+mod survivors;
 mod tidy;
 
 use std::path::PathBuf;

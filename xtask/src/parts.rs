@@ -7,6 +7,7 @@ use std::path::Path;
 use std::process::Command;
 
 use crate::leftovers;
+use crate::mutants;
 use crate::packages;
 use crate::steps::Steps;
 
@@ -23,6 +24,8 @@ enum Means {
     Proofs(&'static [&'static str]),
     /// The fuzz targets, with their budget in CI.
     Fuzz(&'static [&'static str]),
+    /// Mutants of the code that must not be wrong: in soak only, a build for each takes too long for CI.
+    Mutants,
     /// A test of its own: cargo's arguments, the variable that says how much, how much in CI, and in soak.
     Test {
         arguments: &'static [&'static str],
@@ -112,6 +115,10 @@ const PARTS: &[Part] = &[
             small: "1000",
             long: "200000",
         },
+    },
+    Part {
+        name: "mutants",
+        means: Means::Mutants,
     },
 ];
 
@@ -281,6 +288,11 @@ impl Part {
                     libfuzzer(steps, half, &seed);
                 }
             },
+            Means::Mutants => {
+                if let Some((minutes, seed)) = long {
+                    mutants::run(steps, minutes, seed);
+                }
+            }
             Means::Test {
                 arguments,
                 variable,

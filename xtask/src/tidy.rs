@@ -3,6 +3,8 @@
 use std::path::Path;
 use std::process::Command;
 
+use crate::survivors;
+
 /// Longest source file: beyond it there is a second story.
 const MOST_LINES: usize = 1000;
 
@@ -32,6 +34,7 @@ pub(crate) fn check(root: &Path) -> Result<(), String> {
             source(name, &text, &mut faults);
         }
     }
+    survivors::check(root, &mut faults);
     if sources < 50 {
         faults.push(format!("only {sources} source files were seen"));
     }

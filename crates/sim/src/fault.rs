@@ -2,6 +2,8 @@
 
 use std::io;
 
+use crate::census::Touch;
+
 /// Numbers of the errors that the simulator gives, as on Linux.
 pub(crate) mod errno {
     pub(crate) const EINTR: i32 = 4;
@@ -32,7 +34,7 @@ pub enum Trigger {
 }
 
 /// What happens to it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Action {
     /// It fails with EIO. A change may have taken effect in any part. A failed fdatasync makes nothing durable, ever.
     Eio,
@@ -48,6 +50,19 @@ pub enum Action {
     ShortByHalf,
     /// A read or write that does nothing and reports 0.
     ShortToZero,
+}
+
+impl Action {
+    /// Whether it can happen to such an operation.
+    pub(crate) fn fits(self, class: OpClass) -> bool {
+        match self {
+            Self::Eio | Self::Eintr | Self::Eagain => true,
+            Self::Enospc => matches!(class, OpClass::Write | OpClass::Space),
+            Self::ShortBySector | Self::ShortByHalf | Self::ShortToZero => {
+                matches!(class, OpClass::Read | OpClass::Write)
+            }
+        }
+    }
 }
 
 /// All actions, for sweeps.
@@ -91,6 +106,8 @@ pub(crate) struct FaultPlan {
     pub(crate) injected: u64,
     /// How often it hit an fdatasync.
     pub(crate) injected_syncs: u64,
+    /// Every operation, where errors were ever planned.
+    pub(crate) touches: Option<Vec<Touch>>,
 }
 
 impl FaultPlan {
@@ -108,14 +125,7 @@ impl FaultPlan {
                 }
                 Trigger::Sync(k) => class == OpClass::Sync && k == sync,
             };
-            let fits = match fault.action {
-                Action::Eio | Action::Eintr | Action::Eagain => true,
-                Action::Enospc => matches!(class, OpClass::Write | OpClass::Space),
-                Action::ShortBySector | Action::ShortByHalf | Action::ShortToZero => {
-                    matches!(class, OpClass::Read | OpClass::Write)
-                }
-            };
-            now && fits
+            now && fault.action.fits(class)
         };
         let action = self.faults.iter().find(hit).map(|fault| fault.action);
         self.injected += u64::from(action.is_some());

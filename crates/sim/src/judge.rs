@@ -264,12 +264,28 @@ impl Scene {
         let behaviour = self.config.machine(rng);
         let world = self.world(files, behaviour, rng.next_u64());
         world.plan_faults(faults);
+        self.machine_in(&world, files, guest, model, driving, rng)
+    }
+
+    /// As [`machine`](Self::machine), in a world that holds these files.
+    ///
+    /// # Errors
+    /// What the engine says.
+    pub fn machine_in(
+        &self,
+        world: &SimWorld,
+        files: &[&[u8]],
+        guest: &[u8],
+        model: &Model,
+        driving: Driving,
+        rng: &mut Rng,
+    ) -> Result<Machine, String> {
         let model = model
             .adopt(guest)
             .map_err(|mismatch| mismatch.to_string())?;
         let layers = layers(files, &self.fixture.raw)?;
         Machine::open(
-            &world,
+            world,
             layers,
             self.config.options(),
             model,

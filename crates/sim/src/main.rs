@@ -150,6 +150,9 @@ fn sweep_part(part: Part, arguments: &Arguments) -> bool {
     };
     let tally = sweep::run(part, arguments.seed, arguments.config.as_ref(), &budget);
     println!("{tally}");
+    if !tally.census.is_empty() {
+        println!("  {}", tally.census);
+    }
     for violation in &tally.violations {
         println!("  VIOLATION: {violation}");
     }

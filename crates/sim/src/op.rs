@@ -5,8 +5,9 @@ use std::rc::Rc;
 
 use urus_engine::storage::{FileId, Memory, Op, OpKind, Slot};
 
+use crate::census::{Does, Touch};
 use crate::contents::{Change, Keep, SECTOR, index};
-use crate::fault::{Action, OpClass, errno, error};
+use crate::fault::{Action, errno, error};
 use crate::log::{Event, OpId};
 use crate::memory::SimMemory;
 use crate::storage::bytes_of;
@@ -58,19 +59,6 @@ pub(crate) struct Running {
 
 /// The bytes that a read's memory holds until it is read: whoever looks before the completion sees these.
 const JUNK: u8 = 0xd5;
-
-fn class_of(kind: &OpKind<SimMemory>) -> Option<OpClass> {
-    match kind {
-        OpKind::Read { .. } => Some(OpClass::Read),
-        OpKind::Write { .. } => Some(OpClass::Write),
-        OpKind::Punch { .. } => Some(OpClass::Punch),
-        OpKind::ZeroRange { .. } | OpKind::Allocate { .. } | OpKind::SetLen { .. } => {
-            Some(OpClass::Space)
-        }
-        OpKind::SyncData => Some(OpClass::Sync),
-        OpKind::Job(_) => None,
-    }
-}
 
 /// Number, offset and length, for the trace.
 fn outline(kind: &OpKind<SimMemory>) -> (u64, u64, u64) {
@@ -156,7 +144,16 @@ impl World {
             OpKind::Read { memory, .. } => memory.write(0, &vec![JUNK; memory.len()]),
             _ => {}
         }
-        let fault = class_of(&kind).and_then(|class| self.faults.next(class));
+        let does = Does::of(&kind);
+        let fault = does.and_then(|does| self.faults.next(does.class()));
+        if let (Some(does), Some(touches)) = (does, &mut self.faults.touches) {
+            touches.push(Touch {
+                does,
+                file,
+                offset,
+                action: fault,
+            });
+        }
         if let Some(change) = change_of(&kind, at_submission.as_ref()) {
             let sync = matches!(kind, OpKind::Write { sync: true, .. });
             self.record(Event::Submitted {

@@ -8,6 +8,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use urus_engine::storage::FileId;
 
+use crate::census::Census;
 use crate::checker;
 use crate::config::{Config, FIRST_VERSION};
 use crate::contents::{Change, Contents};
@@ -37,6 +38,8 @@ pub struct Outcome {
     pub qemu: u64,
     /// Errors that really hit.
     pub injected: u64,
+    /// What they hit, and what they did not.
+    pub census: Census,
     /// Storage operations and fdatasyncs of the first life.
     pub ops: u64,
     /// See there.
@@ -177,10 +180,15 @@ fn attempt(
     let mut driving = scene.driving(&mut rng);
     driving.errors = injection.is_some();
     let faults = injection.map(Injection::fault).into_iter().collect();
-    let opened = scene.machine(&files, &initial.guest, &model, driving, faults, &mut rng);
+    let world = scene.world(&files, config.machine(&mut rng), rng.next_u64());
+    world.plan_faults(faults);
+    let opened = scene.machine_in(&world, &files, &initial.guest, &model, driving, &mut rng);
     let machine = match opened {
         // The error came while it was opened, and was told.
-        Err(_) if injection.is_some() => return Ok(()),
+        Err(_) if injection.is_some() => {
+            outcome.census.add(world.census());
+            return Ok(());
+        }
         opened => opened?,
     };
     let workload = scene.workload(&mut rng);
@@ -252,7 +260,7 @@ impl Run<'_> {
         }
         machine.drain()?;
         if self.injection.is_some() {
-            self.recover(&mut machine, &mut workload, outcome)?;
+            self.recover(&mut machine, &mut workload)?;
         }
         self.end(machine, rng, outcome)
     }
@@ -268,16 +276,20 @@ impl Run<'_> {
         // Some devices are never closed.
         let mut closed = rng.chance(192);
         if closed {
-            let poisoned = machine.is_poisoned();
+            let (poisoned, injected) = (machine.is_poisoned(), world.injected());
             match machine.close() {
-                Err(error) if !poisoned => return Err(error),
+                Err(error) if !poisoned && world.injected() == injected => return Err(error),
                 Err(_) => closed = false,
-                Ok(()) if poisoned => return Err("closing hid that a sync has failed".to_owned()),
+                Ok(()) if poisoned || world.failed_syncs() > 0 => {
+                    return Err("closing hid that a sync has failed".to_owned());
+                }
                 Ok(()) => {}
             }
         }
         if self.depth == 1 {
             (outcome.ops, outcome.syncs) = (world.op_count(), world.sync_count());
+            outcome.census.add(world.census());
+            outcome.injected += world.injected();
         }
         outcome.trace ^= world.trace_hash().rotate_left(self.depth);
         if let Some(complaint) = world.complaints().first() {
@@ -305,15 +317,13 @@ impl Run<'_> {
     }
 
     /// The cause of the errors is gone: now everything works again, or it is poisoned and says so.
-    fn recover(
-        &self,
-        machine: &mut Machine,
-        workload: &mut Workload,
-        outcome: &mut Outcome,
-    ) -> Result<(), String> {
+    fn recover(&self, machine: &mut Machine, workload: &mut Workload) -> Result<(), String> {
         machine.settle()?;
+        if machine.world.injected() == 0 {
+            // It comes while the device is closed, if at all.
+            return Ok(());
+        }
         machine.world.plan_faults(Vec::new());
-        outcome.injected += machine.world.injected();
         if machine.world.failed_syncs() > 0 && !machine.is_poisoned() {
             return Err("a sync failed, and the device is not poisoned".to_owned());
         }

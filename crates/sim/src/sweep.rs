@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use urus_engine::planted::Bug;
 
+use crate::census::Census;
 use crate::config::{self, Config};
 use crate::contents::index;
 use crate::errors::{self, Injection};
@@ -78,6 +79,8 @@ pub struct Tally {
     pub qemu: u64,
     /// Errors that hit.
     pub injected: u64,
+    /// What they hit, and what they did not.
+    pub census: Census,
     /// The first violations, each with how to see it again.
     pub violations: Vec<String>,
     /// Clusters leaked in the worst state.
@@ -99,6 +102,7 @@ impl Tally {
             reopened: 0,
             qemu: 0,
             injected: 0,
+            census: Census::default(),
             violations: Vec::new(),
             largest_leak: 0,
             trace: TraceHash::default(),
@@ -113,6 +117,7 @@ impl Tally {
         self.reopened += outcome.reopened;
         self.qemu += outcome.qemu;
         self.injected += outcome.injected;
+        self.census.add(outcome.census);
         self.largest_leak = self.largest_leak.max(outcome.largest_leak);
         self.trace.add(outcome.trace);
         self.violations.extend(outcome.violation);
@@ -225,16 +230,22 @@ pub fn run(part: Part, seed: u64, only: Option<&Config>, budget: &Budget) -> Tal
     let configs = only.map_or_else(config::all, |config| vec![config.clone()]);
     let config = |number: u64| &configs[index(number % configs.len() as u64)];
     match part {
-        Part::Cuts => sweep("cuts", seed, budget, (50, u64::MAX), &|number| {
-            let (config, seed) = (config(number), seed_of(seed, number));
-            let effort = Effort {
-                qemu: budget.qemu,
-                ..Effort::QUICK
-            };
-            let mut outcome = runner::run(config, seed, &effort);
-            again(&mut outcome, "cuts", config, seed, "");
-            outcome
-        }),
+        Part::Cuts => sweep(
+            "cuts",
+            seed,
+            budget,
+            (cuts_at_once(budget), u64::MAX),
+            &|number| {
+                let (config, seed) = (config(number), seed_of(seed, number));
+                let effort = Effort {
+                    qemu: budget.qemu,
+                    ..Effort::QUICK
+                };
+                let mut outcome = runner::run(config, seed, &effort);
+                again(&mut outcome, "cuts", config, seed, "");
+                outcome
+            },
+        ),
         Part::Sequences => {
             let last = sequences::SEQUENCES * sequences::configs().len() as u64;
             sweep("sequences", seed, budget, (64, last), &|number| {
@@ -262,6 +273,11 @@ pub fn run(part: Part, seed: u64, only: Option<&Config>, budget: &Budget) -> Tal
     }
 }
 
+/// Workloads between two looks at the budget: each gives some 1,250 states.
+fn cuts_at_once(budget: &Budget) -> u64 {
+    (budget.states / 1_250).clamp(4, 50)
+}
+
 /// One workload with every error at every operation.
 fn every_error(config: &Config, seed: u64) -> Outcome {
     let effort = Effort::ERRORS;
@@ -281,6 +297,7 @@ fn every_error(config: &Config, seed: u64) -> Outcome {
         sum.states += outcome.states + 1;
         sum.reopened += outcome.reopened;
         sum.injected += outcome.injected;
+        sum.census.add(std::mem::take(&mut outcome.census));
         sum.largest_leak = sum.largest_leak.max(outcome.largest_leak);
         sum.trace = mix(sum.trace ^ outcome.trace);
         if outcome.violation.is_some() {

@@ -8,9 +8,11 @@
 use std::cell::{Ref, RefCell};
 use std::rc::Rc;
 
-use urus_engine::storage::{FileId, FileProperties};
+use urus_engine::storage::{FileId, FileProperties, IMAGE};
 use urus_engine::sync::{Arc, Ordering};
 
+use crate::census::Census;
+use crate::checker;
 use crate::contents::Contents;
 use crate::fault::{Fault, FaultPlan};
 use crate::log::{Event, Log, OpId};
@@ -382,7 +384,11 @@ impl SimWorld {
 
     /// From now on these errors are given. Replaces what was planned before; the counts go on.
     pub fn plan_faults(&self, faults: Vec<Fault>) {
-        self.0.borrow_mut().faults.faults = faults;
+        let plan = &mut self.0.borrow_mut().faults;
+        if !faults.is_empty() {
+            plan.touches.get_or_insert_default();
+        }
+        plan.faults = faults;
     }
 
     /// Limits how far a file can grow (ENOSPC beyond); to lift it again, give a larger limit.
@@ -406,6 +412,17 @@ impl SimWorld {
     #[must_use]
     pub fn injected(&self) -> u64 {
         self.0.borrow().faults.injected
+    }
+
+    /// What errors were planned for, and what they hit.
+    #[must_use]
+    pub fn census(&self) -> Census {
+        let mut census = Census::default();
+        if let Some(touches) = &self.0.borrow().faults.touches {
+            let owners = checker::check(self.contents(IMAGE).bytes()).owners;
+            census.take(touches, &owners);
+        }
+        census
     }
 
     /// The fdatasyncs that failed for good, EINTR and its like not counted.

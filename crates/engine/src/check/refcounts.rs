@@ -36,6 +36,11 @@ pub(super) struct RefcountTable {
 }
 
 impl RefcountTable {
+    /// Whether the table and all of its blocks are among the references.
+    pub(super) fn is_counted(&self) -> bool {
+        self.counted && self.blocks.iter().all(|block| block.counted)
+    }
+
     /// The entry for the clusters of the block with this index.
     pub(super) fn find(&self, index: u64) -> Option<&Block> {
         let at = self

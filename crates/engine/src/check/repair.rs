@@ -78,8 +78,14 @@ pub(super) async fn repair<I: CheckIo>(
             "no cluster is freed, because it may be one of those that can no longer be found".into()
         });
     }
-    // A refcount table that could not be counted holds clusters that look free. A new one comes first.
-    let lower = (leaks && walked.refcounts.counted || relocation.is_some()) && !walked.lost;
+    // A refcount table or block that could not be counted lies in clusters that look free. New ones come first.
+    let whole = walked.refcounts.is_counted();
+    if leaks && !walked.lost && !whole {
+        walked.report.note(|| {
+            "no cluster is freed, because it may be one of the broken refcount structures; a repair of everything makes new ones".into()
+        });
+    }
+    let lower = (leaks || relocation.is_some()) && whole && !walked.lost;
     let raise = all && (walked.too_low > 0 || relocation.is_some());
     let flags = all && (raise || lower || walked.report.corruptions > 0);
     if !(lower || raise || flags) {

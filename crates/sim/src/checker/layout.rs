@@ -77,7 +77,8 @@ pub(super) struct Layout<'a> {
     pub(super) incompatible: u64,
     pub(super) zstd: bool,
     pub(super) has_backing: bool,
-    /// Count, offset and bytes of the bitmap directory.
+    pub(super) autoclear: u64,
+    /// Count, offset and bytes of the bitmap directory, where the autoclear bit vouches for it.
     pub(super) bitmaps: Option<(u32, u64, u64)>,
 }
 
@@ -104,10 +105,12 @@ impl<'a> Layout<'a> {
         }
         let cluster = 1u64 << cluster_bits;
         let mut incompatible = 0;
+        let mut autoclear = 0;
         let mut refcount_order = 4;
         let mut header_length = 72;
         if version == 3 {
             incompatible = u64_at(image, 72);
+            autoclear = u64_at(image, 88);
             refcount_order = u32_at(image, 96);
             header_length = u64::from(u32_at(image, 100));
             if header_length < 104 || header_length % 8 != 0 || header_length > cluster {
@@ -160,6 +163,7 @@ impl<'a> Layout<'a> {
             snapshots_offset: u64_at(image, 64),
             refcount_order,
             incompatible,
+            autoclear,
             zstd: compression == 1,
             has_backing: backing_offset != 0 && backing_length != 0,
             bitmaps: None,
@@ -187,7 +191,8 @@ impl<'a> Layout<'a> {
                     "extension {kind:#x} at {at} is longer than its room"
                 ));
             }
-            if kind == 0x2385_2875 {
+            // Autoclear bit 0: whoever wrote last knew bitmaps. Without it the extension means nothing.
+            if kind == 0x2385_2875 && self.autoclear & 1 != 0 {
                 if len != 24 {
                     return header_error(format!("bitmaps extension of {len} bytes"));
                 }

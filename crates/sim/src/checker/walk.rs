@@ -318,6 +318,8 @@ impl Walk<'_> {
             Some("reserved bits")
         } else if !offset.is_multiple_of(self.layout.cluster()) {
             Some("misaligned")
+        } else if !external && offset >= self.layout.file_len() {
+            Some("data past the end of the file")
         } else if allocated & zero != 0 {
             Some("subclusters both allocated and zero")
         } else if offset == 0 && !external && (entry & COPIED != 0 || allocated != 0) {
@@ -360,6 +362,21 @@ impl Walk<'_> {
             let table = self.layout.u64_at(at);
             let table_bytes = u64::from(u32_at(image, at + 8)) * 8;
             let owner = Owner::BitmapTable(number);
+            let name = u64::from(u16_at(image, at + 18));
+            let extra = u64::from(u32_at(image, at + 20));
+            // Type 1, no unknown flags; granularity, name and table as QEMU takes them.
+            let [kind, granularity] = u16_at(image, at + 16).to_be_bytes();
+            if kind != 1
+                || u32_at(image, at + 12) >> 3 != 0
+                || !(9..=31).contains(&granularity)
+                || !(1..=1023).contains(&name)
+                || table_bytes == 0
+                || table == 0
+            {
+                self.report.add(Violation::Bitmaps(format!(
+                    "a field of entry {number} is out of its range"
+                )));
+            }
             if table_bytes != 0 && self.table_fits(owner, table, table_bytes) {
                 if table_bytes > budget {
                     self.report
@@ -368,16 +385,8 @@ impl Walk<'_> {
                 }
                 budget -= table_bytes;
                 self.refer(owner, table, table_bytes);
-                for i in 0..table_bytes / 8 {
-                    let entry = self.layout.u64_at(table + i * 8);
-                    let data = entry & OFFSET_MASK;
-                    if data != 0 {
-                        self.refer(Owner::Bitmap(number), data, self.layout.cluster());
-                    }
-                }
+                self.bitmap_table(number, table, table_bytes);
             }
-            let name = u64::from(u16_at(image, at + 18));
-            let extra = u64::from(u32_at(image, at + 20));
             at = (at + 24 + extra + name).next_multiple_of(8);
         }
         if at != end {
@@ -385,6 +394,26 @@ impl Walk<'_> {
                 "the directory has {bytes} bytes, its entries {}",
                 at - offset
             )));
+        }
+    }
+
+    fn bitmap_table(&mut self, number: u32, table: u64, bytes: u64) {
+        for i in 0..bytes / 8 {
+            let entry = self.layout.u64_at(table + i * 8);
+            let data = entry & OFFSET_MASK;
+            // Without an offset bit 0 says what all of its bits are.
+            let allowed = if data == 0 { 1 } else { OFFSET_MASK };
+            if entry & !allowed != 0
+                || !data.is_multiple_of(self.layout.cluster())
+                || data >= self.layout.file_len()
+            {
+                self.report.add(Violation::Bitmaps(format!(
+                    "bitmap {number}, table entry {i}: {entry:#018x}"
+                )));
+            }
+            if data != 0 {
+                self.refer(Owner::Bitmap(number), data, self.layout.cluster());
+            }
         }
     }
 

@@ -314,6 +314,26 @@ fn leaks_of_a_table_that_is_cut_off_are_not_freed() {
     assert_eq!(memory.image().refcount(table), 1);
 }
 
+/// Found by fuzzing. So are those of a refcount block whose entry is broken: whoever ignores the broken bits still counts in it.
+#[test]
+fn a_refcount_block_behind_a_broken_entry_is_no_leak() {
+    let mut image = small(9, 4);
+    let block = image.bytes.len() as u64;
+    image.bytes.resize(image.bytes.len() + 512, 0);
+    image.set_refcount(block / 512, 1);
+    let table = image.word(48);
+    image.poke(table + 8, block | 1);
+    let memory = Memory::new(&image.bytes);
+    let report = check(&memory, Repair::Leaks);
+    assert_eq!(memory.image().bytes, image.bytes, "{report:?}");
+    let told = |finding: &crate::check::Finding| finding.text.contains("no cluster is freed");
+    assert!(report.messages.iter().any(told), "{report:?}");
+    // With a new table nothing leads there any more.
+    let report = check(&memory, Repair::All);
+    assert!(report.is_clean(), "{report:?}");
+    assert_eq!(memory.image().refcount(block / 512), 0);
+}
+
 /// Found by fuzzing. What a repair does not mend is not called repaired because the file became longer.
 #[test]
 fn what_is_left_is_not_called_repaired() {
@@ -344,4 +364,25 @@ fn an_l2_table_used_twice_by_the_active_table() {
     let memory = Memory::new(&image.bytes);
     let report = check(&memory, Repair::All);
     assert!(report.corruptions >= 1 && !report.is_sound(), "{report:?}");
+}
+
+/// Found by fuzzing. An L2 table that is data too, by an entry of its own: what is written into such a table could be a guest's.
+/// So its flags stay, while the refcount rises that kept the cluster from nobody.
+#[test]
+fn a_table_that_is_data_too_is_counted_and_not_written() {
+    let mut image = small(9, 4);
+    let table = image.l2(1);
+    let cluster = table / 512;
+    image.poke(table + 9 * 8, table | COPIED);
+    let at = crate::to_usize(table);
+    let before = image.bytes[at..at + 512].to_vec();
+    assert_eq!(image.refcount(cluster), 1);
+    let memory = Memory::new(&image.bytes);
+    let report = check(&memory, Repair::All);
+    assert!(!report.is_sound(), "{report:?}");
+    let repaired = memory.image();
+    assert_eq!(repaired.bytes[at..at + 512], before);
+    assert_eq!(repaired.refcount(cluster), 2);
+    // The table of L1 entries is nobody else's: that flag follows.
+    assert_eq!(repaired.word(repaired.l1() + 8) & COPIED, 0);
 }
