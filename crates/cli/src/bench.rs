@@ -9,6 +9,7 @@ mod client;
 mod control;
 mod images;
 mod latency;
+mod places;
 mod progress;
 mod proposal;
 mod qemu;

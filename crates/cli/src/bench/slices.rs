@@ -13,6 +13,7 @@ use super::Mode;
 use super::client::{Client, Load, Seat, Target};
 use super::control::evict;
 use super::latency::{self, Percentiles};
+use super::places::{Area, Places};
 use super::report::{Pair, Slice};
 use crate::failure::Failure;
 
@@ -41,6 +42,15 @@ pub(super) struct Plan {
 impl Plan {
     pub(super) fn block_len(&self) -> usize {
         usize::try_from(self.block_bytes).expect("at most MAX_BLOCK_BYTES")
+    }
+
+    fn area(&self) -> Area {
+        Area {
+            block_bytes: self.block_bytes,
+            span: self.span,
+            is_random: self.mode.is_random(),
+            queues: self.queues,
+        }
     }
 }
 
@@ -297,7 +307,7 @@ impl Worker {
 
     /// Keeps as many requests in flight as there are slots, until the time is over.
     fn slice(&mut self, client: &mut impl Load, seed: u64) -> Result<Done, Failure> {
-        let mut places = Places::new(self.plan, self.number, seed);
+        let mut places = Places::new(self.plan.area(), self.number, seed);
         let writes = self.plan.mode.writes();
         let mut latencies = latency::empty();
         let (mut operations, mut is_over, mut failed) = (0, false, None);
@@ -341,13 +351,13 @@ impl Worker {
 
     /// Writes at random, as many at once as there are slots, with a flush after every [`FLUSH_EVERY`], until the time is over.
     fn write_and_flush(&mut self, client: &mut impl Load, seed: u64) -> Result<(), Failure> {
-        let plan = Plan {
-            mode: Mode::Randwrite,
-            ..self.plan
+        let area = Area {
+            is_random: true,
+            ..self.plan.area()
         };
-        let mut places = Places::new(plan, self.number, seed);
+        let mut places = Places::new(area, self.number, seed);
         let start = Instant::now();
-        while start.elapsed() < plan.slice {
+        while start.elapsed() < self.plan.slice {
             let mut left = FLUSH_EVERY;
             self.free.extend(0..self.started.len());
             loop {
@@ -369,93 +379,5 @@ impl Worker {
             client.flush()?;
         }
         Ok(())
-    }
-}
-
-/// Where requests go. The same for both slices of a pair.
-struct Places {
-    block_bytes: u64,
-    blocks: u64,
-    is_random: bool,
-    /// State of the random numbers, or the next block.
-    state: u64,
-}
-
-impl Places {
-    fn new(plan: Plan, number: u16, seed: u64) -> Self {
-        let blocks = plan.span / plan.block_bytes;
-        let mut places = Self {
-            block_bytes: plan.block_bytes,
-            blocks,
-            is_random: plan.mode.is_random(),
-            state: seed << 16 | u64::from(number),
-        };
-        if !places.is_random {
-            // Each queue in a part of its own, each pair from somewhere else.
-            let part = blocks / u64::from(plan.queues);
-            let start = places.draw() % part.max(1);
-            places.state = (part * u64::from(number) + start) % blocks;
-        }
-        places
-    }
-
-    fn next(&mut self) -> u64 {
-        let block = if self.is_random {
-            let draw = self.draw();
-            u64::try_from((u128::from(draw) * u128::from(self.blocks)) >> 64)
-                .expect("less than the number of blocks")
-        } else {
-            let block = self.state;
-            self.state = (block + 1) % self.blocks;
-            block
-        };
-        block * self.block_bytes
-    }
-
-    /// SplitMix64.
-    fn draw(&mut self) -> u64 {
-        self.state = self.state.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.state;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    //! Guards the comparison: both sides must be asked for the same places, all of them in the span.
-    use super::*;
-
-    fn plan(mode: Mode) -> Plan {
-        Plan {
-            block_bytes: 4096,
-            span: 4096 * 100,
-            depth: 1,
-            queues: 3,
-            mode,
-            slice: Duration::from_millis(1),
-            cold: false,
-            writer: false,
-        }
-    }
-
-    #[test]
-    fn places_lie_in_the_span_and_repeat() {
-        for mode in [Mode::Randread, Mode::Read] {
-            for number in 0..3 {
-                let draw = |seed| {
-                    let mut places = Places::new(plan(mode), number, seed);
-                    (0..1000).map(|_| places.next()).collect::<Vec<_>>()
-                };
-                assert_eq!(draw(5), draw(5));
-                assert_ne!(draw(5), draw(6));
-                assert!(draw(5).iter().all(|at| at % 4096 == 0 && *at < 4096 * 100));
-                let mut all = draw(5);
-                all.sort_unstable();
-                all.dedup();
-                assert_eq!(all.len(), 100, "every block has its turn");
-            }
-        }
     }
 }
