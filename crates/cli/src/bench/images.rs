@@ -18,6 +18,11 @@ const MARKER: &str = "made-by-urus-bench";
 /// What the name of a file ends with until it is complete.
 const PART: &str = ".part";
 
+const CLUSTER_BYTES: u64 = 64 << 10;
+
+/// What an image without content takes at most.
+const SMALL_BYTES: u64 = 1 << 20;
+
 /// Bytes written at once.
 const STEP_BYTES: usize = 1 << 20;
 
@@ -90,18 +95,22 @@ impl Images {
     pub(super) fn get(&self, kind: Kind) -> Result<PathBuf, Missing> {
         let name = format!("{}-{}.qcow2", kind.name(), self.size);
         match kind {
-            Kind::Qcow2 => self.made(&name, |path| self.fill_qcow2(path)),
+            Kind::Qcow2 => self.made(&name, self.size, |path| self.fill_qcow2(path)),
             Kind::Zlib | Kind::Zstd => {
                 let raw = self.raw()?;
-                self.made(&name, |path| compress(&raw, path, kind.name()))
+                self.made(&name, self.size, |path| compress(&raw, path, kind.name()))
             }
             Kind::BackingQcow2 => {
                 let backing = self.get(Kind::Qcow2)?;
-                self.made(&name, |path| overlay(&backing, Format::Qcow2, path))
+                self.made(&name, SMALL_BYTES, |path| {
+                    overlay(&backing, Format::Qcow2, path)
+                })
             }
             Kind::BackingRaw => {
                 let backing = self.raw()?;
-                self.made(&name, |path| overlay(&backing, Format::Raw, path))
+                self.made(&name, SMALL_BYTES, |path| {
+                    overlay(&backing, Format::Raw, path)
+                })
             }
         }
     }
@@ -113,7 +122,7 @@ impl Images {
         if listed(&self.dir)?.contains(&name) {
             remove(&self.dir.join(&name))?;
         }
-        self.made(&name, |path| match &backing {
+        self.made(&name, SMALL_BYTES, |path| match &backing {
             Some(backing) => overlay(backing, Format::Qcow2, path),
             None => {
                 urus::create(path, CreateOptions::new().size(self.size)).map_err(Failure::from)?;
@@ -127,7 +136,7 @@ impl Images {
         let name = |layer| format!("chain{layer}of{layers}-{}.qcow2", self.size);
         let mut below = self.get(Kind::Qcow2)?;
         for layer in 1..layers {
-            below = self.made(&name(layer), |path| {
+            below = self.made(&name(layer), self.size / layers, |path| {
                 overlay(&below, Format::Qcow2, path)?;
                 Ok(self.fill_share(path, layer, layers)?)
             })?;
@@ -137,7 +146,6 @@ impl Images {
 
     /// Every `layers`th cluster, from the one with the layer's number on.
     fn fill_share(&self, path: &Path, layer: u64, layers: u64) -> Result<(), Failure> {
-        const CLUSTER_BYTES: u64 = 64 << 10;
         let image = urus::OpenOptions::new().open(path)?;
         let mut io = image.blocking()?;
         let bytes = vec![b'c'; usize::try_from(CLUSTER_BYTES).expect("fits")];
@@ -153,36 +161,42 @@ impl Images {
     pub(super) fn written_over(&self) -> Result<[PathBuf; 2], Missing> {
         let name = |suffix| format!("overwritten-{}.{suffix}", self.size);
         Ok([
-            self.made(&name("qcow2"), |path| self.fill_qcow2(path))?,
-            self.made(&name("raw"), |path| Ok(self.fill_raw(path)?))?,
+            self.made(&name("qcow2"), self.size, |path| self.fill_qcow2(path))?,
+            self.made(&name("raw"), self.size, |path| Ok(self.fill_raw(path)?))?,
         ])
     }
 
     /// An image without any cluster, of any size.
     pub(super) fn empty(&self, size: u64) -> Result<PathBuf, Missing> {
-        self.made(&format!("empty-{size}.qcow2"), |path| {
+        self.made(&format!("empty-{size}.qcow2"), SMALL_BYTES, |path| {
             Ok(urus::create(path, CreateOptions::new().size(size)).map_err(Failure::from)?)
         })
     }
 
     /// An image with a mapping for each cluster, all of them zeroes.
     pub(super) fn zeroed(&self) -> Result<PathBuf, Missing> {
-        self.made(&format!("zeroed-{}.qcow2", self.size), |path| {
-            let zero = || -> Result<(), Failure> {
-                urus::create(path, CreateOptions::new().size(self.size))?;
-                let image = urus::OpenOptions::new().open(path)?;
-                let mut io = image.blocking()?;
-                io.write_zeroes(0, self.size, false)?;
-                drop(io);
-                Ok(image.close()?)
-            };
-            Ok(zero()?)
-        })
+        self.made(
+            &format!("zeroed-{}.qcow2", self.size),
+            SMALL_BYTES,
+            |path| {
+                let zero = || -> Result<(), Failure> {
+                    urus::create(path, CreateOptions::new().size(self.size))?;
+                    let image = urus::OpenOptions::new().open(path)?;
+                    let mut io = image.blocking()?;
+                    io.write_zeroes(0, self.size, false)?;
+                    drop(io);
+                    Ok(image.close()?)
+                };
+                Ok(zero()?)
+            },
+        )
     }
 
     /// An image of any size with all its metadata, and holes for data.
     pub(super) fn metadata_only(&self, size: u64) -> Result<PathBuf, Missing> {
-        self.made(&format!("metadata-{size}.qcow2"), |path| {
+        // 8 bytes for each cluster, and 2 of a refcount.
+        let bytes = size / CLUSTER_BYTES * 10;
+        self.made(&format!("metadata-{size}.qcow2"), bytes, |path| {
             let mut command = Command::new("qemu-img");
             command
                 .args([
@@ -206,7 +220,7 @@ impl Images {
 
     /// The raw file of the suite's content.
     pub(super) fn raw(&self) -> Result<PathBuf, Missing> {
-        self.made(&format!("raw-{}.raw", self.size), |path| {
+        self.made(&format!("raw-{}.raw", self.size), self.size, |path| {
             Ok(self.fill_raw(path)?)
         })
     }
@@ -264,10 +278,11 @@ impl Images {
         Ok(())
     }
 
-    /// Makes the file under another name and renames it when it is complete, unless it is there.
+    /// Makes the file of up to so many bytes under another name and renames it when it is complete, unless it is there.
     fn made(
         &self,
         name: &str,
+        bytes: u64,
         make: impl FnOnce(&Path) -> Result<(), Missing>,
     ) -> Result<PathBuf, Missing> {
         let path = self.dir.join(name);
@@ -284,6 +299,7 @@ impl Images {
             ))
             .into());
         }
+        check_space(&self.dir, name, bytes)?;
         if !is_ours {
             // Before the file: whatever happens, --clean finds it.
             self.list(name)?;
@@ -329,6 +345,18 @@ fn run_qemu_img(mut command: Command, path: &Path) -> Result<(), Missing> {
         Err(error) => Err(Missing::Program(format!(
             "qemu-img, which makes the image, cannot be run: {error}"
         ))),
+    }
+}
+
+/// A benchmark must not fill the disk of others: an eighth more than the file takes has to be free.
+fn check_space(dir: &Path, name: &str, bytes: u64) -> Result<(), Failure> {
+    let needed = bytes.saturating_add(bytes / 8);
+    match super::control::free_bytes(dir) {
+        Some(free) if free < needed => Err(Failure::new(format!(
+            "{name} takes up to {bytes} bytes, and {} has {free} bytes free; --size makes it smaller, --dir puts it elsewhere",
+            dir.display()
+        ))),
+        _ => Ok(()),
     }
 }
 
