@@ -3,13 +3,19 @@
 //!
 //! Only ratios are worth anything: absolute figures drift by tens of percent on one machine, and both sides of a pair drift together.
 
+mod bars;
 mod chart;
+mod client;
 mod control;
 mod images;
 mod latency;
+mod places;
+mod progress;
 mod proposal;
+mod qemu;
 mod report;
 mod slices;
+mod spread;
 mod suite_report;
 mod writes;
 
@@ -25,6 +31,7 @@ use crate::failure::{Failure, Outcome};
 use crate::output::{print, print_json};
 use crate::signals::Stop;
 use crate::size::Size;
+use client::Target;
 use report::{Pair, Report};
 use slices::{Side, Slices};
 
@@ -72,7 +79,7 @@ pub(crate) struct Args {
           value_parser = clap::value_parser!(u16).range(1..=64))]
     queues: u16,
 
-    /// Time for all slices together; of each test of a suite [default: 15, and 3 for a suite]
+    /// Time for all slices together; of each test of a suite [default: 15; 3 for the proposal, 6 for the bars]
     #[arg(long, value_name = "N", value_parser = seconds)]
     seconds: Option<f64>,
 
@@ -120,16 +127,11 @@ pub(crate) struct SuiteArgs {
     #[arg(long, value_name = "DIR", default_value = "urus-bench-images")]
     dir: PathBuf,
 
-    /// Bytes of the suite's virtual disks
-    #[arg(
-        long,
-        value_name = "SIZE",
-        default_value = "1G",
-        allow_negative_numbers = true
-    )]
-    size: Size,
+    /// Bytes of the suite's virtual disks [default: 1G, and 4G for the bars]
+    #[arg(long, value_name = "SIZE", allow_negative_numbers = true)]
+    size: Option<Size>,
 
-    /// Only these tests of the suite, by name
+    /// Only these tests of the suite, by name; of the bars also by number (P3)
     #[arg(long, value_name = "TEST", value_delimiter = ',', requires = "suite")]
     only: Vec<String>,
 
@@ -142,6 +144,12 @@ pub(crate) struct SuiteArgs {
     clean: bool,
 }
 
+impl SuiteArgs {
+    fn size(&self, default: u64) -> u64 {
+        self.size.map_or(default, |size| size.0)
+    }
+}
+
 /// Named sets of measurements.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Suite {
@@ -149,6 +157,8 @@ pub(crate) enum Suite {
     Proposal,
     /// Writes to new clusters and copy-on-write, through the page cache and past it: urus against qemu-img bench
     Writes,
+    /// The bars P1 to P16 that urus is built to: against raw files and against QEMU's programs, where they are installed
+    Bars,
 }
 
 /// What the requests do.
@@ -196,6 +206,7 @@ pub(crate) fn run(args: Args) -> Outcome {
     let suite = args.suite.map(|suite| match suite {
         Suite::Proposal => proposal::run(&args, &mut stop),
         Suite::Writes => writes::run(&args, &mut stop),
+        Suite::Bars => bars::run(&args, &mut stop),
     });
     let outcome = match (suite, &args.image) {
         (Some(outcome), _) => outcome,
@@ -247,8 +258,10 @@ fn one_image(args: &Args, path: &Path, stop: &mut Stop) -> Outcome {
         mode: args.mode,
         slice: slice_time(args, 15.0),
         cold: false,
+        writer: false,
     };
-    let Some(pairs) = measure(plan, args.pairs, [&image, &raw], stop, || ())? else {
+    let targets = [Target::Device(&image), Target::Device(&raw)];
+    let Some(pairs) = measure(plan, args.pairs, targets, stop, || ())? else {
         return interrupted(&image);
     };
     let report = Report::new(args, &image, span, data_bytes, &pairs);
@@ -267,7 +280,12 @@ const INTERRUPTED: u8 = 130;
 
 fn interrupted(image: &Device) -> Outcome {
     image.close()?;
-    Err(Failure::new("interrupted").with_code(INTERRUPTED))
+    Err(interruption())
+}
+
+/// What a signal makes of a run.
+fn interruption() -> Failure {
+    Failure::new("interrupted").with_code(INTERRUPTED)
 }
 
 /// What both sides have in common.
@@ -318,11 +336,11 @@ fn slice_time(args: &Args, default: f64) -> Duration {
 fn measure(
     plan: slices::Plan,
     count: u16,
-    [subject, control]: [&Device; 2],
+    targets: [Target<'_>; 2],
     stop: &mut Stop,
     step: impl Fn(),
 ) -> Result<Option<Vec<Pair>>, Failure> {
-    Slices::with(plan, subject, control, |slices| {
+    Slices::with(plan, &targets, |slices| {
         // One that does not count: rings, threads, processor clocks.
         slices.pair(0, Side::Control)?;
         let mut pairs = Vec::new();
@@ -330,13 +348,7 @@ fn measure(
             if stop.has_come() {
                 return Ok(None);
             }
-            // Who is first takes turns, so that what drifts does not favour one.
-            let first = if number % 2 == 0 {
-                Side::Control
-            } else {
-                Side::Subject
-            };
-            pairs.push(slices.pair(number.into(), first)?);
+            pairs.push(slices.pair(number.into(), Side::first(number))?);
             step();
         }
         Ok(Some(pairs))

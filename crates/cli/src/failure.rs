@@ -37,6 +37,14 @@ impl Failure {
         ExitCode::from(self.code)
     }
 
+    pub(crate) fn has_code(&self, code: u8) -> bool {
+        self.code == code
+    }
+
+    pub(crate) fn text(&self) -> &str {
+        &self.text
+    }
+
     pub(crate) fn print(&self, image: &Path) {
         crate::output::complain(&self.line(image));
     }

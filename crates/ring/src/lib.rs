@@ -4,6 +4,7 @@
 //! * [`files`]: the open files of a device, and what they can do; [`locks`]: image locks, as QEMU takes them.
 //! * [`Driver`]: io_uring (Linux 5.13 or later) or blocking system calls behind one
 //!   [`Storage`](urus_engine::storage::Storage) implementation.
+//! * [`RawFile`]: one file without engine or driver, for measurements to compare with.
 //!
 //! # Kernels
 //! The ring needs features up to Linux 5.13 (extended wait arguments, native workers, multishot poll), checked at
@@ -22,6 +23,7 @@ pub mod locks;
 pub mod memory;
 mod offload;
 mod probe;
+mod raw;
 mod uring;
 
 pub use driver::{DEPTH_MAX, Driver, DriverKind};
@@ -30,3 +32,4 @@ pub use locks::{LockError, LockMode};
 #[cfg(feature = "vm-memory")]
 pub use memory::OutsideGuestMemory;
 pub use memory::{BUFFER_ALIGNMENT, Buffer, MemoryRegion, RingMemory};
+pub use raw::{RawDirection, RawFile, RawMethod};

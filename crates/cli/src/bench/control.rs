@@ -94,6 +94,20 @@ pub(super) fn warm(device: &Device, span: u64) -> Result<(), Failure> {
     Ok(())
 }
 
+/// Makes the engine load the whole mapping of the span, and little else.
+pub(super) fn map(device: &Device, span: u64) -> Result<(), Failure> {
+    /// A loaded part of a mapping covers this much at least, with clusters of 64 KiB.
+    const STEP_BYTES: u64 = 16 << 20;
+    let mut io = device.blocking()?;
+    let mut block = [0; 4096];
+    let mut at = 0;
+    while at + 4096 <= span {
+        io.read_at(&mut block, at)?;
+        at += STEP_BYTES;
+    }
+    Ok(())
+}
+
 /// Bytes before `end` that are stored as data, in whichever layer.
 fn stored(extents: &[Extent], end: u64) -> u64 {
     extents
@@ -104,15 +118,17 @@ fn stored(extents: &[Extent], end: u64) -> u64 {
 }
 
 fn check_space(dir: &Path, span: u64) -> Result<(), Failure> {
-    let Ok(status) = rustix::fs::statvfs(dir) else {
-        return Ok(());
-    };
-    let free = status.f_bavail.saturating_mul(status.f_frsize);
-    if free < span {
-        return Err(Failure::new(format!(
+    match free_bytes(dir) {
+        Some(free) if free < span => Err(Failure::new(format!(
             "a raw file of {span} bytes is needed beside the image, and {} has {free} bytes free; --span SIZE measures a part",
             dir.display()
-        )));
+        ))),
+        _ => Ok(()),
     }
-    Ok(())
+}
+
+/// What the directory's file system has left for us, where it says so.
+pub(super) fn free_bytes(dir: &Path) -> Option<u64> {
+    let status = rustix::fs::statvfs(dir).ok()?;
+    Some(status.f_bavail.saturating_mul(status.f_frsize))
 }

@@ -18,6 +18,11 @@ const MARKER: &str = "made-by-urus-bench";
 /// What the name of a file ends with until it is complete.
 const PART: &str = ".part";
 
+const CLUSTER_BYTES: u64 = 64 << 10;
+
+/// What an image without content takes at most.
+const SMALL_BYTES: u64 = 1 << 20;
+
 /// Bytes written at once.
 const STEP_BYTES: usize = 1 << 20;
 
@@ -51,7 +56,7 @@ impl Kind {
     }
 }
 
-/// Why there is no image.
+/// Why there is no image, or no measurement.
 #[derive(Debug)]
 pub(super) enum Missing {
     /// It takes a program that is not there.
@@ -62,6 +67,12 @@ pub(super) enum Missing {
 impl From<Failure> for Missing {
     fn from(failure: Failure) -> Self {
         Self::Failed(failure)
+    }
+}
+
+impl From<urus::Error> for Missing {
+    fn from(error: urus::Error) -> Self {
+        Self::Failed(error.into())
     }
 }
 
@@ -84,18 +95,22 @@ impl Images {
     pub(super) fn get(&self, kind: Kind) -> Result<PathBuf, Missing> {
         let name = format!("{}-{}.qcow2", kind.name(), self.size);
         match kind {
-            Kind::Qcow2 => self.made(&name, |path| self.fill_qcow2(path)),
+            Kind::Qcow2 => self.made(&name, self.size, |path| self.fill_qcow2(path)),
             Kind::Zlib | Kind::Zstd => {
                 let raw = self.raw()?;
-                self.made(&name, |path| compress(&raw, path, kind.name()))
+                self.made(&name, self.size, |path| compress(&raw, path, kind.name()))
             }
             Kind::BackingQcow2 => {
                 let backing = self.get(Kind::Qcow2)?;
-                self.made(&name, |path| overlay(&backing, Format::Qcow2, path))
+                self.made(&name, SMALL_BYTES, |path| {
+                    overlay(&backing, Format::Qcow2, path)
+                })
             }
             Kind::BackingRaw => {
                 let backing = self.raw()?;
-                self.made(&name, |path| overlay(&backing, Format::Raw, path))
+                self.made(&name, SMALL_BYTES, |path| {
+                    overlay(&backing, Format::Raw, path)
+                })
             }
         }
     }
@@ -107,7 +122,7 @@ impl Images {
         if listed(&self.dir)?.contains(&name) {
             remove(&self.dir.join(&name))?;
         }
-        self.made(&name, |path| match &backing {
+        self.made(&name, SMALL_BYTES, |path| match &backing {
             Some(backing) => overlay(backing, Format::Qcow2, path),
             None => {
                 urus::create(path, CreateOptions::new().size(self.size)).map_err(Failure::from)?;
@@ -116,17 +131,108 @@ impl Images {
         })
     }
 
-    fn raw(&self) -> Result<PathBuf, Missing> {
-        self.made(&format!("raw-{}.raw", self.size), |path| {
-            let file = File::create(path).map_err(|error| failed("create", path, &error))?;
-            self.fill(|bytes, at| {
-                file.write_all_at(bytes, at)
-                    .map_err(|error| failed("write", path, &error))
+    /// An image of `layers` layers, over each other, each with its share of the content.
+    pub(super) fn chain(&self, layers: u64) -> Result<PathBuf, Missing> {
+        let name = |layer| format!("chain{layer}of{layers}-{}.qcow2", self.size);
+        let mut below = self.get(Kind::Qcow2)?;
+        for layer in 1..layers {
+            below = self.made(&name(layer), self.size / layers, |path| {
+                overlay(&below, Format::Qcow2, path)?;
+                Ok(self.fill_share(path, layer, layers)?)
             })?;
-            file.sync_all()
-                .map_err(|error| failed("sync", path, &error))?;
-            Ok(())
+        }
+        Ok(below)
+    }
+
+    /// Every `layers`th cluster, from the one with the layer's number on.
+    fn fill_share(&self, path: &Path, layer: u64, layers: u64) -> Result<(), Failure> {
+        let image = urus::OpenOptions::new().open(path)?;
+        let mut io = image.blocking()?;
+        let bytes = vec![b'c'; usize::try_from(CLUSTER_BYTES).expect("fits")];
+        let clusters = self.size / CLUSTER_BYTES;
+        for cluster in (layer..clusters).step_by(usize::try_from(layers).unwrap_or(usize::MAX)) {
+            io.write_at(&bytes, cluster * CLUSTER_BYTES)?;
+        }
+        drop(io);
+        Ok(image.close()?)
+    }
+
+    /// Images that tests may write over: qcow2 and raw, of the same content.
+    pub(super) fn written_over(&self) -> Result<[PathBuf; 2], Missing> {
+        let name = |suffix| format!("overwritten-{}.{suffix}", self.size);
+        Ok([
+            self.made(&name("qcow2"), self.size, |path| self.fill_qcow2(path))?,
+            self.made(&name("raw"), self.size, |path| Ok(self.fill_raw(path)?))?,
+        ])
+    }
+
+    /// An image without any cluster, of any size.
+    pub(super) fn empty(&self, size: u64) -> Result<PathBuf, Missing> {
+        self.made(&format!("empty-{size}.qcow2"), SMALL_BYTES, |path| {
+            Ok(urus::create(path, CreateOptions::new().size(size)).map_err(Failure::from)?)
         })
+    }
+
+    /// An image with a mapping for each cluster, all of them zeroes.
+    pub(super) fn zeroed(&self) -> Result<PathBuf, Missing> {
+        self.made(
+            &format!("zeroed-{}.qcow2", self.size),
+            SMALL_BYTES,
+            |path| {
+                let zero = || -> Result<(), Failure> {
+                    urus::create(path, CreateOptions::new().size(self.size))?;
+                    let image = urus::OpenOptions::new().open(path)?;
+                    let mut io = image.blocking()?;
+                    io.write_zeroes(0, self.size, false)?;
+                    drop(io);
+                    Ok(image.close()?)
+                };
+                Ok(zero()?)
+            },
+        )
+    }
+
+    /// An image of any size with all its metadata, and holes for data.
+    pub(super) fn metadata_only(&self, size: u64) -> Result<PathBuf, Missing> {
+        // 8 bytes for each cluster, and 2 of a refcount.
+        let bytes = size / CLUSTER_BYTES * 10;
+        self.made(&format!("metadata-{size}.qcow2"), bytes, |path| {
+            let mut command = Command::new("qemu-img");
+            command
+                .args([
+                    "create",
+                    "-q",
+                    "-f",
+                    "qcow2",
+                    "-o",
+                    "preallocation=metadata",
+                ])
+                .arg(path)
+                .arg(size.to_string());
+            run_qemu_img(command, path)
+        })
+    }
+
+    /// The directory, for files without names.
+    pub(super) fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// The raw file of the suite's content.
+    pub(super) fn raw(&self) -> Result<PathBuf, Missing> {
+        self.made(&format!("raw-{}.raw", self.size), self.size, |path| {
+            Ok(self.fill_raw(path)?)
+        })
+    }
+
+    fn fill_raw(&self, path: &Path) -> Result<(), Failure> {
+        let file = File::create(path).map_err(|error| failed("create", path, &error))?;
+        self.fill(|bytes, at| {
+            file.write_all_at(bytes, at)
+                .map_err(|error| failed("write", path, &error))
+        })?;
+        file.sync_all()
+            .map_err(|error| failed("sync", path, &error))
     }
 
     fn fill_qcow2(&self, path: &Path) -> Result<(), Missing> {
@@ -172,10 +278,11 @@ impl Images {
         Ok(())
     }
 
-    /// Makes the file under another name and renames it when it is complete, unless it is there.
+    /// Makes the file of up to so many bytes under another name and renames it when it is complete, unless it is there.
     fn made(
         &self,
         name: &str,
+        bytes: u64,
         make: impl FnOnce(&Path) -> Result<(), Missing>,
     ) -> Result<PathBuf, Missing> {
         let path = self.dir.join(name);
@@ -192,6 +299,7 @@ impl Images {
             ))
             .into());
         }
+        check_space(&self.dir, name, bytes)?;
         if !is_ours {
             // Before the file: whatever happens, --clean finds it.
             self.list(name)?;
@@ -217,13 +325,16 @@ impl Images {
 }
 
 fn compress(raw: &Path, path: &Path, compression: &str) -> Result<(), Missing> {
-    let output = Command::new("qemu-img")
+    let mut command = Command::new("qemu-img");
+    command
         .args(["convert", "-q", "-f", "raw", "-O", "qcow2", "-c", "-o"])
         .arg(format!("compression_type={compression}"))
-        .args([raw, path])
-        .stdin(Stdio::null())
-        .output();
-    match output {
+        .args([raw, path]);
+    run_qemu_img(command, path)
+}
+
+fn run_qemu_img(mut command: Command, path: &Path) -> Result<(), Missing> {
+    match command.stdin(Stdio::null()).output() {
         Ok(output) if output.status.success() => Ok(()),
         Ok(output) => Err(Failure::new(format!(
             "qemu-img could not make {}: {}",
@@ -232,8 +343,20 @@ fn compress(raw: &Path, path: &Path, compression: &str) -> Result<(), Missing> {
         ))
         .into()),
         Err(error) => Err(Missing::Program(format!(
-            "qemu-img, which makes the compressed image, cannot be run: {error}"
+            "qemu-img, which makes the image, cannot be run: {error}"
         ))),
+    }
+}
+
+/// A benchmark must not fill the disk of others: an eighth more than the file takes has to be free.
+fn check_space(dir: &Path, name: &str, bytes: u64) -> Result<(), Failure> {
+    let needed = bytes.saturating_add(bytes / 8);
+    match super::control::free_bytes(dir) {
+        Some(free) if free < needed => Err(Failure::new(format!(
+            "{name} takes up to {bytes} bytes, and {} has {free} bytes free; --size makes it smaller, --dir puts it elsewhere",
+            dir.display()
+        ))),
+        _ => Ok(()),
     }
 }
 

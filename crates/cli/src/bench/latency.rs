@@ -6,7 +6,7 @@ use std::time::Duration;
 use hdrhistogram::Histogram;
 use serde::Serialize;
 
-use super::report::Spread;
+use super::spread::Spread;
 
 /// Longer is counted as this long.
 const LONGEST_NANOSECONDS: u64 = 60_000_000_000;

@@ -1,17 +1,18 @@
 //! The thirty tests of the proposal that this project began from: io_uring against plain system calls, on images with content.
 
-use std::io::IsTerminal;
 use std::path::Path;
 use std::process::ExitCode;
 
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use indicatif::ProgressBar;
 use urus::{Device, IoDriver, OpenOptions};
 
+use super::client::Target;
 use super::images::{Images, Kind, Missing};
+use super::progress::progress;
 use super::report::Pair;
 use super::slices::Plan;
 use super::suite_report::{LeftOut, Row, SuiteReport};
-use super::{Args, INTERRUPTED, Mode, chart, check_names, control, measure, slice_time};
+use super::{Args, Mode, chart, check_names, control, interruption, measure, slice_time};
 use crate::failure::{Failure, Outcome};
 use crate::output::{print, print_json};
 use crate::signals::Stop;
@@ -101,12 +102,14 @@ fn chosen(only: &[String]) -> Result<Vec<Test>, Failure> {
 pub(super) fn run(args: &Args, stop: &mut Stop) -> Outcome {
     let suite = &args.suite_args;
     let tests = chosen(&suite.only)?;
-    if suite.size.0 < 1 << 20 {
+    let size = suite.size(1 << 30);
+    if size < 1 << 20 {
         return Err(Failure::usage("--size: a MiB is the least"));
     }
-    let images = Images::in_dir(&suite.dir, suite.size.0)?;
-    let bar = progress(tests.len(), args.pairs);
-    let mut report = SuiteReport::new(args);
+    let images = Images::in_dir(&suite.dir, size)?;
+    let total = u64::try_from(tests.len()).unwrap_or(u64::MAX);
+    let bar = progress(total.saturating_mul(args.pairs.into()));
+    let mut report = SuiteReport::new(args, size);
     for test in tests {
         bar.set_message(test.name());
         let pairs = match images.get(test.kind) {
@@ -123,13 +126,17 @@ pub(super) fn run(args: &Args, stop: &mut Stop) -> Outcome {
         };
         let Some(pairs) = pairs else {
             bar.finish_and_clear();
-            return Err(Failure::new("interrupted").with_code(INTERRUPTED));
+            return Err(interruption());
         };
         report.rows.push(Row::new(test.name(), &pairs));
     }
     bar.finish_and_clear();
     if let Some(dir) = &suite.svg {
-        chart::draw(dir, &report)?;
+        chart::draw(
+            dir,
+            "Operations per second, io_uring / plain system calls",
+            &report.bars(),
+        )?;
     }
     if args.json {
         print_json(&report);
@@ -158,12 +165,14 @@ fn one(
         mode: test.access.mode(),
         slice: slice_time(args, 3.0),
         cold: test.access != Access::ReadWarm,
+        writer: false,
     };
     if !plan.cold {
         control::warm(&io_uring, plan.span)?;
         control::warm(&blocking, plan.span)?;
     }
-    let pairs = measure(plan, args.pairs, [&io_uring, &blocking], stop, || {
+    let targets = [Target::Device(&io_uring), Target::Device(&blocking)];
+    let pairs = measure(plan, args.pairs, targets, stop, || {
         bar.inc(1);
     })?;
     io_uring.close()?;
@@ -178,19 +187,6 @@ fn open(args: &Args, path: &Path, io: IoDriver) -> Result<Device, Failure> {
         options.l2_cache_bytes(size.0);
     }
     Ok(options.open(path)?)
-}
-
-/// Drawn on a terminal only.
-fn progress(tests: usize, pairs: u16) -> ProgressBar {
-    let total = u64::try_from(tests).unwrap_or(u64::MAX) * u64::from(pairs);
-    let target = if std::io::stderr().is_terminal() {
-        ProgressDrawTarget::stderr()
-    } else {
-        ProgressDrawTarget::hidden()
-    };
-    let style = ProgressStyle::with_template("{bar:40} {percent:>3} %  {eta} left  {msg}")
-        .expect("a template that is right");
-    ProgressBar::with_draw_target(Some(total), target).with_style(style)
 }
 
 #[cfg(test)]

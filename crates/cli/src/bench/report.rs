@@ -7,6 +7,7 @@ use urus::Device;
 
 use super::Args;
 use super::latency::Percentiles;
+use super::spread::Spread;
 use crate::common::CacheArg;
 use crate::size::human;
 
@@ -31,57 +32,6 @@ impl Slice {
 pub(super) struct Pair {
     pub(super) subject: Slice,
     pub(super) control: Slice,
-}
-
-/// A median with what surrounds it.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
-pub(super) struct Spread {
-    pub(super) median: f64,
-    pub(super) min: f64,
-    pub(super) max: f64,
-    /// The 95 % interval of the median, from order statistics; the whole range for fewer than six values.
-    pub(super) low: f64,
-    pub(super) high: f64,
-}
-
-impl Spread {
-    pub(super) fn of(values: impl Iterator<Item = f64>) -> Self {
-        let mut values: Vec<f64> = values.collect();
-        values.sort_unstable_by(f64::total_cmp);
-        let count = values.len();
-        let (min, max) = (values[0], values[count - 1]);
-        let middle = count / 2;
-        let median = if count % 2 == 1 {
-            values[middle]
-        } else {
-            f64::midpoint(values[middle - 1], values[middle])
-        };
-        let rank = interval_rank(count);
-        Self {
-            median,
-            min,
-            max,
-            low: values[rank],
-            high: values[count - 1 - rank],
-        }
-    }
-}
-
-/// How many of `count` sorted values can be left away at each end so that the median of what they come from still lies between the
-/// others with 95 % certainty: each value lies below it with the chance of one half.
-fn interval_rank(count: usize) -> usize {
-    #[allow(clippy::cast_precision_loss, reason = "at most a thousand")]
-    let choose_factor = |k: usize| (count - k) as f64 / (k + 1) as f64;
-    let mut chance = 0.5_f64.powi(i32::try_from(count).unwrap_or(i32::MAX));
-    let mut below = chance;
-    let mut rank = 0;
-    while below <= 0.025 {
-        chance *= choose_factor(rank);
-        below += chance;
-        rank += 1;
-    }
-    // `rank` values at most lie below it with a chance of more than 2.5 %.
-    rank.saturating_sub(1)
 }
 
 #[derive(Debug, Serialize)]
@@ -235,36 +185,4 @@ pub(super) fn load_average() -> Vec<f64> {
         .take(3)
         .filter_map(|number| number.parse().ok())
         .collect()
-}
-
-#[cfg(test)]
-mod tests {
-    //! Guards the statistics that decide whether a bar is met.
-    use super::*;
-
-    #[test]
-    fn the_interval_is_that_of_the_tables() {
-        // From tables of the sign test: ranks from 1.
-        for (count, rank) in [
-            (5, 1),
-            (6, 1),
-            (8, 1),
-            (9, 2),
-            (15, 4),
-            (20, 6),
-            (30, 10),
-            (50, 18),
-        ] {
-            assert_eq!(interval_rank(count) + 1, rank, "{count} values");
-        }
-        assert_eq!(interval_rank(1), 0);
-    }
-
-    #[test]
-    fn medians_lie_in_the_middle() {
-        let odd = Spread::of([3.0, 1.0, 2.0].into_iter());
-        assert_eq!((odd.median, odd.min, odd.max), (2.0, 1.0, 3.0));
-        let even = Spread::of([4.0, 1.0, 2.0, 3.0].into_iter());
-        assert_eq!((even.median, even.low, even.high), (2.5, 1.0, 4.0));
-    }
 }

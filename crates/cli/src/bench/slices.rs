@@ -1,4 +1,5 @@
-//! Threads that run slices: each with a queue on the subject (what is measured) and a queue on its control, one of them busy at a time.
+//! Threads that run slices: each with a client of every target (what is measured, and what it is measured against), one of them busy
+//! at a time.
 
 use std::fs::File;
 use std::sync::mpsc::{self, Receiver, Sender};
@@ -7,16 +8,20 @@ use std::time::{Duration, Instant};
 
 use hdrhistogram::Histogram;
 use rustix::time::{ClockId, clock_gettime};
-use urus::{Buffer, Device, Queue, Request};
 
 use super::Mode;
+use super::client::{Client, Load, Seat, Target};
 use super::control::evict;
 use super::latency::{self, Percentiles};
+use super::places::{Area, Places};
 use super::report::{Pair, Slice};
 use crate::failure::Failure;
 
 /// Largest request.
 pub(super) const MAX_BLOCK_BYTES: u64 = 32 << 20;
+
+/// Writes of a writer between two flushes.
+const FLUSH_EVERY: u64 = 256;
 
 /// What a slice consists of.
 #[derive(Clone, Copy, Debug)]
@@ -30,6 +35,23 @@ pub(super) struct Plan {
     pub(super) slice: Duration,
     /// The page cache is dropped before each slice. What the engine has cached within its budgets stays.
     pub(super) cold: bool,
+    /// Beside the queues one more writes at random and flushes now and then; what it does is not counted.
+    pub(super) writer: bool,
+}
+
+impl Plan {
+    pub(super) fn block_len(&self) -> usize {
+        usize::try_from(self.block_bytes).expect("at most MAX_BLOCK_BYTES")
+    }
+
+    fn area(&self) -> Area {
+        Area {
+            block_bytes: self.block_bytes,
+            span: self.span,
+            is_random: self.mode.is_random(),
+            queues: self.queues,
+        }
+    }
 }
 
 /// Which of the two.
@@ -40,15 +62,22 @@ pub(super) enum Side {
 }
 
 impl Side {
+    /// Who is first in the pair of that number: they take turns, so that what drifts does not favour one.
+    pub(super) fn first(number: u16) -> Self {
+        if number.is_multiple_of(2) {
+            Self::Control
+        } else {
+            Self::Subject
+        }
+    }
+
     fn other(self) -> Self {
         match self {
             Self::Subject => Self::Control,
             Self::Control => Self::Subject,
         }
     }
-}
 
-impl Side {
     fn index(self) -> usize {
         match self {
             Self::Subject => 0,
@@ -57,10 +86,10 @@ impl Side {
     }
 }
 
-/// Run a slice: on which of the two, and where from.
+/// Run a slice: on which target, and where from.
 #[derive(Clone, Copy, Debug)]
 struct Order {
-    side: Side,
+    target: usize,
     seed: u64,
 }
 
@@ -75,50 +104,51 @@ struct Done {
 /// The threads, waiting for orders.
 pub(super) struct Slices {
     workers: Vec<Sender<Order>>,
-    results: Receiver<Result<Done, Failure>>,
+    /// What writes beside them, where the plan wants it.
+    writer: Option<Sender<Order>>,
+    /// What the writer does is nothing.
+    results: Receiver<Result<Option<Done>, Failure>>,
     cold: bool,
-    /// What is dropped from the page cache before a cold slice: the subject's layers and the control's.
-    files: [Vec<File>; 2],
+    /// What is dropped from the page cache before a cold slice, by target.
+    files: Vec<Vec<File>>,
 }
 
 impl Slices {
     /// Starts the threads, lets `work` run slices, and ends them.
     pub(super) fn with<T>(
         plan: Plan,
-        subject: &Device,
-        control: &Device,
+        targets: &[Target<'_>],
         work: impl FnOnce(&mut Self) -> Result<T, Failure>,
     ) -> Result<T, Failure> {
         thread::scope(|scope| {
             let (results_in, results) = mpsc::channel();
             let mut slices = Self {
                 workers: Vec::new(),
+                writer: None,
                 results,
                 cold: plan.cold,
-                files: [files(subject), files(control)],
+                files: targets.iter().map(|target| target.files()).collect(),
             };
-            for number in 0..plan.queues {
+            let start = |number, writes| {
                 let (orders_in, orders) = mpsc::channel();
-                let seats = [subject.queue()?, control.queue()?];
+                let seats = targets
+                    .iter()
+                    .map(|target| target.seat(number, writes))
+                    .collect::<Result<Vec<_>, _>>()?;
                 let results = results_in.clone();
-                scope.spawn(move || {
-                    let [subject, control] = seats.map(urus::QueueSeat::activate);
-                    let worker = subject.and_then(|subject| Ok((subject, control?)));
-                    let mut worker = match worker {
-                        Ok((subject, control)) => Worker::new(plan, number, subject, control),
-                        Err(error) => {
-                            let _ = results.send(Err(error.into()));
-                            return;
-                        }
-                    };
-                    for order in orders {
-                        if results.send(worker.slice(order)).is_err() {
-                            return;
-                        }
-                    }
-                });
-                slices.workers.push(orders_in);
+                let role = match number == plan.queues {
+                    true => Role::Writer,
+                    false => Role::Counted,
+                };
+                scope.spawn(move || Worker::run(plan, number, role, seats, &orders, &results));
+                Ok::<_, Failure>(orders_in)
+            };
+            let mut workers = Vec::new();
+            for number in 0..plan.queues {
+                workers.push(start(number, plan.mode.writes())?);
             }
+            slices.writer = plan.writer.then(|| start(plan.queues, true)).transpose()?;
+            slices.workers = workers;
             // Only the threads have the other ends now.
             drop(results_in);
             work(&mut slices)
@@ -127,8 +157,18 @@ impl Slices {
 
     /// Both slices of a pair, over the same places.
     pub(super) fn pair(&mut self, number: u64, first: Side) -> Result<Pair, Failure> {
-        let one = self.slice(first, number)?;
-        let other = self.slice(first.other(), number)?;
+        self.pair_of(number, first, usize::MAX)
+    }
+
+    /// The same on the first `queues` queues alone.
+    pub(super) fn pair_of(
+        &mut self,
+        number: u64,
+        first: Side,
+        queues: usize,
+    ) -> Result<Pair, Failure> {
+        let one = self.slice(first.index(), number, queues)?;
+        let other = self.slice(first.other().index(), number, queues)?;
         Ok(match first {
             Side::Subject => Pair {
                 subject: one,
@@ -141,22 +181,32 @@ impl Slices {
         })
     }
 
-    fn slice(&mut self, side: Side, seed: u64) -> Result<Slice, Failure> {
+    /// A slice on one target, on the first `queues` queues.
+    pub(super) fn slice(
+        &mut self,
+        target: usize,
+        seed: u64,
+        queues: usize,
+    ) -> Result<Slice, Failure> {
         if self.cold {
-            self.files[side.index()].iter().for_each(evict);
+            self.files[target].iter().for_each(evict);
         }
         let mut latencies = latency::empty();
         let before = cpu_time();
-        for worker in &self.workers {
+        let busy = self.workers.iter().take(queues).chain(&self.writer);
+        let mut expected = 0;
+        for worker in busy {
             // A thread that has gone has left its reason among the results.
-            let _ = worker.send(Order { side, seed });
+            let _ = worker.send(Order { target, seed });
+            expected += 1;
         }
         let mut slice = Slice::default();
-        for _ in &self.workers {
+        for _ in 0..expected {
             let done = self
                 .results
                 .recv()
                 .map_err(|_| Failure::new("a thread of the benchmark has ended"))??;
+            let Some(done) = done else { continue };
             #[allow(clippy::cast_precision_loss, reason = "far below 2^52")]
             let operations = done.operations as f64;
             slice.operations += done.operations;
@@ -170,21 +220,8 @@ impl Slices {
     }
 }
 
-/// The files of all layers that have names.
-fn files(device: &Device) -> Vec<File> {
-    device
-        .layers()
-        .iter()
-        .filter_map(|layer| File::open(&layer.path).ok())
-        .collect()
-}
-
-fn slot_index(slot: u64) -> usize {
-    usize::try_from(slot).expect("less than the depth")
-}
-
 /// CPU time of the whole process, in user and kernel mode, its ring's kernel workers included.
-fn cpu_time() -> Duration {
+pub(super) fn cpu_time() -> Duration {
     let time = clock_gettime(ClockId::ProcessCPUTime);
     Duration::new(
         u64::try_from(time.tv_sec).unwrap_or(0),
@@ -192,103 +229,118 @@ fn cpu_time() -> Duration {
     )
 }
 
-/// One thread's queues and buffers.
+/// What a thread is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Role {
+    /// What the plan says.
+    Counted,
+    /// Writes and flushes beside it.
+    Writer,
+}
+
+/// What one thread has.
 struct Worker {
     plan: Plan,
     number: u16,
-    subject: Queue,
-    control: Queue,
-    /// Each with its number, which is the token of its request.
-    buffers: Vec<(u64, Buffer)>,
-    /// When the request of each was submitted.
+    /// By target.
+    clients: Vec<Client>,
+    /// When the request of each slot was submitted.
     started: Vec<Instant>,
+    /// Slots to be used again. Scratch, kept for its capacity.
+    free: Vec<usize>,
 }
 
 impl Worker {
-    fn new(plan: Plan, number: u16, subject: Queue, control: Queue) -> Self {
-        let bytes = usize::try_from(plan.block_bytes).expect("at most MAX_BLOCK_BYTES");
-        let mut places = Places::new(plan, number, 0);
-        let buffers = (0..plan.depth)
-            .map(|slot| {
-                let mut buffer = Buffer::new(bytes);
-                // Not zeroes: those could be written without being stored.
-                for chunk in buffer.as_mut_slice().chunks_mut(8) {
-                    chunk.copy_from_slice(&(places.draw() | 1).to_le_bytes()[..chunk.len()]);
-                }
-                (u64::from(slot), buffer)
-            })
-            .collect();
-        Self {
+    /// A thread's life.
+    fn run(
+        plan: Plan,
+        number: u16,
+        role: Role,
+        seats: Vec<Seat>,
+        orders: &Receiver<Order>,
+        results: &Sender<Result<Option<Done>, Failure>>,
+    ) {
+        let clients = seats.into_iter().map(|seat| seat.activate(plan)).collect();
+        let clients = match clients {
+            Ok(clients) => clients,
+            Err(failure) => {
+                let _ = results.send(Err(failure));
+                return;
+            }
+        };
+        let depth = usize::try_from(plan.depth).expect("32 bits fit a usize");
+        let mut worker = Self {
             plan,
             number,
-            subject,
-            control,
-            buffers,
-            started: vec![
-                Instant::now();
-                usize::try_from(plan.depth).expect("32 bits fit a usize")
-            ],
+            clients,
+            started: vec![Instant::now(); depth],
+            free: Vec::with_capacity(depth),
+        };
+        for order in orders {
+            if results.send(worker.order(order, role)).is_err() {
+                return;
+            }
         }
     }
 
-    fn slice(&mut self, order: Order) -> Result<Done, Failure> {
-        let queue = match order.side {
-            Side::Subject => &mut self.subject,
-            Side::Control => &mut self.control,
+    fn order(&mut self, order: Order, role: Role) -> Result<Option<Done>, Failure> {
+        let mut clients = std::mem::take(&mut self.clients);
+        let result = match &mut clients[order.target] {
+            Client::Device(device) => self.serve(device, order.seed, role),
+            Client::Raw(raw) => self.serve(&mut **raw, order.seed, role),
         };
-        let mut places = Places::new(self.plan, self.number, order.seed);
+        self.clients = clients;
+        result
+    }
+
+    fn serve(
+        &mut self,
+        client: &mut impl Load,
+        seed: u64,
+        role: Role,
+    ) -> Result<Option<Done>, Failure> {
+        match role {
+            Role::Counted => self.slice(client, seed).map(Some),
+            Role::Writer => self.write_and_flush(client, seed).map(|()| None),
+        }
+    }
+
+    /// Keeps as many requests in flight as there are slots, until the time is over.
+    fn slice(&mut self, client: &mut impl Load, seed: u64) -> Result<Done, Failure> {
+        let mut places = Places::new(self.plan.area(), self.number, seed);
         let writes = self.plan.mode.writes();
         let mut latencies = latency::empty();
-        let mut submit = |queue: &mut Queue, slot: u64, buffer: Buffer| {
-            let offset = places.next();
-            let request = if writes {
-                Request::write(slot, offset, buffer)
-            } else {
-                Request::read(slot, offset, buffer)
-            };
-            queue
-                .submit(request)
-                .expect("the queue is as deep as there are buffers");
-        };
-        let (mut operations, mut seen) = (0, 0);
-        let mut failed = None;
+        let (mut operations, mut is_over, mut failed) = (0, false, None);
         let start = Instant::now();
-        for (slot, buffer) in self.buffers.drain(..) {
-            self.started[slot_index(slot)] = start;
-            submit(queue, slot, buffer);
+        for slot in 0..self.started.len() {
+            self.started[slot] = start;
+            client.submit(slot, places.next(), writes);
         }
-        let mut is_over = false;
-        while queue.in_flight() > 0 {
+        while client.in_flight() > 0 {
             // Starts everything that was submitted since the last time.
-            queue.wait(None);
+            client.wait()?;
             // First all that is done, then all that is new: what comes together goes together. (And reads from the page cache, done as soon
             // as they are begun, could else keep this loop from ever looking at the clock.)
-            while let Some(completion) = queue.completion() {
+            while let Some((slot, result)) = client.completion() {
                 operations += 1;
-                if let Err(error) = completion.result {
+                if let Err(error) = result {
                     failed.get_or_insert(error);
                 }
-                let buffer = completion.buffer.expect("reads and writes have a buffer");
-                self.buffers.push((completion.token, buffer));
+                self.free.push(slot);
             }
             // One look at the clock for all that came together: a look costs as much as a look-up in the image.
             let now = Instant::now();
             is_over = is_over || failed.is_some() || now - start >= self.plan.slice;
-            for (slot, _) in self.buffers.iter().skip(seen) {
-                latencies
-                    .saturating_record(latency::nanoseconds(now - self.started[slot_index(*slot)]));
-            }
-            if is_over {
-                seen = self.buffers.len();
-            } else {
-                for (slot, buffer) in self.buffers.drain(..) {
-                    self.started[slot_index(slot)] = now;
-                    submit(queue, slot, buffer);
+            for slot in self.free.drain(..) {
+                latencies.saturating_record(latency::nanoseconds(now - self.started[slot]));
+                if !is_over {
+                    self.started[slot] = now;
+                    client.submit(slot, places.next(), writes);
                 }
             }
         }
         match failed {
-            Some(error) => Err(error.into()),
+            Some(error) => Err(error),
             None => Ok(Done {
                 operations,
                 time: start.elapsed(),
@@ -296,91 +348,36 @@ impl Worker {
             }),
         }
     }
-}
 
-/// Where requests go. The same for both slices of a pair.
-struct Places {
-    block_bytes: u64,
-    blocks: u64,
-    is_random: bool,
-    /// State of the random numbers, or the next block.
-    state: u64,
-}
-
-impl Places {
-    fn new(plan: Plan, number: u16, seed: u64) -> Self {
-        let blocks = plan.span / plan.block_bytes;
-        let mut places = Self {
-            block_bytes: plan.block_bytes,
-            blocks,
-            is_random: plan.mode.is_random(),
-            state: seed << 16 | u64::from(number),
+    /// Writes at random, as many at once as there are slots, with a flush after every [`FLUSH_EVERY`], until the time is over.
+    fn write_and_flush(&mut self, client: &mut impl Load, seed: u64) -> Result<(), Failure> {
+        let area = Area {
+            is_random: true,
+            ..self.plan.area()
         };
-        if !places.is_random {
-            // Each queue in a part of its own, each pair from somewhere else.
-            let part = blocks / u64::from(plan.queues);
-            let start = places.draw() % part.max(1);
-            places.state = (part * u64::from(number) + start) % blocks;
-        }
-        places
-    }
-
-    fn next(&mut self) -> u64 {
-        let block = if self.is_random {
-            let draw = self.draw();
-            u64::try_from((u128::from(draw) * u128::from(self.blocks)) >> 64)
-                .expect("less than the number of blocks")
-        } else {
-            let block = self.state;
-            self.state = (block + 1) % self.blocks;
-            block
-        };
-        block * self.block_bytes
-    }
-
-    /// SplitMix64.
-    fn draw(&mut self) -> u64 {
-        self.state = self.state.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.state;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    //! Guards the comparison: both sides must be asked for the same places, all of them in the span.
-    use super::*;
-
-    fn plan(mode: Mode) -> Plan {
-        Plan {
-            block_bytes: 4096,
-            span: 4096 * 100,
-            depth: 1,
-            queues: 3,
-            mode,
-            slice: Duration::from_millis(1),
-            cold: false,
-        }
-    }
-
-    #[test]
-    fn places_lie_in_the_span_and_repeat() {
-        for mode in [Mode::Randread, Mode::Read] {
-            for number in 0..3 {
-                let draw = |seed| {
-                    let mut places = Places::new(plan(mode), number, seed);
-                    (0..1000).map(|_| places.next()).collect::<Vec<_>>()
-                };
-                assert_eq!(draw(5), draw(5));
-                assert_ne!(draw(5), draw(6));
-                assert!(draw(5).iter().all(|at| at % 4096 == 0 && *at < 4096 * 100));
-                let mut all = draw(5);
-                all.sort_unstable();
-                all.dedup();
-                assert_eq!(all.len(), 100, "every block has its turn");
+        let mut places = Places::new(area, self.number, seed);
+        let start = Instant::now();
+        while start.elapsed() < self.plan.slice {
+            let mut left = FLUSH_EVERY;
+            self.free.extend(0..self.started.len());
+            loop {
+                for slot in self.free.drain(..) {
+                    if left > 0 {
+                        left -= 1;
+                        client.submit(slot, places.next(), true);
+                    }
+                }
+                if client.in_flight() == 0 {
+                    break;
+                }
+                client.wait()?;
+                while let Some((slot, result)) = client.completion() {
+                    result?;
+                    self.free.push(slot);
+                }
             }
+            client.flush()?;
         }
+        Ok(())
     }
 }

@@ -6,7 +6,8 @@ use serde::Serialize;
 
 use super::Args;
 use super::latency::Percentiles;
-use super::report::{Pair, Slice, Spread, load_average, ratios};
+use super::report::{Pair, Slice, load_average, ratios};
+use super::spread::Spread;
 use crate::size::human;
 
 /// All tests of a suite.
@@ -28,9 +29,9 @@ pub(super) struct SuiteReport {
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub(super) struct Row {
-    pub(super) name: String,
+    name: String,
     iops: Drivers<f64>,
-    pub(super) iops_ratio: Spread,
+    iops_ratio: Spread,
     cpu_microseconds_per_operation: Drivers<f64>,
     cpu_ratio: Spread,
     latency_microseconds: Drivers<Percentiles>,
@@ -78,19 +79,25 @@ impl Row {
 }
 
 impl SuiteReport {
-    pub(super) fn new(args: &Args) -> Self {
+    pub(super) fn new(args: &Args, size: u64) -> Self {
         let kernel = rustix::system::uname();
         Self {
             suite: "proposal",
             version: env!("CARGO_PKG_VERSION"),
             kernel: kernel.release().to_string_lossy().into_owned(),
             processors: std::thread::available_parallelism().map_or(0, usize::from),
-            size: args.suite_args.size.0,
+            size,
             depth: args.depth,
             pairs: args.pairs,
             rows: Vec::new(),
             left_out: Vec::new(),
         }
+    }
+
+    /// For the chart.
+    pub(super) fn bars(&self) -> Vec<(String, Spread)> {
+        let bar = |row: &Row| (row.name.clone(), row.iops_ratio);
+        self.rows.iter().map(bar).collect()
     }
 
     pub(super) fn text(&self) -> String {

@@ -2,34 +2,40 @@
 //! turn, by this engine in-process and by `qemu-img bench`.
 
 use std::fmt::Write as _;
+use std::ops::Range;
 use std::path::Path;
-use std::process::{Command, ExitCode, Stdio};
-use std::time::Instant;
+use std::process::ExitCode;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use serde::Serialize;
-use urus::{Buffer, CacheMode, OpenOptions, Queue, Request};
+use urus::{Buffer, CacheMode, Device, OpenOptions, Queue, Request};
+use urus_ring::{RawDirection, RawFile, RawMethod};
 
 use super::images::{Images, Kind, Missing};
-use super::report::{Spread, load_average};
+use super::latency::Percentiles;
+use super::report::{Pair, Slice, load_average, ratios};
+use super::slices::{Side, cpu_time};
+use super::spread::{self, Spread};
 use super::suite_report::LeftOut;
-use super::{Args, INTERRUPTED, check_names};
+use super::{Args, check_names, interruption, qemu};
 use crate::failure::{Failure, Outcome};
 use crate::output::{print, print_json};
 use crate::signals::Stop;
 
 /// Each write goes into a cluster of its own.
-const STRIDE_BYTES: u64 = 64 << 10;
+pub(super) const STRIDE_BYTES: u64 = 64 << 10;
 const WRITE_BYTES: usize = 4 << 10;
 /// Everything in flight is waited for, and flushed, after so many writes.
-const FLUSH_EVERY: u64 = 256;
+pub(super) const FLUSH_EVERY: u64 = 256;
 /// Writes of one run, at most.
 const WRITES_MAX: u64 = 20_000;
 /// Times QEMU's rate that are to be reached (P7 and P8).
-const BAR: f64 = 2.0;
+pub(super) const BAR: f64 = 2.0;
 
 /// One test: on an empty image or an overlay, through the page cache or past it.
 #[derive(Clone, Copy, Debug)]
-struct Test {
+pub(super) struct Test {
     backing: Option<Kind>,
     cache: CacheMode,
 }
@@ -42,7 +48,7 @@ impl Test {
         Self::of(Some(Kind::Qcow2), CacheMode::None),
     ];
 
-    const fn of(backing: Option<Kind>, cache: CacheMode) -> Self {
+    pub(super) const fn of(backing: Option<Kind>, cache: CacheMode) -> Self {
         Self { backing, cache }
     }
 
@@ -84,7 +90,8 @@ struct Report {
 pub(super) fn run(args: &Args, stop: &mut Stop) -> Outcome {
     let suite = &args.suite_args;
     let tests = chosen(&suite.only)?;
-    let writes = (suite.size.0 / STRIDE_BYTES).min(WRITES_MAX);
+    let size = suite.size(1 << 30);
+    let writes = (size / STRIDE_BYTES).min(WRITES_MAX);
     if writes < FLUSH_EVERY {
         return Err(Failure::usage(format!(
             "--size: {} MiB are the least",
@@ -94,7 +101,7 @@ pub(super) fn run(args: &Args, stop: &mut Stop) -> Outcome {
     if suite.svg.is_some() {
         return Err(Failure::usage("--svg: there are no charts of these tests"));
     }
-    let images = Images::in_dir(&suite.dir, suite.size.0)?;
+    let images = Images::in_dir(&suite.dir, size)?;
     let mut report = Report {
         suite: "writes",
         version: env!("CARGO_PKG_VERSION"),
@@ -107,7 +114,7 @@ pub(super) fn run(args: &Args, stop: &mut Stop) -> Outcome {
     for test in tests {
         match pairs(args, test, &images, writes, stop) {
             Ok(Some(pairs)) => report.rows.push(Row::new(test, &pairs)),
-            Ok(None) => return Err(Failure::new("interrupted").with_code(INTERRUPTED)),
+            Ok(None) => return Err(interruption()),
             Err(Missing::Failed(failure)) => return Err(failure),
             Err(Missing::Program(why)) => report.left_out.push(LeftOut {
                 name: test.name().to_owned(),
@@ -129,46 +136,97 @@ fn chosen(only: &[String]) -> Result<Vec<Test>, Failure> {
     Ok(Test::ALL.into_iter().filter(wanted).collect())
 }
 
-/// Writes per second, urus' and QEMU's; None when a signal came.
-fn pairs(
+/// Urus' writes and QEMU's; None when a signal came.
+pub(super) fn pairs(
     args: &Args,
     test: Test,
     images: &Images,
     writes: u64,
     stop: &mut Stop,
-) -> Result<Option<Vec<(f64, f64)>>, Missing> {
-    let mut pairs = Vec::new();
-    for number in 0..args.pairs {
+) -> Result<Option<Vec<Pair>>, Missing> {
+    let urus = || {
+        Ok(by_urus(
+            args,
+            test.cache,
+            &images.fresh(test.backing)?,
+            writes,
+            1,
+        )?)
+    };
+    let qemu = || by_qemu(args, test, &images.fresh(test.backing)?, writes);
+    in_turn(args.pairs, stop, urus, qemu)
+}
+
+/// Pairs of whole runs; None when a signal came.
+pub(super) fn in_turn(
+    pairs: u16,
+    stop: &mut Stop,
+    mut subject: impl FnMut() -> Result<Slice, Missing>,
+    mut control: impl FnMut() -> Result<Slice, Missing>,
+) -> Result<Option<Vec<Pair>>, Missing> {
+    let mut done = Vec::new();
+    for number in 1..=pairs {
         if stop.has_come() {
             return Ok(None);
         }
-        let urus = |images: &Images| {
-            let path = images.fresh(test.backing)?;
-            Ok::<_, Missing>(by_urus(args, test, &path, writes)?)
-        };
-        let qemu = |images: &Images| by_qemu(args, test, &images.fresh(test.backing)?, writes);
-        // Who is first takes turns, so that what drifts does not favour one.
-        pairs.push(if number % 2 == 0 {
-            let first = urus(images)?;
-            (first, qemu(images)?)
-        } else {
-            let first = qemu(images)?;
-            (urus(images)?, first)
+        done.push(match Side::first(number) {
+            Side::Subject => {
+                let subject = subject()?;
+                Pair {
+                    subject,
+                    control: control()?,
+                }
+            }
+            Side::Control => {
+                let control = control()?;
+                Pair {
+                    subject: subject()?,
+                    control,
+                }
+            }
         });
     }
-    Ok(Some(pairs))
+    Ok(Some(done))
 }
 
-fn by_urus(args: &Args, test: Test, path: &Path, writes: u64) -> Result<f64, Failure> {
+/// The writes by this engine, on so many queues, each with a part of the disk.
+pub(super) fn by_urus(
+    args: &Args,
+    cache: CacheMode,
+    path: &Path,
+    writes: u64,
+    queues: u64,
+) -> Result<Slice, Failure> {
     let mut options = OpenOptions::new();
     let depth = args.depth.saturating_add(1).min(urus::MAX_QUEUE_DEPTH);
-    options
-        .io(args.io.into())
-        .cache(test.cache)
-        .queue_depth(depth);
+    options.io(args.io.into()).cache(cache).queue_depth(depth);
     let device = options.open(path)?;
+    let cpu = cpu_time();
+    let part = writes / queues;
+    let times = thread::scope(|scope| {
+        let threads: Vec<_> = (0..queues)
+            .map(|queue| {
+                let device = &device;
+                scope.spawn(move || one_queue(device, args.depth, queue * part..(queue + 1) * part))
+            })
+            .collect();
+        let ended = threads.into_iter().map(|thread| {
+            thread
+                .join()
+                .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        });
+        ended.collect::<Result<Vec<_>, _>>()
+    })?;
+    let cpu = cpu_time().saturating_sub(cpu);
+    device.close()?;
+    let longest = times.into_iter().max().unwrap_or_default();
+    Ok(slice(part * queues, longest, cpu))
+}
+
+/// All writes of one queue, and how long they took.
+fn one_queue(device: &Device, depth: u32, numbers: Range<u64>) -> Result<Duration, Failure> {
     let mut queue = device.queue()?.activate()?;
-    let mut buffers: Vec<Buffer> = (0..args.depth)
+    let mut buffers: Vec<Buffer> = (0..depth)
         .map(|_| {
             let mut buffer = Buffer::new(WRITE_BYTES);
             buffer.as_mut_slice().fill(b'w');
@@ -176,26 +234,58 @@ fn by_urus(args: &Args, test: Test, path: &Path, writes: u64) -> Result<f64, Fai
         })
         .collect();
     let begin = Instant::now();
-    let mut sent = 0;
-    while sent < writes {
-        let end = writes.min(sent + FLUSH_EVERY);
+    let mut sent = numbers.start;
+    while sent < numbers.end {
+        let end = numbers.end.min(sent + FLUSH_EVERY);
         burst(&mut queue, &mut buffers, sent..end)?;
         sent = end;
         submit(&mut queue, Request::flush(sent));
         reap(&mut queue, &mut buffers)?;
     }
-    let seconds = begin.elapsed().as_secs_f64();
-    drop(queue);
-    device.close()?;
-    Ok(rate(writes, seconds))
+    Ok(begin.elapsed())
+}
+
+/// The same writes into a raw file's holes, with the two fdatasyncs for each flush that a mapping takes.
+pub(super) fn by_raw_file(args: &Args, dir: &Path, writes: u64) -> Result<Slice, Failure> {
+    let fail =
+        |error: std::io::Error| Failure::new(format!("a raw file in {}: {error}", dir.display()));
+    let file = tempfile::tempfile_in(dir).map_err(fail)?;
+    file.set_len(writes * STRIDE_BYTES).map_err(fail)?;
+    // Through the page cache nothing is faster for a file that has to grow its extents.
+    let mut raw = RawFile::open(file, RawMethod::Inline, args.depth, WRITE_BYTES).map_err(fail)?;
+    let cpu = cpu_time();
+    let begin = Instant::now();
+    for number in 0..writes {
+        raw.submit(0, number * STRIDE_BYTES, RawDirection::Write);
+        while let Some((_, result)) = raw.completion() {
+            result.map_err(fail)?;
+        }
+        if (number + 1).is_multiple_of(FLUSH_EVERY) || number + 1 == writes {
+            raw.sync_data().map_err(fail)?;
+            raw.sync_data().map_err(fail)?;
+        }
+    }
+    Ok(slice(
+        writes,
+        begin.elapsed(),
+        cpu_time().saturating_sub(cpu),
+    ))
+}
+
+fn slice(operations: u64, time: Duration, cpu: Duration) -> Slice {
+    #[allow(clippy::cast_precision_loss, reason = "at most WRITES_MAX")]
+    let count = operations as f64;
+    Slice {
+        operations,
+        iops: count / time.as_secs_f64().max(1e-9),
+        cpu,
+        // Not measured: a run is as long as its slowest flushes.
+        latency: Percentiles::default(),
+    }
 }
 
 /// Writes, as many at once as there are buffers, until all are done.
-fn burst(
-    queue: &mut Queue,
-    buffers: &mut Vec<Buffer>,
-    numbers: std::ops::Range<u64>,
-) -> Result<(), Failure> {
+fn burst(queue: &mut Queue, buffers: &mut Vec<Buffer>, numbers: Range<u64>) -> Result<(), Failure> {
     for number in numbers {
         let buffer = loop {
             match buffers.pop() {
@@ -234,73 +324,32 @@ fn take(queue: &mut Queue, buffers: &mut Vec<Buffer>) -> Result<(), Failure> {
     Ok(())
 }
 
-fn by_qemu(args: &Args, test: Test, path: &Path, writes: u64) -> Result<f64, Missing> {
+fn by_qemu(args: &Args, test: Test, path: &Path, writes: u64) -> Result<Slice, Missing> {
     let cache = match test.cache {
         CacheMode::Writeback => "writeback",
         _ => "none",
     };
-    let output = Command::new("qemu-img")
-        .args(["bench", "-w", "-f", "qcow2", "-i", "io_uring", "-t", cache])
-        .args(["-c", &writes.to_string(), "-d", &args.depth.to_string()])
-        .args([
-            "-s",
-            &WRITE_BYTES.to_string(),
-            "-S",
-            &STRIDE_BYTES.to_string(),
-        ])
-        .arg(format!("--flush-interval={FLUSH_EVERY}"))
-        .arg(path)
-        .env("LC_ALL", "C")
-        .stdin(Stdio::null())
-        .output()
-        .map_err(|error| Missing::Program(format!("qemu-img cannot be run: {error}")))?;
-    let text = String::from_utf8_lossy(&output.stdout);
-    let seconds = seconds(&text).filter(|_| output.status.success());
-    let seconds = seconds.ok_or_else(|| {
-        let errors = String::from_utf8_lossy(&output.stderr);
-        Failure::new(format!("qemu-img bench: {text}{}", errors.trim()))
-    })?;
-    Ok(rate(writes, seconds))
-}
-
-/// From "Run completed in 0.512 seconds."
-fn seconds(text: &str) -> Option<f64> {
-    let (_, rest) = text.split_once("Run completed in ")?;
-    rest.split_whitespace()
-        .next()?
-        .parse()
-        .ok()
-        .filter(|seconds| *seconds > 0.0)
-}
-
-#[allow(clippy::cast_precision_loss, reason = "at most WRITES_MAX")]
-fn rate(writes: u64, seconds: f64) -> f64 {
-    writes as f64 / seconds.max(1e-9)
+    let arguments = format!(
+        "-w -f qcow2 -i io_uring -t {cache} -d {} -s {WRITE_BYTES} -S {STRIDE_BYTES} --flush-interval={FLUSH_EVERY}",
+        args.depth
+    );
+    let mut arguments: Vec<String> = arguments.split(' ').map(str::to_owned).collect();
+    arguments.push(path.to_string_lossy().into_owned());
+    qemu::bench(&arguments, writes)
 }
 
 impl Row {
-    fn new(test: Test, pairs: &[(f64, f64)]) -> Self {
-        let ratio = Spread::of(pairs.iter().map(|(urus, qemu)| urus / qemu));
+    fn new(test: Test, pairs: &[Pair]) -> Self {
+        let ratio = ratios(pairs, |slice| slice.iops);
         Self {
             name: test.name(),
-            urus_per_second: Spread::of(pairs.iter().map(|(urus, _)| *urus)).median,
-            qemu_per_second: Spread::of(pairs.iter().map(|(_, qemu)| *qemu)).median,
+            urus_per_second: Spread::of(pairs.iter().map(|pair| pair.subject.iops)).median,
+            qemu_per_second: Spread::of(pairs.iter().map(|pair| pair.control.iops)).median,
             bar: BAR,
-            verdict: verdict(&ratio),
+            verdict: spread::at_least(BAR, &ratio),
             ratio,
             load_average: load_average(),
         }
-    }
-}
-
-/// Missed only where the whole interval of the median lies below the bar.
-fn verdict(ratio: &Spread) -> &'static str {
-    if ratio.median >= BAR {
-        "met"
-    } else if ratio.high < BAR {
-        "missed"
-    } else {
-        "not shown"
     }
 }
 
@@ -340,27 +389,5 @@ impl Report {
             let _ = writeln!(text, "{:<24}left out: {}", left_out.name, left_out.why);
         }
         text
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    //! Guards what decides whether a bar is met.
-    use super::*;
-
-    #[test]
-    fn times_are_read_from_what_qemu_says() {
-        let text = "Sending 9 write requests\nRun completed in 0.512 seconds.\n";
-        assert_eq!(seconds(text), Some(0.512));
-        assert_eq!(seconds("Run completed in a while"), None);
-        assert_eq!(seconds("Run completed in 0.000 seconds."), None);
-    }
-
-    #[test]
-    fn a_bar_is_missed_only_by_the_whole_interval() {
-        let of = |values: &[f64]| verdict(&Spread::of(values.iter().copied()));
-        assert_eq!(of(&[2.0; 15]), "met");
-        assert_eq!(of(&[1.9; 15]), "missed");
-        assert_eq!(of(&[1.0, 1.5, 1.9, 2.5]), "not shown");
     }
 }

@@ -1,0 +1,119 @@
+//! P10: compressed clusters, beside `qemu-img bench`.
+//!
+//! qemu-img knows no random order. It is told to step by the golden part of what it reads, which also scatters evenly, and no two reads
+//! near in time lie in one cluster.
+
+use urus::{CacheMode, Format};
+
+use super::super::client::Target;
+use super::super::images::{Kind, Missing};
+use super::super::report::{Pair, Slice};
+use super::super::slices::{Plan, Slices};
+use super::super::writes::in_turn;
+use super::super::{Mode, qemu, report};
+use super::report::Measured;
+use super::{Bench, ratio_of};
+
+const BLOCK_BYTES: u64 = 4 << 10;
+const LARGE_BLOCK_BYTES: u64 = 1 << 20;
+const WINDOW_BYTES: u64 = 64 << 20;
+const DEPTH: u32 = 32;
+const LARGE_DEPTH: u32 = 4;
+/// Requests of QEMU's first run, which tells how many fill a slice.
+const FIRST_COUNT: u64 = 256;
+
+/// Random reads of a window that fits the cache of decoded clusters.
+pub(super) fn window(bench: &mut Bench<'_>, kind: Kind) -> Result<Measured, Missing> {
+    let plan = bench.plan(
+        Mode::Randread,
+        BLOCK_BYTES,
+        WINDOW_BYTES.min(bench.size),
+        DEPTH,
+    );
+    let pairs = pairs(bench, kind, plan)?;
+    Ok(ratio_of("qcow2", "qemu-img bench", &pairs))
+}
+
+/// Random reads all over.
+pub(super) fn uniform(bench: &mut Bench<'_>, kind: Kind, queues: u16) -> Result<Measured, Missing> {
+    let plan = Plan {
+        queues,
+        ..bench.plan(Mode::Randread, BLOCK_BYTES, bench.size, DEPTH)
+    };
+    let pairs = pairs(bench, kind, plan)?;
+    Ok(ratio_of("qcow2", "qemu-img bench", &pairs))
+}
+
+/// Large reads: what a second of CPU time brings.
+pub(super) fn sequential(bench: &mut Bench<'_>, kind: Kind) -> Result<Measured, Missing> {
+    let plan = bench.plan(Mode::Read, LARGE_BLOCK_BYTES, bench.size, LARGE_DEPTH);
+    let pairs = pairs(bench, kind, plan)?;
+    let per_cpu_second = |slice: &Slice| 1.0 / slice.cpu_microseconds().max(1e-9);
+    let value = report::ratios(&pairs, per_cpu_second);
+    let control = "qemu-img bench; per second of CPU".to_owned();
+    let mut measured = Measured::with_figures("qcow2".to_owned(), control, &pairs, value);
+    measured.unit = "ratio";
+    Ok(measured)
+}
+
+fn pairs(bench: &mut Bench<'_>, kind: Kind, plan: Plan) -> Result<Vec<Pair>, Missing> {
+    let path = bench.images.get(kind)?;
+    let image = bench.open(&path, Format::Qcow2, CacheMode::Writeback, false)?;
+    bench.settle(&[&image], CacheMode::Writeback, bench.size)?;
+    let arguments = arguments(plan, &path.to_string_lossy());
+    // Its start takes CPU time too, which is none of the requests'.
+    let start = qemu::start_cpu_time(&arguments)?;
+    let first = qemu::bench(&arguments, FIRST_COUNT)?;
+    #[allow(
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        reason = "a positive count far below 2^52"
+    )]
+    let count = ((first.iops * plan.slice.as_secs_f64()) as u64).max(16);
+    let (number, stop) = (bench.args.pairs, &mut *bench.stop);
+    let outcome = Slices::with(plan, &[Target::Device(&image)], |slices| {
+        // One that does not count: rings, threads, decoded clusters.
+        slices.slice(0, 0, usize::MAX)?;
+        let mut seed = 0;
+        let urus = || {
+            seed += 1;
+            Ok(slices.slice(0, seed, usize::MAX)?)
+        };
+        let qemu = || {
+            let slice = qemu::bench(&arguments, count)?;
+            Ok(Slice {
+                cpu: slice.cpu.saturating_sub(start),
+                ..slice
+            })
+        };
+        Ok(in_turn(number, stop, urus, qemu))
+    })?;
+    Ok(outcome?.ok_or_else(super::interruption)?)
+}
+
+/// QEMU's arguments for the same requests.
+fn arguments(plan: Plan, path: &str) -> Vec<String> {
+    let blocks = plan.span / plan.block_bytes;
+    let step = match plan.mode {
+        // 0.618 of it, made odd so that every block has its turn.
+        Mode::Randread => ((blocks * 618 / 1000) | 1) * plan.block_bytes,
+        _ => plan.block_bytes,
+    };
+    // A comma is the end of a value, unless doubled.
+    let path = path.replace(',', ",,");
+    let image = format!(
+        "driver=raw,size={},file.driver=qcow2,file.file.driver=file,file.file.aio=io_uring,file.file.filename={path}",
+        plan.span
+    );
+    let numbers = [
+        ("-d", u64::from(plan.depth)),
+        ("-s", plan.block_bytes),
+        ("-S", step),
+    ];
+    let mut arguments: Vec<String> = numbers
+        .into_iter()
+        .flat_map(|(flag, number)| [flag.to_owned(), number.to_string()])
+        .collect();
+    arguments.extend(["--image-opts".to_owned(), image]);
+    arguments
+}
