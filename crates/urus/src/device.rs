@@ -14,9 +14,10 @@ use urus_format::Header;
 use urus_ring::{Driver, DriverKind, FileSet, LockMode};
 
 use crate::chain::{self, ChainFile};
+use crate::statistics::{Place, Places};
 use crate::{
     BlockingIo, Counters, DiscardPolicy, Error, Format, IoDriver, OpenOptions, QueueSeat, Result,
-    limits,
+    Statistics, limits,
 };
 use urus_engine::{Control, ControlReply, LayerSpec, Maintenance, Options, Shared};
 
@@ -83,6 +84,9 @@ struct Core {
     state: Mutex<State>,
     /// Set once `state` is `Closed`: for those who must not wait for a change of state.
     closed: AtomicBool,
+    /// Likewise while it is `Paused`.
+    paused: AtomicBool,
+    places: Arc<Places>,
     thread: Mutex<Option<JoinHandle<()>>>,
     /// Who wants to know of another size.
     on_resize: Mutex<Vec<OnResize>>,
@@ -198,6 +202,8 @@ impl Device {
                 unmaps: options.discard == DiscardPolicy::Unmap,
                 state: Mutex::new(State::Running),
                 closed: AtomicBool::new(false),
+                paused: AtomicBool::new(false),
+                places: Arc::default(),
                 thread: Mutex::new(Some(thread)),
                 on_resize: Mutex::default(),
             }),
@@ -297,6 +303,22 @@ impl Device {
         self.core.shared.counters()
     }
 
+    /// What the device and its queues have done, and how it stands. Cheap, and never waits for I/O: may be asked from any thread
+    /// while queues work. Each number is exact; they are not all of the same moment.
+    #[must_use]
+    pub fn statistics(&self) -> Statistics {
+        Statistics {
+            counters: self.counters(),
+            queues: self.core.places.read(),
+            size: self.size(),
+            chain_depth: self.layers().len(),
+            driver: self.driver(),
+            read_only: self.read_only(),
+            paused: self.core.paused.load(Ordering::Relaxed),
+            poisoned: self.core.shared.is_poisoned(),
+        }
+    }
+
     /// A seat for one more queue, to be sent to the thread that will use it.
     ///
     /// # Errors
@@ -347,6 +369,7 @@ impl Device {
                 *state = State::Paused {
                     locks_released: false,
                 };
+                self.core.paused.store(true, Ordering::Relaxed);
                 false
             }
             State::Paused { locks_released } => locks_released,
@@ -393,6 +416,7 @@ impl Device {
             }
         }
         *state = State::Running;
+        self.core.paused.store(false, Ordering::Relaxed);
         tracing::info!(image = self.name(), "resumed");
         Ok(())
     }
@@ -445,6 +469,10 @@ impl Device {
         let core = &self.core;
         Driver::open(Arc::clone(&core.files), core.asked, core.queue_depth)
             .map_err(Error::io("set up the I/O driver for", &core.layers[0].path))
+    }
+
+    pub(crate) fn take_place(&self) -> Place {
+        self.core.places.take()
     }
 
     pub(crate) fn shared(&self) -> Arc<Shared> {
@@ -522,6 +550,7 @@ impl Core {
         let result = self.ask(Control::Close);
         *state = State::Closed;
         self.closed.store(true, Ordering::SeqCst);
+        self.paused.store(false, Ordering::Relaxed);
         let thread = self.thread().take();
         if let Some(thread) = thread
             && thread.join().is_err()
