@@ -77,6 +77,7 @@ struct Core {
     /// What the maintenance thread got.
     driver: DriverKind,
     queue_depth: u32,
+    latencies: bool,
     uses_locks: bool,
     /// Whether write-zeroes with unmap gives clusters back.
     unmaps: bool,
@@ -198,6 +199,7 @@ impl Device {
                 asked,
                 driver: started.driver,
                 queue_depth: options.queue_depth,
+                latencies: options.latencies,
                 uses_locks: options.lock,
                 unmaps: options.discard == DiscardPolicy::Unmap,
                 state: Mutex::new(State::Running),
@@ -477,6 +479,10 @@ impl Device {
 
     pub(crate) fn shared(&self) -> Arc<Shared> {
         Arc::clone(&self.core.shared)
+    }
+
+    pub(crate) fn measures_latencies(&self) -> bool {
+        self.core.latencies
     }
 
     pub(crate) fn queue_depth(&self) -> u32 {

@@ -38,6 +38,7 @@ impl QueueSeat {
         self.place.activated(kind);
         Ok(Queue {
             engine: urus_engine::Queue::new(self.device.shared(), driver, depth),
+            latencies: self.device.measures_latencies(),
             device: self.device,
             place: self.place,
             in_flight: Slab::with_capacity(depth),
@@ -65,6 +66,8 @@ pub struct Queue {
     place: Place,
     /// By the token that the engine knows.
     in_flight: Slab<InFlight>,
+    /// Whether the clock is read at all.
+    latencies: bool,
     /// When what was submitted since the last kick began.
     begun: Option<Instant>,
     /// When the replies that the engine has found were found.
@@ -81,7 +84,7 @@ struct InFlight {
     /// The caller's.
     token: u64,
     counted: Counted,
-    begun: Instant,
+    begun: Option<Instant>,
 }
 
 impl Queue {
@@ -109,7 +112,9 @@ impl Queue {
         let key = self.in_flight.insert(InFlight {
             token: request.token,
             counted: Counted::of(&request.kind),
-            begun: *self.begun.get_or_insert_with(Instant::now),
+            begun: self
+                .latencies
+                .then(|| *self.begun.get_or_insert_with(Instant::now)),
         });
         let taken = self.engine.submit(into_engine(key as u64, request.kind));
         let result = taken.map_err(|refused| Rejected {
@@ -163,12 +168,15 @@ impl Queue {
             self.place.failed(counted);
             return token;
         }
-        let ended = match self.ended {
-            Some(ended) if ended >= begun => ended,
-            // Found anew, or answered when it was submitted.
-            _ => *self.ended.insert(Instant::now()),
-        };
-        self.place.succeeded(counted, ended.duration_since(begun));
+        self.place.succeeded(counted);
+        if let Some(begun) = begun {
+            let ended = match self.ended {
+                Some(ended) if ended >= begun => ended,
+                // Found anew, or answered when it was submitted.
+                _ => *self.ended.insert(Instant::now()),
+            };
+            self.place.took(counted, ended.duration_since(begun));
+        }
         token
     }
 

@@ -82,8 +82,9 @@ pub struct OperationStatistics {
     pub bytes: u64,
     /// Those that failed, which count nowhere else.
     pub errors: u64,
-    /// How long those that succeeded took, from submission until the queue has found them done. The clock is read once for what is
-    /// submitted before a kick, and once for what is found together.
+    /// How long those that succeeded took, from submission until the queue has found them done: with
+    /// [`OpenOptions::latencies`](crate::OpenOptions::latencies), else none. The clock is read once for what is submitted before a kick,
+    /// and once for what is found together.
     pub latency: Histogram,
 }
 
@@ -126,6 +127,7 @@ impl Histogram {
 struct KindLine {
     buckets: [AtomicU64; Histogram::BUCKETS],
     nanoseconds: AtomicU64,
+    operations: AtomicU64,
     bytes: AtomicU64,
     errors: AtomicU64,
 }
@@ -138,7 +140,7 @@ impl KindLine {
             sum: Duration::from_nanos(self.nanoseconds.load(Relaxed)),
         };
         OperationStatistics {
-            operations: latency.count(),
+            operations: self.operations.load(Relaxed),
             bytes: self.bytes.load(Relaxed),
             errors: self.errors.load(Relaxed),
             latency,
@@ -250,13 +252,18 @@ impl Place {
         self.line.in_flight.store(requests as u64, Relaxed);
     }
 
-    pub(crate) fn succeeded(&self, counted: Counted, took: Duration) {
+    pub(crate) fn succeeded(&self, counted: Counted) {
+        let kind = &self.line.kinds[counted.kind];
+        add(&kind.operations, 1);
+        add(&kind.bytes, counted.bytes);
+    }
+
+    pub(crate) fn took(&self, counted: Counted, took: Duration) {
         let kind = &self.line.kinds[counted.kind];
         // 584 years.
         let nanoseconds = u64::try_from(took.as_nanos()).unwrap_or(u64::MAX);
         add(&kind.buckets[Histogram::bucket(nanoseconds)], 1);
         add(&kind.nanoseconds, nanoseconds);
-        add(&kind.bytes, counted.bytes);
     }
 
     pub(crate) fn failed(&self, counted: Counted) {
