@@ -132,6 +132,23 @@ done
 must umount umount /mnt
 "#;
 
+/// Waits until its disk is larger, uses what is new, and goes on writing.
+const GROWN: &str = r#"
+size() { cat /sys/block/vda/size; }
+old=$(size)
+say sectors $old
+tries=0
+while [ $(size) = $old ] && [ $tries -lt 600 ]; do sleep 0.1; tries=$((tries+1)); done
+say grown $(size)
+/usr/bin/dd if=/dev/urandom of=/tmp/data bs=1M count=8 2>/dev/null
+must write /usr/bin/dd if=/tmp/data of=/dev/vda bs=1M seek=120 oflag=direct conv=notrunc,fsync
+/usr/bin/dd if=/dev/vda of=/tmp/back bs=1M skip=120 count=8 iflag=direct 2>/dev/null
+must read /usr/bin/cmp /tmp/data /tmp/back
+for number in $(seq 200); do
+  must round /usr/bin/dd if=/tmp/data of=/dev/vda bs=64k count=4 seek=$number oflag=direct conv=notrunc,fsync 2>/dev/null
+done
+"#;
+
 /// Looks at what is left: mounting replays the journal.
 const AFTERWARDS: &str = r#"
 must mount mount -t ext4 /dev/vda /mnt
@@ -320,6 +337,13 @@ impl Daemon {
         self.child = spawn(&self.image, &self.socket, &self.arguments, &self.log);
     }
 
+    /// `urus ctl`, which must be obeyed.
+    fn control(&self, command: &str, argument: &str) {
+        let program = urus_tests::program::urus().arg("ctl").arg(command);
+        let program = program.arg(control_socket(&self.socket));
+        program.words(argument).ok();
+    }
+
     fn log(&self) -> String {
         fs::read_to_string(&self.log).unwrap()
     }
@@ -343,6 +367,10 @@ impl Daemon {
     }
 }
 
+fn control_socket(socket: &Path) -> PathBuf {
+    socket.with_extension("ctl")
+}
+
 fn spawn(image: &Path, socket: &Path, arguments: &[String], log: &Path) -> Child {
     Command::new(urus_path())
         .args(["-v", "serve"])
@@ -350,6 +378,8 @@ fn spawn(image: &Path, socket: &Path, arguments: &[String], log: &Path) -> Child
         .arg("--vhost-user")
         .arg(socket)
         .args(["--num-queues", "2", "--serial", "urus-guest-test"])
+        .arg("--control")
+        .arg(format!("unix:{}", control_socket(socket).display()))
         .args(arguments)
         .stdout(Stdio::null())
         .stderr(fs::File::create(log).unwrap())
@@ -440,6 +470,17 @@ impl Guest {
             if let Some(rest) = line.strip_prefix(&wanted) {
                 return rest.trim().to_owned();
             }
+        }
+    }
+
+    /// Whether it says nothing for so long.
+    fn is_silent(&mut self, time: Duration) -> bool {
+        match self.lines.recv_timeout(time) {
+            Ok(line) => {
+                self.seen.push(line);
+                false
+            }
+            Err(error) => error == mpsc::RecvTimeoutError::Timeout,
         }
     }
 
@@ -609,6 +650,35 @@ fn a_file_system_survives_the_death_of_its_machine() {
     }
     daemon.stop();
     judged(&scratch, &image);
+}
+
+/// The operator's hand on a disk in use: it grows, and it is held and let go on.
+#[test]
+fn a_guest_sees_its_disk_grow_and_waits_while_it_is_paused() {
+    let scratch = Scratch::new();
+    let image = scratch.file("image.qcow2");
+    qemu::create(&image, "", SIZE);
+    let daemon = Daemon::start(&scratch, &image, &[]);
+    let mut guest = Guest::boot(&scratch, &daemon, GROWN);
+    assert_eq!(guest.says("sectors"), (SIZE / 512).to_string());
+    daemon.control("resize", "+32M");
+    assert_eq!(guest.says("grown"), (128 * MIB / 512).to_string());
+    for step in ["write", "read", "round"] {
+        assert_eq!(guest.says(step), "ok");
+    }
+    daemon.control("pause", "");
+    // What was answered before may still be on its way through the guest.
+    while !guest.is_silent(Duration::from_secs(3)) {}
+    let rounds = guest.said("round").len();
+    assert!(rounds < 200, "the pause came too late to show anything");
+    // The daemon keeps its locks.
+    qemu::img("check -U").arg(&image).ok();
+    daemon.control("resume", "");
+    assert_eq!(guest.all("round").len(), 200);
+    drop(guest);
+    let log = daemon.stop();
+    assert_eq!(Daemon::counter(&log, "failed"), 0, "{log}");
+    program("qemu-img").arg("check").arg(&image).ok();
 }
 
 /// The daemon is killed amid work, three times; to the guest the disk has been slow.

@@ -58,6 +58,12 @@ impl From<urus::Error> for Failure {
     }
 }
 
+impl From<urus_listen::Error> for Failure {
+    fn from(error: urus_listen::Error) -> Self {
+        Self::new(error)
+    }
+}
+
 impl From<urus_nbd::Error> for Failure {
     fn from(error: urus_nbd::Error) -> Self {
         Self::new(error)

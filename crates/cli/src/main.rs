@@ -5,7 +5,9 @@ mod bench;
 mod check;
 mod common;
 mod confine;
+mod control;
 mod create;
+mod ctl;
 mod failure;
 mod info;
 mod logging;
@@ -40,6 +42,7 @@ enum Command {
     Serve(serve::Args),
     #[command(name = "vhost-user-blk")]
     VhostUserBlk(vhost_user_blk::Args),
+    Ctl(ctl::Args),
     Create(create::Args),
     Info(info::Args),
     Check(check::Args),
@@ -53,6 +56,7 @@ impl Command {
         match self {
             Self::Serve(args) => &args.image,
             Self::VhostUserBlk(args) => args.image(),
+            Self::Ctl(args) => args.socket(),
             Self::Create(args) => args.file.as_deref().unwrap_or_else(|| "".as_ref()),
             Self::Info(args) => &args.file,
             Self::Check(args) => &args.file,
@@ -73,6 +77,7 @@ fn main() -> ExitCode {
     let result = match cli.command {
         Command::Serve(args) => serve::run(args),
         Command::VhostUserBlk(args) => vhost_user_blk::run(args),
+        Command::Ctl(args) => ctl::run(args),
         Command::Create(args) => create::run(args),
         Command::Info(args) => info::run(args),
         Command::Check(args) => check::run(args),

@@ -11,11 +11,13 @@ use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use urus::{CreateOptions, Device, Format, InfoOptions, OpenOptions, Prepared};
-use urus_nbd::{Listen, Listener, Server, ServerBuilder};
+use urus_listen::{Listen, Listener};
+use urus_nbd::{Server, ServerBuilder};
 use urus_vhost_user::{Listener as VhostListener, Server as VhostServer};
 
 use crate::common::{BackingArgs, CacheArg, DiscardArg, FormatArg, IoArg};
 use crate::confine::SandboxArgs;
+use crate::control::{Control, ControlArgs, Controlled};
 use crate::failure::{Failure, Outcome};
 use crate::output::print;
 use crate::signals::Stop;
@@ -72,6 +74,11 @@ pub(crate) struct Args {
     #[arg(long, requires = "vhost_user")]
     volatile_cache: bool,
 
+    /// Keep all of the virtual machine's memory in the host's, so that the kernel looks its pages up once and not for each request. Not for
+    /// machines with a balloon, nor for more memory than the host has
+    #[arg(long, requires = "vhost_user")]
+    pin_guest_memory: bool,
+
     /// Queues, each with a thread and a ring of its own: NBD connections are spread over them, a virtual machine can use as many
     /// [default: one per CPU, at most 4]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=256))]
@@ -106,6 +113,9 @@ pub(crate) struct Args {
 
     #[command(flatten)]
     sandbox: SandboxArgs,
+
+    #[command(flatten)]
+    control: ControlArgs,
 
     #[command(flatten)]
     service: service::ServiceArgs,
@@ -154,6 +164,7 @@ pub(crate) fn run(args: Args) -> Outcome {
         .as_ref()
         .map(VhostListener::bind)
         .transpose()?;
+    let control = args.control.bind()?;
     let manager = service::Manager::find();
     // What only reading files tells is asked before files are out of reach.
     args.queues();
@@ -164,11 +175,13 @@ pub(crate) fn run(args: Args) -> Outcome {
     let places = places.bind_tcp()?;
     // Not before the image is known to be this process's.
     let pid_file = service::PidFile::write(args.service.pid_file.as_deref())?;
-    let made = [&args.vhost_user, &args.service.pid_file];
-    args.sandbox.restrict_files(
-        places.paths(),
-        made.into_iter().flatten().map(|path| &**path),
-    )?;
+    let made = [
+        args.vhost_user.as_deref(),
+        args.control.path(),
+        args.service.pid_file.as_deref(),
+    ];
+    args.sandbox
+        .restrict_files(places.paths(), made.into_iter().flatten())?;
     let device = image.start()?;
     let others = export::start_others(others)?;
     let nbd = args.export.configure(
@@ -177,6 +190,9 @@ pub(crate) fn run(args: Args) -> Outcome {
         credentials,
     );
     let servers = Servers::start(&args, &device, places, nbd, vhost_listener)?;
+    let mut control = control
+        .map(|listener| Control::start(listener, controlled(&args, &device, &others)))
+        .transpose()?;
     args.sandbox.restrict_calls()?;
     banner::print(&args, &device, &others, &servers);
     manager.ready(&args.image);
@@ -185,6 +201,10 @@ pub(crate) fn run(args: Args) -> Outcome {
     tracing::info!(signal, clients = servers.connections(), "stopping");
     print(&format!("{}: {signal}: finishing\n", args.image.display()));
     manager.stopping();
+    // First: servers wait for the requests that a pause holds.
+    if let Some(control) = &mut control {
+        control.end();
+    }
     // Closed whatever becomes of the servers: what clients have written is to be safe.
     let ended = servers.shutdown();
     let mut closed = device.close();
@@ -200,6 +220,19 @@ pub(crate) fn run(args: Args) -> Outcome {
         args.image.display()
     ));
     Ok(ExitCode::SUCCESS)
+}
+
+/// What the control socket reaches: every image.
+fn controlled(args: &Args, device: &Device, others: &[export::Other]) -> Vec<Controlled> {
+    let first = Controlled {
+        name: args.export.export_name.clone(),
+        device: device.clone(),
+    };
+    let others = others.iter().map(|other| Controlled {
+        name: other.name.clone(),
+        device: other.device.clone(),
+    });
+    std::iter::once(first).chain(others).collect()
 }
 
 /// How long an image that is in use may be let go. A process that was killed holds its locks until the kernel has taken its rings apart,
@@ -274,6 +307,7 @@ impl Servers {
                 .queues(args.queues())
                 .serial(&args.serial)
                 .volatile_cache(args.volatile_cache)
+                .pin_guest_memory(args.pin_guest_memory)
                 .poll(Duration::from_micros(args.poll_us));
             servers.vhost_user = Some(builder.start()?);
         }
@@ -344,7 +378,7 @@ impl Places {
         for text in &args.nbd {
             let place = text
                 .parse()
-                .map_err(|error: urus_nbd::Error| Failure::usage(format!("--nbd: {error}")))?;
+                .map_err(|error: urus_listen::Error| Failure::usage(format!("--nbd: {error}")))?;
             list.push(place);
         }
         let list = list.into_iter().map(Place::To).collect();
@@ -365,7 +399,7 @@ impl Places {
                 continue;
             }
             match Listener::bind(Listen::Unix(path.clone())) {
-                Err(urus_nbd::Error::SocketStale { .. }) if self.is_default => {}
+                Err(urus_listen::Error::SocketStale { .. }) if self.is_default => {}
                 Err(error) => return Err(error.into()),
                 Ok(_) => {}
             }
@@ -416,15 +450,8 @@ fn default_socket(image: &Path) -> PathBuf {
 /// The socket beside the image is ours by name: one that a killed server has left is replaced. (A server that is alive answers, and
 /// keeps the image locked.)
 fn bind_default(path: PathBuf) -> Result<Listener, Failure> {
-    match Listener::bind(Listen::Unix(path.clone())) {
-        Err(urus_nbd::Error::SocketStale { .. }) => {
-            tracing::info!(path = %path.display(), "replacing the socket that a killed server left behind");
-            std::fs::remove_file(&path).map_err(|error| {
-                Failure::new(format!("{}: cannot remove: {error}", path.display()))
-            })?;
-            Ok(Listener::bind(Listen::Unix(path))?)
-        }
-        Err(error @ urus_nbd::Error::SocketPathTooLong { .. }) => {
+    match Listener::bind_replacing_stale(Listen::Unix(path)) {
+        Err(error @ urus_listen::Error::SocketPathTooLong { .. }) => {
             Err(Failure::new(format!("{error} with --nbd unix:PATH")))
         }
         result => Ok(result?),

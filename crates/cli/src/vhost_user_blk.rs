@@ -11,6 +11,7 @@ use urus_vhost_user::{Listener, Server};
 
 use crate::common::{BackingArgs, CacheArg, DiscardArg, FormatArg, IoArg};
 use crate::confine::SandboxArgs;
+use crate::control::{Control, ControlArgs, Controlled};
 use crate::failure::{Failure, Outcome};
 use crate::output::print;
 use crate::serve::{OpenError, patiently};
@@ -111,6 +112,9 @@ pub(crate) struct Args {
     backing: BackingArgs,
 
     #[command(flatten)]
+    control: ControlArgs,
+
+    #[command(flatten)]
     sandbox: SandboxArgs,
 }
 
@@ -131,18 +135,31 @@ pub(crate) fn run(args: Args) -> Outcome {
         ));
     };
     let listener = listener(&args)?;
+    let control = args.control.bind()?;
     let prepared = prepare(&args, image)?;
+    let made = [args.socket_path.as_deref(), args.control.path()];
     args.sandbox
-        .restrict_files([], args.socket_path.as_deref())?;
+        .restrict_files([], made.into_iter().flatten())?;
     let device = prepared.start()?;
     let server = Server::builder(device.clone(), listener)
         .queues(args.num_queues.into())
         .serial(&args.serial)
         .on_end(stop.ender())
         .start()?;
+    let controlled = Controlled {
+        name: String::new(),
+        device: device.clone(),
+    };
+    let mut control = control
+        .map(|listener| Control::start(listener, vec![controlled]))
+        .transpose()?;
     args.sandbox.restrict_calls()?;
     let signal = stop.wait();
     tracing::info!(signal, "stopping");
+    // First: the server waits for the requests that a pause holds.
+    if let Some(control) = &mut control {
+        control.end();
+    }
     // Closed whatever becomes of the server: what the guest has written is to be safe.
     let ended = server.shutdown();
     device.close()?;

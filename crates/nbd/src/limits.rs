@@ -98,9 +98,6 @@ pub(crate) const STATUS_STEP_MIN_BYTES: u64 = 16 << 20;
 /// What a CACHE request reads at once.
 pub(crate) const CACHE_STEP_BYTES: u64 = 256 << 10;
 
-/// How long accepting rests after the process ran out of descriptors or memory.
-pub(crate) const ACCEPT_REST: Duration = Duration::from_millis(100);
-
 const _: () = {
     assert!(
         INPUT_BYTES >= 16 + OPTION_BYTES,

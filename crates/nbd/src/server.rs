@@ -3,27 +3,27 @@
 //! One thread accepts clients and hands each to the worker that has fewest; the workers do everything else.
 
 use std::fmt;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::io::Errno;
-use rustix::net::{AddressFamily, SocketFlags, accept_with, sockopt};
+use rustix::net::{AddressFamily, sockopt};
 use tracing::{Span, debug, error, info, info_span, warn};
 use urus::{Device, QueueSeat};
+use urus_listen::{Acceptor, Address, Listen, Listener, Stopper};
 
 use crate::Error;
 use crate::connection::{Permit, Times};
 use crate::export::{Export, Exports};
 use crate::limits::{
-    ACCEPT_REST, CONNECTIONS, DRAIN_TIME, HANDSHAKE_TIME, QUEUES, SOCKET_BUFFER_BYTES,
-    STATUS_STEP_CLUSTERS, STATUS_STEP_MIN_BYTES, STRING_BYTES,
+    CONNECTIONS, DRAIN_TIME, HANDSHAKE_TIME, QUEUES, SOCKET_BUFFER_BYTES, STATUS_STEP_CLUSTERS,
+    STATUS_STEP_MIN_BYTES, STRING_BYTES,
 };
-use crate::listen::{Address, Listen, Listener};
 use crate::tls::TlsCredentials;
+use crate::uri::uri;
 use crate::worker::{Inbox, Message, Worker};
 
 /// What to serve, and how. Made by [`Server::builder`].
@@ -166,10 +166,6 @@ impl ServerBuilder {
             export_name,
             tls: exports.tls().is_some(),
             connections: Arc::default(),
-            stop: Arc::new(
-                eventfd(0, EventfdFlags::CLOEXEC)
-                    .map_err(|error| Error::system("make an eventfd", error))?,
-            ),
             acceptor: None,
             workers: Vec::new(),
             span: span.clone(),
@@ -249,8 +245,7 @@ pub struct Server {
     export_name: String,
     tls: bool,
     connections: Arc<AtomicUsize>,
-    stop: Arc<OwnedFd>,
-    acceptor: Option<JoinHandle<()>>,
+    acceptor: Option<(Stopper, JoinHandle<()>)>,
     workers: Vec<RunningWorker>,
     span: Span,
 }
@@ -300,7 +295,7 @@ impl Server {
     pub fn uris(&self) -> Vec<String> {
         self.addresses
             .iter()
-            .filter_map(|address| address.uri(&self.export_name, self.tls))
+            .filter_map(|address| uri(address, &self.export_name, self.tls))
             .collect()
     }
 
@@ -357,9 +352,9 @@ impl Server {
         listeners: Vec<Listener>,
         max_connections: usize,
     ) -> Result<(), Error> {
-        let acceptor = Acceptor {
-            listeners,
-            stop: Arc::clone(&self.stop),
+        let (acceptor, stopper) = Acceptor::new(listeners)?;
+        let reception = Reception {
+            acceptor,
             inboxes: self
                 .workers
                 .iter()
@@ -375,10 +370,10 @@ impl Server {
             .name("urus-nbd-accept".into())
             .spawn(move || {
                 let _entered = span.enter();
-                acceptor.run();
+                reception.run();
             })
             .map_err(|error| Error::system("start a thread", error))?;
-        self.acceptor = Some(thread);
+        self.acceptor = Some((stopper, thread));
         Ok(())
     }
 
@@ -387,9 +382,9 @@ impl Server {
         let span = self.span.clone();
         let _entered = span.enter();
         let mut result = Ok(());
-        if let Some(acceptor) = self.acceptor.take() {
-            let _ = rustix::io::write(&self.stop, &1u64.to_ne_bytes());
-            if acceptor.join().is_err() {
+        if let Some((stopper, thread)) = self.acceptor.take() {
+            stopper.stop();
+            if thread.join().is_err() {
                 result = Err(Error::ThreadFailed);
             }
         }
@@ -450,10 +445,9 @@ fn run_worker(
     }
 }
 
-/// Takes clients.
-struct Acceptor {
-    listeners: Vec<Listener>,
-    stop: Arc<OwnedFd>,
+/// Takes clients, and says which worker has each.
+struct Reception {
+    acceptor: Acceptor,
     inboxes: Vec<Arc<Inbox>>,
     connections: Arc<AtomicUsize>,
     max_connections: usize,
@@ -462,40 +456,10 @@ struct Acceptor {
     full: bool,
 }
 
-impl Acceptor {
+impl Reception {
     fn run(mut self) {
-        loop {
-            let sockets = self.listeners.iter().flat_map(|listener| &listener.sockets);
-            let mut polled: Vec<PollFd<'_>> = std::iter::once(&*self.stop)
-                .chain(sockets.map(|bound| &bound.socket))
-                .map(|fd| PollFd::from_borrowed_fd(fd.as_fd(), PollFlags::IN))
-                .collect();
-            match poll(&mut polled, None) {
-                Ok(_) | Err(Errno::INTR) => {}
-                Err(error) => {
-                    error!(%error, "cannot wait for clients; no more are accepted");
-                    return;
-                }
-            }
-            let ready: Vec<bool> = polled
-                .iter()
-                .map(|polled| !polled.revents().is_empty())
-                .collect();
-            if ready[0] {
-                return;
-            }
-            let mut accepted = Vec::new();
-            let sockets = self.listeners.iter().flat_map(|listener| &listener.sockets);
-            for (bound, _) in sockets.zip(&ready[1..]).filter(|(_, ready)| **ready) {
-                let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-                match accept_with(&bound.socket, flags) {
-                    Ok(socket) => accepted.push(socket),
-                    Err(error) => accept_failed(error),
-                }
-            }
-            for socket in accepted {
-                self.admit(socket);
-            }
+        while let Some(socket) = self.acceptor.accept() {
+            self.admit(socket);
         }
     }
 
@@ -529,19 +493,6 @@ impl Acceptor {
             Arc::clone(&inbox.connections),
         ]);
         inbox.send(Message::Client { id, socket, permit });
-    }
-}
-
-fn accept_failed(error: Errno) {
-    match error {
-        // The client has thought better of it.
-        Errno::AGAIN | Errno::INTR | Errno::CONNABORTED => {}
-        _ => {
-            warn!(%error, "cannot accept a client");
-            let rest = Timespec::try_from(ACCEPT_REST).ok();
-            // As a rule descriptors or memory are short; others get some time to give theirs back.
-            let _ = poll(&mut [], rest.as_ref());
-        }
     }
 }
 

@@ -6,7 +6,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::time::{Duration, Instant};
 
 use common::*;
-use urus_nbd::{Error, Listen, Listener, Server};
+use urus_nbd::{Error, Listen, ListenError, Listener, Server};
 
 #[test]
 fn an_end_under_load_answers_what_was_started() {
@@ -177,7 +177,10 @@ fn senseless_servers_are_refused_and_leave_nothing() {
     }
     let (fd, _other) = UnixStream::pair().unwrap();
     let error = builder().listen(Listen::Fd(fd.into())).start().unwrap_err();
-    assert!(matches!(error, Error::NotListening { .. }));
+    assert!(matches!(
+        error,
+        Error::Listen(ListenError::NotListening { .. })
+    ));
     fixture.device.close().unwrap();
     let error = builder().listen(unix()).start().unwrap_err();
     assert!(matches!(error, Error::Device(_)), "{error}");

@@ -11,7 +11,7 @@ use urus_engine::sync::Arc;
 
 use crate::blocking::Blocking;
 use crate::files::FileSet;
-use crate::memory::RingMemory;
+use crate::memory::{MemoryRegion, RingMemory};
 use crate::uring::{Uring, setup};
 
 /// The most operations a driver has in flight, whatever it is asked for.
@@ -97,6 +97,18 @@ impl Driver {
         match self.0 {
             Inner::Uring(_) => DriverKind::IoUring,
             Inner::Blocking(_) => DriverKind::Blocking,
+        }
+    }
+
+    /// Registers memory with the ring in place of what was registered before: reads and writes that lie in it cost the kernel less. None lets
+    /// go of it. Blocking system calls have no use for it, and take it as done.
+    ///
+    /// # Errors
+    /// As io_uring_register(2): as a rule RLIMIT_MEMLOCK is too low (ENOMEM). Nothing is registered then, and everything works as before.
+    pub fn register_memory(&mut self, regions: Vec<MemoryRegion>) -> io::Result<()> {
+        match &mut self.0 {
+            Inner::Uring(uring) => uring.register_memory(regions),
+            Inner::Blocking(_) => Ok(()),
         }
     }
 

@@ -29,4 +29,4 @@ pub use files::{FileSet, OpenFile};
 pub use locks::{LockError, LockMode};
 #[cfg(feature = "vm-memory")]
 pub use memory::OutsideGuestMemory;
-pub use memory::{BUFFER_ALIGNMENT, Buffer, RingMemory};
+pub use memory::{BUFFER_ALIGNMENT, Buffer, MemoryRegion, RingMemory};

@@ -34,6 +34,8 @@ enum Owner {
     Heap(Layout),
     /// The block's base points into this vector, which nothing touches any more.
     Vec(#[allow(dead_code, reason = "held for its Drop")] Vec<u8>),
+    /// A part of this, which no other block has.
+    Slab(#[allow(dead_code, reason = "held for its Drop")] Arc<region::Slab>),
     /// Memory of someone else, such as a guest, who may change it at any time.
     Foreign(#[allow(dead_code, reason = "held for its Drop")] Arc<dyn Any + Send + Sync>),
     /// The parts of a chain. Not `Send`, which is why a chain never becomes a [`Buffer`].
@@ -99,7 +101,7 @@ impl Block {
     /// Whether nobody else (a guest) can change the bytes.
     fn is_private(&self) -> bool {
         match &self.owner {
-            Owner::Heap(_) | Owner::Vec(_) => true,
+            Owner::Heap(_) | Owner::Vec(_) | Owner::Slab(_) => true,
             Owner::Foreign(_) => false,
             Owner::Chain(parts) => parts.iter().all(|part| part.block.is_private()),
         }
@@ -127,7 +129,7 @@ pub struct Buffer {
 
 // SAFETY: the reference count is touched by one thread at a time, because a `Buffer` holds the only reference (its
 // invariant, upheld by its constructors and by `RingMemory::try_into_buffer`) and has no method that adds one without
-// consuming it. What the block owns is `Send`: heap bytes, a `Vec<u8>`, or an `Arc<dyn Any + Send + Sync>`; chains
+// consuming it. What the block owns is `Send`: heap bytes, a `Vec<u8>`, a slab, or an `Arc<dyn Any + Send + Sync>`; chains
 // never get here. Pointers of `from_segments` may be used from any thread by that function's contract.
 unsafe impl Send for Buffer {}
 
@@ -553,7 +555,9 @@ fn is_zero_foreign(base: NonNull<u8>, len: usize) -> bool {
 
 #[cfg(feature = "vm-memory")]
 mod guest;
+mod region;
 #[cfg(feature = "vm-memory")]
 pub use guest::OutsideGuestMemory;
+pub use region::MemoryRegion;
 #[cfg(test)]
 mod tests;

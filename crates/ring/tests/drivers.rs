@@ -3,16 +3,19 @@
 //! Guards the contract of `Storage`: each operation completes exactly once, on its own slot, with what the system call
 //! says, whichever driver does it.
 
+mod common;
+
 use std::io;
 use std::os::fd::AsFd;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use common::{Bench, DEPTH, LONG, directory, next, submit};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use urus_engine::storage::{Completion, FileId, IMAGE, Memory, Op, OpKind, Slot, Storage};
+use urus_engine::storage::{FileId, IMAGE, Memory, Op, OpKind, Slot, Storage};
 use urus_ring::{Buffer, Driver, DriverKind, FileSet, OpenFile, RingMemory};
 
 /// Makes each test of the list once per driver.
@@ -52,73 +55,6 @@ for_both_drivers![
     slots_may_be_sparse,
     a_slot_in_flight_twice_panics,
 ];
-
-const DEPTH: u32 = 64;
-const LONG: Duration = Duration::from_secs(20);
-
-/// A directory on the disk's file system (tmpfs would hide alignment mistakes), or in `URUS_TEST_DIRECTORY`.
-fn directory() -> tempfile::TempDir {
-    let default = env!("CARGO_TARGET_TMPDIR").into();
-    tempfile::tempdir_in(std::env::var_os("URUS_TEST_DIRECTORY").unwrap_or(default)).unwrap()
-}
-
-struct Bench {
-    driver: Driver,
-    path: PathBuf,
-    _directory: tempfile::TempDir,
-}
-
-impl Bench {
-    fn new(kind: DriverKind) -> Self {
-        Self::with(kind, DEPTH, false, &[])
-    }
-
-    fn with(kind: DriverKind, depth: u32, direct: bool, content: &[u8]) -> Self {
-        let directory = directory();
-        let path = directory.path().join("image");
-        std::fs::write(&path, content).unwrap();
-        let file = OpenFile::open_image(&path, false, direct).unwrap();
-        let driver = Driver::open(FileSet::new(vec![file]), kind, depth).unwrap();
-        assert_eq!(driver.kind(), kind);
-        Self {
-            driver,
-            path,
-            _directory: directory,
-        }
-    }
-
-    /// Does one operation on the image.
-    fn run(&mut self, kind: OpKind<RingMemory>) -> io::Result<usize> {
-        submit(&mut self.driver, IMAGE, kind, 3);
-        let completion = next(&mut self.driver);
-        assert_eq!(completion.slot, 3);
-        completion.result
-    }
-
-    fn content(&self) -> Vec<u8> {
-        std::fs::read(&self.path).unwrap()
-    }
-}
-
-fn submit(driver: &mut Driver, file: FileId, kind: OpKind<RingMemory>, slot: Slot) {
-    assert!(
-        driver.submit(Op { file, kind }, slot).is_ok(),
-        "there is room"
-    );
-}
-
-/// Kicks, and waits for a completion.
-fn next(driver: &mut Driver) -> Completion {
-    driver.kick();
-    let start = Instant::now();
-    loop {
-        if let Some(completion) = driver.complete() {
-            return completion;
-        }
-        assert!(start.elapsed() < LONG, "nothing completes");
-        driver.wait(Some(LONG));
-    }
-}
 
 fn pattern(len: usize, seed: usize) -> Vec<u8> {
     (0..len)

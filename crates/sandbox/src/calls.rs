@@ -135,7 +135,7 @@ static CALLS: &[Call] = &[
     call!(
         io_uring_register,
         SYS_io_uring_register,
-        "an eventfd for completions; letting go of files at the end"
+        "an eventfd for completions; a guest's memory, where it is pinned; letting go of files at the end"
     ),
     // The image, by the blocking driver and where the ring lacks an operation.
     call!(read, SYS_read, "eventfds, connections"),

@@ -85,7 +85,7 @@ struct Core {
     state: Mutex<State>,
     /// Set once `state` is `Closed`: for those who must not wait for a change of state.
     closed: AtomicBool,
-    /// Likewise while it is `Paused`.
+    /// Set while `state` is `Paused`, for the same.
     paused: AtomicBool,
     places: Arc<Places>,
     thread: Mutex<Option<JoinHandle<()>>>,
@@ -275,6 +275,12 @@ impl Device {
         whole(offset) && (whole(end) || end == self.size())
     }
 
+    /// Whether [`pause`](Self::pause) holds requests at this moment. Does not wait for a change under way.
+    #[must_use]
+    pub fn is_paused(&self) -> bool {
+        self.core.paused.load(Ordering::SeqCst)
+    }
+
     /// What logs and errors call the device.
     #[must_use]
     pub fn name(&self) -> &str {
@@ -316,7 +322,7 @@ impl Device {
             chain_depth: self.layers().len(),
             driver: self.driver(),
             read_only: self.read_only(),
-            paused: self.core.paused.load(Ordering::Relaxed),
+            paused: self.is_paused(),
             poisoned: self.core.shared.is_poisoned(),
         }
     }
@@ -371,7 +377,7 @@ impl Device {
                 *state = State::Paused {
                     locks_released: false,
                 };
-                self.core.paused.store(true, Ordering::Relaxed);
+                self.core.paused.store(true, Ordering::SeqCst);
                 false
             }
             State::Paused { locks_released } => locks_released,
@@ -418,7 +424,7 @@ impl Device {
             }
         }
         *state = State::Running;
-        self.core.paused.store(false, Ordering::Relaxed);
+        self.core.paused.store(false, Ordering::SeqCst);
         tracing::info!(image = self.name(), "resumed");
         Ok(())
     }
@@ -556,7 +562,7 @@ impl Core {
         let result = self.ask(Control::Close);
         *state = State::Closed;
         self.closed.store(true, Ordering::SeqCst);
-        self.paused.store(false, Ordering::Relaxed);
+        self.paused.store(false, Ordering::SeqCst);
         let thread = self.thread().take();
         if let Some(thread) = thread
             && thread.join().is_err()

@@ -171,4 +171,4 @@ pub use urus_engine::request::Extent;
 pub use urus_format::Compression;
 #[cfg(feature = "vm-memory")]
 pub use urus_ring::OutsideGuestMemory;
-pub use urus_ring::{BUFFER_ALIGNMENT, Buffer};
+pub use urus_ring::{BUFFER_ALIGNMENT, Buffer, MemoryRegion};

@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use slab::Slab;
-use urus_ring::{Buffer, Driver, DriverKind, RingMemory};
+use urus_ring::{Buffer, Driver, DriverKind, MemoryRegion, RingMemory};
 
 use crate::device::driver_name;
 use crate::request::Kind;
@@ -94,6 +94,21 @@ impl Queue {
     /// as [`Request::fua`] does. Off by default.
     pub fn outlive_process(&mut self, outlive: bool) {
         self.engine.outlive_process(outlive);
+    }
+
+    /// Registers memory with the queue's ring, in place of what was registered before: requests whose buffers lie in it cost the kernel less
+    /// (docs/TUNING.md). The pages are pinned until other memory is registered or the queue is dropped; an empty list lets go of them.
+    /// [`Buffer::pool`] makes buffers for it.
+    ///
+    /// # Errors
+    /// [`Error::Io`] where the kernel refuses, as a rule since RLIMIT_MEMLOCK is too low. Nothing is registered then, and requests work as without.
+    pub fn register_memory(&mut self, regions: Vec<MemoryRegion>) -> Result<()> {
+        self.engine
+            .with_storage(|driver| driver.register_memory(regions))
+            .map_err(Error::io(
+                "register memory (is RLIMIT_MEMLOCK large enough?) for",
+                &self.device.layers()[0].path,
+            ))
     }
 
     /// Takes a request, to be started at the latest by [`kick`](Self::kick). A request that makes no sense (a

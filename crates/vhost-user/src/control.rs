@@ -5,14 +5,14 @@ use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use rustix::io::Errno;
 use tracing::{debug, error, info, warn};
+use urus_listen::Stopper;
 use vhost::vhost_user::{BackendReqHandler, Error as ProtocolError};
 
 use crate::backchannel::{look_for_socket, send_config_change};
 use crate::frontend::{Core, FrontEnd};
-use crate::limits::ACCEPT_REST;
 use crate::listen::{Listener, Source};
 
 /// What others tell the control thread.
@@ -22,16 +22,22 @@ pub(crate) struct Signals {
     /// The disk has another size.
     resized: AtomicBool,
     bell: OwnedFd,
+    /// Ends the waiting for a front end.
+    reception: Option<Stopper>,
     /// The connection of the moment, to be cut off.
     connection: Mutex<Option<UnixStream>>,
 }
 
 impl Signals {
-    pub(crate) fn new() -> Result<Self, Errno> {
+    pub(crate) fn new(source: &Source) -> Result<Self, Errno> {
         Ok(Self {
             stop: AtomicBool::new(false),
             resized: AtomicBool::new(false),
             bell: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
+            reception: match source {
+                Source::Listening(_, stopper) => Some(stopper.clone()),
+                Source::Connected(_) => None,
+            },
             connection: Mutex::default(),
         })
     }
@@ -40,6 +46,9 @@ impl Signals {
     pub(crate) fn stop(&self) {
         self.stop.store(true, Ordering::SeqCst);
         self.ring();
+        if let Some(reception) = &self.reception {
+            reception.stop();
+        }
         // It may be waiting for the rest of a message.
         if let Some(connection) = &*self.connection() {
             let _ = connection.shutdown(std::net::Shutdown::Both);
@@ -87,33 +96,24 @@ impl Signals {
 }
 
 /// Serves front ends until it is told to stop, or the only one has gone.
-pub(crate) fn run(core: &Core, listener: &Listener, signals: &Signals) -> Result<(), Errno> {
-    match &listener.source {
-        Source::Connected(stream) => match stream.try_clone() {
-            Ok(stream) => serve(core, stream, signals)?,
-            Err(error) => error!(%error, "cannot use the connection"),
-        },
-        Source::Listening(listener) => {
-            while !signals.is_stopped() {
-                if !signals.wait(listener.as_fd())? || signals.is_stopped() {
-                    continue;
-                }
-                match listener.accept() {
-                    Ok((stream, _)) => serve(core, stream, signals)?,
-                    Err(error) => {
-                        warn!(%error, "cannot accept a front end");
-                        let rest = Timespec::try_from(ACCEPT_REST).ok();
-                        let _ = poll(&mut [], rest.as_ref());
-                    }
+pub(crate) fn run(core: &Core, listener: Listener, signals: &Signals) -> Result<(), Errno> {
+    match listener.source {
+        Source::Connected(stream) => serve(core, &stream, signals),
+        Source::Listening(mut acceptor, _) => {
+            while let Some(socket) = acceptor.accept() {
+                let stream = UnixStream::from(socket);
+                match stream.set_nonblocking(false) {
+                    Ok(()) => serve(core, &stream, signals)?,
+                    Err(error) => warn!(%error, "cannot use the connection"),
                 }
             }
+            Ok(())
         }
     }
-    Ok(())
 }
 
 /// Serves one front end until it goes. What it had in flight has ended on return.
-fn serve(core: &Core, stream: UnixStream, signals: &Signals) -> Result<(), Errno> {
+fn serve(core: &Core, stream: &UnixStream, signals: &Signals) -> Result<(), Errno> {
     info!("a front end has connected");
     let front_end = Arc::new(Mutex::new(FrontEnd::new(core.clone())));
     match stream.try_clone() {
@@ -123,7 +123,7 @@ fn serve(core: &Core, stream: UnixStream, signals: &Signals) -> Result<(), Errno
             return Ok(());
         }
     }
-    let result = converse(&stream, &front_end, signals);
+    let result = converse(stream, &front_end, signals);
     *signals.connection() = None;
     let mut front_end = front_end.lock().unwrap_or_else(PoisonError::into_inner);
     if front_end.stop_all().is_err() {

@@ -1,33 +1,15 @@
 //! Why a back end cannot start, or did not end well.
 
 use std::io;
-use std::path::PathBuf;
 
 /// An error of [`ServerBuilder::start`](crate::ServerBuilder::start), [`Listener::bind`](crate::Listener::bind) or
 /// [`Server::shutdown`](crate::Server::shutdown).
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// Something is at the path of the socket already, and somebody listens on it.
-    #[error("{}: another program listens on this socket; stop it or choose another path", path.display())]
-    SocketInUse {
-        /// The path.
-        path: PathBuf,
-    },
-    /// Something that is no socket is at the path of the socket.
-    #[error("{}: this exists and is not a socket; choose another path", path.display())]
-    NotASocket {
-        /// The path.
-        path: PathBuf,
-    },
-    /// The path cannot be listened on.
-    #[error("{}: cannot listen on this socket: {source}", path.display())]
-    Listen {
-        /// The path.
-        path: PathBuf,
-        /// What the operating system says.
-        source: io::Error,
-    },
+    /// It cannot listen.
+    #[error(transparent)]
+    Listen(#[from] urus_listen::Error),
     /// The descriptor is not what a front end can be reached by.
     #[error("the descriptor {fd} is not a unix stream socket")]
     NotASocketFd {

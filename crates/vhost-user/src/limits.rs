@@ -36,9 +36,6 @@ pub(crate) const SERIAL_BYTES: usize = 20;
 /// How long a queue polls at most after it ran out of work.
 pub(crate) const POLL_TIME: Duration = Duration::from_millis(100);
 
-/// How long to wait after a failed accept(2): as a rule descriptors are short.
-pub(crate) const ACCEPT_REST: Duration = Duration::from_millis(100);
-
 const _: () = {
     assert!(SEG_MAX as u64 * SEGMENT_BYTES as u64 <= i32::MAX as u64);
     assert!(SEG_MAX as usize + 2 <= CHAIN_DESCRIPTORS);

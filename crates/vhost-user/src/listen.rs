@@ -1,13 +1,11 @@
 //! Where front ends come from: a socket that listens, or one that is connected already.
 
-use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
 use rustix::net::{AddressFamily, SocketType, sockopt};
-use tracing::{info, warn};
+use urus_listen::{Acceptor, Listen, Stopper};
 
 use crate::Error;
 
@@ -18,13 +16,13 @@ use crate::Error;
 #[derive(Debug)]
 pub struct Listener {
     pub(crate) source: Source,
-    file: Option<SocketFile>,
+    path: Option<PathBuf>,
 }
 
 #[derive(Debug)]
 pub(crate) enum Source {
     /// Any number of front ends, one after the other.
-    Listening(UnixListener),
+    Listening(Acceptor, Stopper),
     /// This one.
     Connected(UnixStream),
 }
@@ -36,22 +34,9 @@ impl Listener {
     /// # Errors
     /// A path at which something is or nothing can be; nothing is changed then.
     pub fn bind(path: impl Into<PathBuf>) -> Result<Self, Error> {
-        let path = path.into();
-        let listener = match UnixListener::bind(&path) {
-            Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
-                remove_stale(&path)?;
-                UnixListener::bind(&path)
-            }
-            bound => bound,
-        };
-        let listener = listener.map_err(|source| Error::Listen {
-            path: path.clone(),
-            source,
-        })?;
-        Ok(Self {
-            source: Source::Listening(listener),
-            file: SocketFile::of(&path),
-        })
+        Self::of(urus_listen::Listener::bind_replacing_stale(Listen::Unix(
+            path.into(),
+        ))?)
     }
 
     /// A unix stream socket that was passed in: one that listens, or one that a front end is connected to, after whom
@@ -67,110 +52,49 @@ impl Listener {
                 fd: socket.as_raw_fd(),
             });
         }
-        let source = if sockopt::socket_acceptconn(&socket) == Ok(true) {
-            Source::Listening(socket.into())
-        } else {
-            Source::Connected(socket.into())
-        };
-        Ok(Self { source, file: None })
+        if sockopt::socket_acceptconn(&socket) == Ok(true) {
+            return Self::of(urus_listen::Listener::bind(Listen::Fd(socket))?);
+        }
+        Ok(Self {
+            source: Source::Connected(socket.into()),
+            path: None,
+        })
+    }
+
+    fn of(listener: urus_listen::Listener) -> Result<Self, Error> {
+        let path = listener.path().map(Path::to_owned);
+        let (acceptor, stopper) = Acceptor::new(vec![listener])?;
+        Ok(Self {
+            source: Source::Listening(acceptor, stopper),
+            path,
+        })
     }
 
     /// The path, when it was bound here.
     #[must_use]
     pub fn path(&self) -> Option<&Path> {
-        self.file.as_ref().map(|file| file.path.as_path())
-    }
-}
-
-/// Removes a socket at which nobody listens.
-fn remove_stale(path: &Path) -> Result<(), Error> {
-    let is_socket = path
-        .symlink_metadata()
-        .is_ok_and(|found| found.file_type().is_socket());
-    if !is_socket {
-        return Err(Error::NotASocket { path: path.into() });
-    }
-    match UnixStream::connect(path) {
-        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {}
-        _ => return Err(Error::SocketInUse { path: path.into() }),
-    }
-    info!(path = %path.display(), "replacing the socket that a killed back end left behind");
-    std::fs::remove_file(path).map_err(|source| Error::Listen {
-        path: path.into(),
-        source,
-    })
-}
-
-/// The file of a socket that we have made. Removed on drop if it is still the same.
-#[derive(Debug)]
-struct SocketFile {
-    /// Absolute: the process may change its directory.
-    path: PathBuf,
-    identity: (u64, u64),
-}
-
-impl SocketFile {
-    fn of(path: &Path) -> Option<Self> {
-        let path = std::path::absolute(path).ok()?;
-        let identity = identity(&path)?;
-        Some(Self { path, identity })
-    }
-}
-
-fn identity(path: &Path) -> Option<(u64, u64)> {
-    let found = path.symlink_metadata().ok()?;
-    found
-        .file_type()
-        .is_socket()
-        .then(|| (found.dev(), found.ino()))
-}
-
-impl Drop for SocketFile {
-    fn drop(&mut self) {
-        if identity(&self.path) != Some(self.identity) {
-            return;
-        }
-        if let Err(error) = std::fs::remove_file(&self.path) {
-            warn!(path = %self.path.display(), %error, "cannot remove the socket");
-        }
+        self.path.as_deref()
     }
 }
 
 #[cfg(test)]
 mod tests {
-    //! Guards users' files: only a socket that nobody listens on is replaced, and only our own is removed.
+    //! Guards the start after a kill, and descriptors against being taken for what they are not.
+    use std::os::unix::net::UnixListener;
+
     use super::*;
 
     #[test]
-    fn what_is_in_the_way_is_told_and_kept() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("socket");
-        let listener = Listener::bind(&path).unwrap();
-        let taken = Listener::bind(&path).unwrap_err();
-        assert!(matches!(taken, Error::SocketInUse { .. }), "{taken}");
-        drop(listener);
-        assert!(!path.exists(), "our own socket is removed");
-
-        std::fs::write(&path, "precious").unwrap();
-        let file = Listener::bind(&path).unwrap_err();
-        assert!(matches!(file, Error::NotASocket { .. }), "{file}");
-        assert_eq!(std::fs::read(&path).unwrap(), b"precious");
-        let nowhere = Listener::bind(dir.path().join("no/socket")).unwrap_err();
-        assert!(nowhere.to_string().contains("no/socket"), "{nowhere}");
-    }
-
-    #[test]
-    fn a_stale_socket_is_replaced_and_a_replaced_one_kept() {
+    fn a_stale_socket_is_replaced() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("socket");
         drop(UnixListener::bind(&path).unwrap());
         let listener = Listener::bind(&path).unwrap();
         assert_eq!(listener.path(), Some(path.as_path()));
-        std::fs::remove_file(&path).unwrap();
-        let other = Listener::bind(&path).unwrap();
+        let taken = Listener::bind(&path).unwrap_err();
+        assert!(matches!(taken, Error::Listen(_)), "{taken}");
         drop(listener);
-        assert!(path.exists(), "somebody else's socket is kept");
-        drop(other);
+        assert!(!path.exists(), "our own socket is removed");
     }
 
     #[test]
@@ -181,7 +105,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let listener = UnixListener::bind(dir.path().join("socket")).unwrap();
         let listening = Listener::from_fd(listener.into()).unwrap();
-        assert!(matches!(listening.source, Source::Listening(_)));
+        assert!(matches!(listening.source, Source::Listening(..)));
         assert_eq!(listening.path(), None);
         let file = tempfile::tempfile().unwrap();
         let error = Listener::from_fd(file.into()).unwrap_err();

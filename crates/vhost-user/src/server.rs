@@ -29,6 +29,7 @@ pub struct ServerBuilder {
     serial: String,
     poll: Duration,
     volatile_cache: bool,
+    pin_guest_memory: bool,
     on_end: Option<Box<dyn FnOnce() + Send>>,
 }
 
@@ -64,6 +65,15 @@ impl ServerBuilder {
         self
     }
 
+    /// Registers the guest's memory with each queue's ring, so that the kernel does not look its pages up for each request. All of it stays in the
+    /// host's memory then, whether the guest uses it or not, and must not be taken from it (no ballooning, no overcommit): I/O would go to pages that
+    /// the guest no longer has. Where the kernel refuses (RLIMIT_MEMLOCK), the log says so and requests are served without.
+    #[must_use]
+    pub fn pin_guest_memory(mut self, pin: bool) -> Self {
+        self.pin_guest_memory = pin;
+        self
+    }
+
     /// What to do when no front end comes any more: the only one, of a connected socket, has gone. Called on a thread of
     /// the server's.
     #[must_use]
@@ -93,7 +103,8 @@ impl ServerBuilder {
         let seats = (0..self.queues)
             .map(|_| self.device.queue())
             .collect::<Result<Vec<_>, _>>()?;
-        let signals = Signals::new().map_err(|error| Error::system("make an eventfd", error))?;
+        let signals = Signals::new(&self.listener.source)
+            .map_err(|error| Error::system("make an eventfd", error))?;
         let mut server = Server {
             signals: Arc::new(signals),
             control: None,
@@ -103,7 +114,7 @@ impl ServerBuilder {
             span: span.clone(),
         };
         // Dropped on failure, the server stops the threads that have started.
-        server.start_workers(seats, &shared, self.poll)?;
+        server.start_workers(seats, &shared, self.poll, self.pin_guest_memory)?;
         let signals = Arc::downgrade(&server.signals);
         self.device.on_resize(move || {
             if let Some(signals) = signals.upgrade() {
@@ -201,6 +212,7 @@ impl Server {
             serial: String::new(),
             poll: Duration::ZERO,
             volatile_cache: false,
+            pin_guest_memory: false,
             on_end: None,
         }
     }
@@ -237,6 +249,7 @@ impl Server {
         seats: Vec<QueueSeat>,
         shared: &Arc<Shared>,
         poll: Duration,
+        pin: bool,
     ) -> Result<(), Error> {
         let (started, results) = mpsc::channel();
         for (index, seat) in (0..).zip(seats) {
@@ -250,7 +263,7 @@ impl Server {
                 let _entered = span.enter();
                 let worker = seat.activate().map_err(Error::from).and_then(|queue| {
                     let inbox = Arc::clone(&ours);
-                    Worker::new(index, queue, inbox, shared, stats, Polling::new(poll))
+                    Worker::new(index, queue, inbox, shared, stats, Polling::new(poll), pin)
                 });
                 run_worker(&ours, worker, &started)
             };
@@ -276,9 +289,8 @@ impl Server {
         let (signals, span) = (Arc::clone(&self.signals), self.span.clone());
         let work = move || {
             let _entered = span.enter();
-            let result = control::run(&core, &listener, &signals)
+            let result = control::run(&core, listener, &signals)
                 .inspect_err(|error| error!(%error, "no more front ends are taken"));
-            drop(listener);
             if let Some(on_end) = on_end {
                 on_end();
             }

@@ -14,7 +14,7 @@ use rustix::buffer::spare_capacity;
 use rustix::event::{EventfdFlags, Timespec, epoll, eventfd};
 use rustix::io::Errno;
 use tracing::{error, warn};
-use urus::Queue;
+use urus::{MemoryRegion, Queue};
 
 use crate::memory::Map;
 use crate::stats::QueueStats;
@@ -160,6 +160,8 @@ pub(crate) struct Worker {
     stopping: Option<Answer>,
     quitting: bool,
     polling: Polling,
+    /// Register the guest's memory with the ring.
+    pin: bool,
 }
 
 impl Worker {
@@ -171,6 +173,7 @@ impl Worker {
         shared: Arc<Shared>,
         stats: Arc<QueueStats>,
         polling: Polling,
+        pin: bool,
     ) -> Result<Self, crate::Error> {
         let failed = |error| crate::Error::system("watch for events", error);
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC).map_err(failed)?;
@@ -191,6 +194,7 @@ impl Worker {
             stopping: None,
             quitting: false,
             polling,
+            pin,
         })
     }
 
@@ -218,6 +222,7 @@ impl Worker {
         match message {
             Message::Start(start) => {
                 debug_assert!(self.vring.is_none(), "a queue has one virtqueue at a time");
+                self.pin(Some(&start.map));
                 let vring = Vring::new(
                     self.index,
                     Arc::clone(&self.shared),
@@ -241,12 +246,26 @@ impl Worker {
                 self.stopping = Some(answer);
                 return;
             }
-            Message::Map(map) => self.with(|vring| vring.set_map(map)),
+            Message::Map(map) => {
+                self.pin(Some(&map));
+                self.with(|vring| vring.set_map(map));
+            }
             Message::Call(call) => self.with(|vring| vring.set_call(call)),
             Message::Error(event) => self.with(|vring| vring.set_error(event)),
             Message::Logging(logging) => self.with(|vring| vring.set_logging(logging)),
         }
         let _ = answer.send(None);
+    }
+
+    /// Registers the memory of a map with the ring, if that is wanted, and lets go of what was registered.
+    fn pin(&mut self, map: Option<&Map>) {
+        if !self.pin {
+            return;
+        }
+        let regions = map.map_or_else(Vec::new, |map| MemoryRegion::of_guest(map.memory()));
+        if let Err(error) = self.queue.register_memory(regions) {
+            warn!(queue = self.index, %error, "the guest's memory is not pinned; its requests are served without");
+        }
     }
 
     fn with(&mut self, action: impl FnOnce(&mut Vring)) {
@@ -278,6 +297,8 @@ impl Worker {
             // The front end has the eventfd too: closing ours would not end the watch. It is watched, so it can be
             // removed.
             let _ = epoll::delete(&self.epoll, vring.kick());
+            // Nothing of a front end that may be gone is held.
+            self.pin(None);
         }
         if let Some(answer) = self.stopping.take() {
             let _ = answer.send(vring.map(|vring| vring.next_avail()));

@@ -379,6 +379,28 @@ fn polling_serves_as_well() {
     assert_image_is(dir.path(), &model);
 }
 
+/// Memory that is pinned is the memory of the map of that moment: front ends that come one after the other, with memory of their own at whatever
+/// addresses, get their own bytes.
+#[test]
+fn pinned_memory_serves_as_well() {
+    let dir = tempfile::tempdir().unwrap();
+    let device = device(dir.path());
+    let listener = Listener::bind(dir.path().join("sock")).unwrap();
+    let server = Server::builder(device.clone(), listener)
+        .queues(2)
+        .pin_guest_memory(true)
+        .start()
+        .unwrap();
+    let mut model = vec![0; usize::try_from(SIZE).unwrap()];
+    for seed in [6, 7, 8] {
+        let mut client = Client::connect(&dir.path().join("sock"), false, 2);
+        play(&mut client, &mut model, 30, seed);
+    }
+    server.shutdown().unwrap();
+    device.close().unwrap();
+    assert_image_is(dir.path(), &model);
+}
+
 #[test]
 fn a_read_only_disk_is_only_read() {
     let dir = tempfile::tempdir().unwrap();

@@ -14,6 +14,10 @@ pub(super) fn print(args: &Args, device: &Device, others: &[Other], servers: &Se
     let _ = describe(&mut text, args, device)
         .and_then(|()| exports(&mut text, others))
         .and_then(|()| addresses(&mut text, servers))
+        .and_then(|()| match args.control.path() {
+            Some(path) => writeln!(text, "  control   unix:{}", path.display()),
+            None => Ok(()),
+        })
         .and_then(|()| match args.export.tls_text() {
             // Each client has its own way to name its certificates.
             Some(tls) => writeln!(text, "  TLS       {tls}"),

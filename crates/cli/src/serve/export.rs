@@ -5,7 +5,8 @@ use std::path::{Path, PathBuf};
 
 use listenfd::ListenFd;
 use urus::{Device, Prepared};
-use urus_nbd::{Listen, ServerBuilder, TlsCredentials};
+use urus_listen::Listen;
+use urus_nbd::{ServerBuilder, TlsCredentials};
 
 use crate::failure::Failure;
 
@@ -18,7 +19,7 @@ pub(super) struct ExportArgs {
         default_value = "",
         hide_default_value = true
     )]
-    export_name: String,
+    pub(super) export_name: String,
 
     /// One more image, as an NBD export of that name; may be given several times. All options hold for all images
     #[arg(long = "image", value_name = "NAME=PATH", value_parser = named_image)]
@@ -56,7 +57,7 @@ fn named_image(text: &str) -> Result<NamedImage, String> {
 
 /// Another image, open.
 pub(super) struct Other {
-    name: String,
+    pub(super) name: String,
     pub(super) device: Device,
 }
 

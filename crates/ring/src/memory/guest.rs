@@ -8,11 +8,11 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 
 use vm_memory::{
-    Address, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
+    Address, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
     MemoryRegionAddress,
 };
 
-use super::Buffer;
+use super::{Buffer, MemoryRegion};
 
 /// A range lies outside the guest's memory, or reaches over the end of a region of it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -84,6 +84,20 @@ impl Buffer {
         // that is not the region's own was vouched for by whoever made the region, with `unsafe` of its own.
         unsafe { self.point_at(Arc::clone(memory) as _, segments) };
         Ok(())
+    }
+}
+
+impl MemoryRegion {
+    /// The regions of a guest's memory, which keep the whole map.
+    #[must_use]
+    pub fn of_guest(memory: &Arc<GuestMemoryMmap>) -> Vec<Self> {
+        let region = |region: &GuestRegionMmap| {
+            let len = usize::try_from(region.len()).ok()?;
+            let base = first_byte(region, MemoryRegionAddress(0), len)?;
+            // SAFETY: as in `set_guest`: the mapping is unmapped no earlier than when its region is dropped, which the map keeps.
+            Some(unsafe { Self::new(Arc::clone(memory) as _, base, len) })
+        };
+        memory.iter().filter_map(region).collect()
     }
 }
 

@@ -3,6 +3,7 @@
 //! * [`setup`]: making a ring with the best the kernel has.
 //! * [`slots`]: operations in flight, which own their memory until their completion was seen.
 //! * [`ring`]: the two queues and the system call between them; all `unsafe` about them.
+//! * [`registered`]: memory whose pages the kernel has looked up once.
 //! * [`inline`]: buffered writes that are faster without the ring.
 //! * this file: the driver's life, its waiting and waking.
 //!
@@ -16,6 +17,7 @@
 //! that come about inside the writing of another, and it delays them by an RCU grace period anyway.)
 
 mod inline;
+mod registered;
 mod ring;
 pub(crate) mod setup;
 mod slots;
@@ -32,7 +34,7 @@ use urus_engine::sync::Arc;
 use crate::bell::Bell;
 use crate::blocking;
 use crate::files::FileSet;
-use crate::memory::RingMemory;
+use crate::memory::{MemoryRegion, RingMemory};
 use crate::offload::{self, Mailbox};
 
 use inline::Inline;
@@ -92,6 +94,10 @@ impl Uring {
         uring.listen();
         uring.ring.enter()?;
         Ok(uring)
+    }
+
+    pub(crate) fn register_memory(&mut self, regions: Vec<MemoryRegion>) -> io::Result<()> {
+        self.ring.register_memory(regions)
     }
 
     pub(crate) fn files(&self) -> &FileSet {

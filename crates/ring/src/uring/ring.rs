@@ -8,14 +8,17 @@ use io_uring::types::{Fd, Fixed, FsyncFlags, SubmitArgs, Timespec};
 use io_uring::{EnterFlags, IoUring, cqueue, opcode, squeue};
 use urus_engine::storage::{Op, OpKind, Slot};
 
+use super::registered::Registered;
 use super::setup;
 use super::slots::{InFlight, Slots};
 use crate::blocking::{BYTES_MAX, fill_iovecs};
 use crate::files::FileSet;
-use crate::memory::RingMemory;
+use crate::memory::{MemoryRegion, RingMemory};
 
 pub(super) struct Ring {
+    /// Before `memory`: closed before its mappings go.
     uring: IoUring,
+    memory: Registered,
     /// Whether files are registered: then a file's id is its index.
     registered: bool,
     ftruncate: bool,
@@ -40,9 +43,15 @@ impl Ring {
         setup::enable(&uring, ftruncate)?;
         Ok(Self {
             uring,
+            memory: Registered::default(),
             registered,
             ftruncate,
         })
+    }
+
+    /// Replaces the memory that is registered. On an error none is.
+    pub(super) fn register_memory(&mut self, regions: Vec<MemoryRegion>) -> io::Result<()> {
+        self.memory.replace(&self.uring, regions)
     }
 
     /// Entries of the submission queue.
@@ -78,9 +87,9 @@ impl Ring {
         let iovecs = slots.iovecs(slot);
         let entry = if self.registered {
             assert!(usize::from(op.file.0) < files.len(), "no such file");
-            entry(&op.kind, Fixed(u32::from(op.file.0)), iovecs)
+            entry(&op.kind, Fixed(u32::from(op.file.0)), &self.memory, iovecs)
         } else {
-            entry(&op.kind, Fd(files.raw_fd(op.file)), iovecs)
+            entry(&op.kind, Fd(files.raw_fd(op.file)), &self.memory, iovecs)
         };
         let entry = entry.user_data(u64::try_from(slot).expect("a slot fits 64 bits"));
         slots.fill(slot, InFlight::of(op.file, op.kind));
@@ -215,11 +224,18 @@ impl Ring {
 fn entry(
     kind: &OpKind<RingMemory>,
     file: impl Target,
+    registered: &Registered,
     iovecs: &mut Vec<libc::iovec>,
 ) -> squeue::Entry {
     match *kind {
         OpKind::Read { offset, ref memory } => match memory.contiguous() {
-            Some((base, len)) => file.read(base.as_ptr(), io_len(len), offset),
+            Some((base, len)) => {
+                let len = io_len(len);
+                match registered.find(base, len) {
+                    Some(index) => file.read_fixed(base.as_ptr(), len, index, offset),
+                    None => file.read(base.as_ptr(), len, offset),
+                }
+            }
             None => {
                 fill_iovecs(iovecs, memory);
                 file.readv(iovecs, offset)
@@ -232,7 +248,13 @@ fn entry(
         } => {
             let flags = if sync { libc::RWF_DSYNC } else { 0 };
             match memory.contiguous() {
-                Some((base, len)) => file.write(base.as_ptr(), io_len(len), offset, flags),
+                Some((base, len)) => {
+                    let len = io_len(len);
+                    match registered.find(base, len) {
+                        Some(index) => file.write_fixed(base.as_ptr(), len, index, offset, flags),
+                        None => file.write(base.as_ptr(), len, offset, flags),
+                    }
+                }
                 None => {
                     fill_iovecs(iovecs, memory);
                     file.writev(iovecs, offset, flags)
@@ -262,8 +284,17 @@ fn io_len(len: usize) -> u32 {
 /// A file as a ring knows it: by descriptor or by registered index. (The crate's own trait for this is sealed.)
 trait Target {
     fn read(self, base: *mut u8, len: u32, offset: u64) -> squeue::Entry;
+    fn read_fixed(self, base: *mut u8, len: u32, index: u16, offset: u64) -> squeue::Entry;
     fn readv(self, iovecs: &[libc::iovec], offset: u64) -> squeue::Entry;
     fn write(self, base: *const u8, len: u32, offset: u64, flags: libc::c_int) -> squeue::Entry;
+    fn write_fixed(
+        self,
+        base: *const u8,
+        len: u32,
+        index: u16,
+        offset: u64,
+        flags: libc::c_int,
+    ) -> squeue::Entry;
     fn writev(self, iovecs: &[libc::iovec], offset: u64, flags: libc::c_int) -> squeue::Entry;
     fn fallocate(self, mode: libc::c_int, offset: u64, len: u64) -> squeue::Entry;
     fn sync_data(self) -> squeue::Entry;
@@ -276,6 +307,12 @@ macro_rules! target {
             #[inline]
             fn read(self, base: *mut u8, len: u32, offset: u64) -> squeue::Entry {
                 opcode::Read::new(self, base, len).offset(offset).build()
+            }
+            #[inline]
+            fn read_fixed(self, base: *mut u8, len: u32, index: u16, offset: u64) -> squeue::Entry {
+                opcode::ReadFixed::new(self, base, len, index)
+                    .offset(offset)
+                    .build()
             }
             fn readv(self, iovecs: &[libc::iovec], offset: u64) -> squeue::Entry {
                 opcode::Readv::new(self, iovecs.as_ptr(), count(iovecs))
@@ -291,6 +328,20 @@ macro_rules! target {
                 flags: libc::c_int,
             ) -> squeue::Entry {
                 opcode::Write::new(self, base, len)
+                    .offset(offset)
+                    .rw_flags(flags)
+                    .build()
+            }
+            #[inline]
+            fn write_fixed(
+                self,
+                base: *const u8,
+                len: u32,
+                index: u16,
+                offset: u64,
+                flags: libc::c_int,
+            ) -> squeue::Entry {
+                opcode::WriteFixed::new(self, base, len, index)
                     .offset(offset)
                     .rw_flags(flags)
                     .build()
@@ -327,4 +378,43 @@ target!(Fixed);
 
 fn count(iovecs: &[libc::iovec]) -> u32 {
     u32::try_from(iovecs.len()).expect("no more than PIECES_MAX")
+}
+
+#[cfg(test)]
+mod tests {
+    //! Guards the speed that registering memory is for: operations in it say so to the kernel, and no others do.
+    use super::*;
+    use crate::Buffer;
+    use urus_engine::storage::Memory;
+
+    #[test]
+    fn what_lies_in_registered_memory_goes_as_such() {
+        let (mut buffers, region) = Buffer::pool(1, 8192);
+        let ring = setup::build(4).unwrap();
+        setup::enable(&ring, false).unwrap();
+        let mut registered = Registered::default();
+        registered.replace(&ring, vec![region]).unwrap();
+        let inside = buffers.remove(0).into_memory();
+        let outside = Buffer::new(8192).into_memory();
+        let code = |kind: OpKind<RingMemory>| {
+            let entry = entry(&kind, Fixed(0), &registered, &mut Vec::new());
+            format!("{entry:?}")
+        };
+        let has = |text: String, code: u8| text.contains(&format!("op_code: {code},"));
+        let read = |memory| OpKind::Read { offset: 0, memory };
+        let write = |memory| OpKind::Write {
+            offset: 0,
+            memory,
+            sync: true,
+        };
+        assert!(has(
+            code(read(inside.slice(4096, 4096))),
+            opcode::ReadFixed::CODE
+        ));
+        assert!(has(code(write(inside.clone())), opcode::WriteFixed::CODE));
+        assert!(has(code(read(outside.clone())), opcode::Read::CODE));
+        assert!(has(code(write(outside.clone())), opcode::Write::CODE));
+        let both = RingMemory::chain(vec![inside, outside]);
+        assert!(has(code(read(both)), opcode::Readv::CODE));
+    }
 }

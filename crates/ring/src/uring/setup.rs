@@ -68,11 +68,13 @@ pub(crate) fn build_step(step: u32, entries: u32) -> io::Result<IoUring> {
 }
 
 /// The operations of a ring, besides ftruncate.
-const NEEDED: [u8; 8] = [
+const NEEDED: [u8; 10] = [
     opcode::Read::CODE,
     opcode::Write::CODE,
     opcode::Readv::CODE,
     opcode::Writev::CODE,
+    opcode::ReadFixed::CODE,
+    opcode::WriteFixed::CODE,
     opcode::Fsync::CODE,
     opcode::Fallocate::CODE,
     opcode::PollAdd::CODE,
@@ -85,8 +87,9 @@ const NEEDED: [u8; 8] = [
 /// # Errors
 /// As io_uring_register(2).
 pub(super) fn enable(ring: &IoUring, ftruncate: bool) -> io::Result<()> {
-    /// `IORING_UNREGISTER_FILES` and `IORING_REGISTER_EVENTFD`, which `io_uring` does not export.
-    const REGISTER_OPS: [u8; 2] = [3, 4];
+    /// `IORING_REGISTER_BUFFERS`, `IORING_UNREGISTER_BUFFERS`, `IORING_UNREGISTER_FILES` and `IORING_REGISTER_EVENTFD`, which
+    /// `io_uring` does not export.
+    const REGISTER_OPS: [u8; 4] = [0, 1, 3, 4];
     /// `IOSQE_FIXED_FILE`.
     const FLAGS: u8 = 1;
     let ftruncate = ftruncate.then_some(opcode::Ftruncate::CODE);

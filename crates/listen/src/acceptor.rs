@@ -1,0 +1,141 @@
+//! Taking clients.
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+use std::time::Duration;
+
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
+use rustix::io::Errno;
+use rustix::net::{SocketFlags, accept_with};
+use tracing::{error, warn};
+
+use crate::{Error, Listener};
+
+/// How long no client is taken when the system has no descriptor or memory for one.
+const REST: Duration = Duration::from_millis(100);
+
+/// Takes the clients of any number of listeners, on a thread of its owner's, until the [`Stopper`] says that it is enough.
+#[derive(Debug)]
+pub struct Acceptor {
+    listeners: Vec<Listener>,
+    stop: Arc<OwnedFd>,
+    /// The socket to look at first, so that no busy one keeps the others waiting.
+    next: usize,
+}
+
+/// Ends the waiting of an [`Acceptor`], from any thread.
+#[derive(Clone, Debug)]
+pub struct Stopper(Arc<OwnedFd>);
+
+impl Stopper {
+    /// From now on no client is taken. Doing it again does nothing.
+    pub fn stop(&self) {
+        // A full counter stops as well.
+        let _ = rustix::io::write(&*self.0, &1_u64.to_ne_bytes());
+    }
+}
+
+impl Acceptor {
+    /// For the clients of these.
+    ///
+    /// # Errors
+    /// The operating system gives no descriptor.
+    pub fn new(listeners: Vec<Listener>) -> Result<(Self, Stopper), Error> {
+        let stop = eventfd(0, EventfdFlags::CLOEXEC)
+            .map_err(|error| Error::system("make an eventfd", error))?;
+        let stop = Arc::new(stop);
+        let stopper = Stopper(Arc::clone(&stop));
+        let acceptor = Self {
+            listeners,
+            stop,
+            next: 0,
+        };
+        Ok((acceptor, stopper))
+    }
+
+    /// Waits for a client; None once it was told to stop. The connection does not block.
+    pub fn accept(&mut self) -> Option<OwnedFd> {
+        loop {
+            let sockets: Vec<BorrowedFd<'_>> = self
+                .listeners
+                .iter()
+                .flat_map(|listener| listener.sockets())
+                .collect();
+            let mut polled: Vec<PollFd<'_>> = std::iter::once(self.stop.as_fd())
+                .chain(sockets.iter().copied())
+                .map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN))
+                .collect();
+            match poll(&mut polled, None) {
+                Ok(_) | Err(Errno::INTR) => {}
+                Err(error) => {
+                    error!(%error, "cannot wait for clients; no more are accepted");
+                    return None;
+                }
+            }
+            let is_ready = |polled: &PollFd<'_>| !polled.revents().is_empty();
+            if is_ready(&polled[0]) {
+                return None;
+            }
+            let count = sockets.len();
+            let in_turn = (0..count).map(|step| (self.next + step) % count);
+            for index in in_turn.filter(|index| is_ready(&polled[index + 1])) {
+                match accept_with(sockets[index], SocketFlags::CLOEXEC | SocketFlags::NONBLOCK) {
+                    Ok(socket) => {
+                        self.next = (index + 1) % count;
+                        return Some(socket);
+                    }
+                    Err(error) => self.failed(error),
+                }
+            }
+        }
+    }
+
+    fn failed(&self, error: Errno) {
+        match error {
+            // The client has thought better of it.
+            Errno::AGAIN | Errno::INTR | Errno::CONNABORTED => {}
+            _ => {
+                warn!(%error, "cannot accept a client");
+                let rest = Timespec::try_from(REST).ok();
+                let stop = PollFd::from_borrowed_fd(self.stop.as_fd(), PollFlags::IN);
+                // As a rule descriptors or memory are short; others get some time to give theirs back.
+                let _ = poll(&mut [stop], rest.as_ref());
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    //! Guards clients against being forgotten beside a busy socket, and servers against not ending.
+    use std::os::unix::net::UnixStream;
+
+    use super::*;
+    use crate::Listen;
+
+    #[test]
+    fn each_socket_has_its_turn_until_it_is_enough() {
+        let dir = tempfile::tempdir().unwrap();
+        let paths = [dir.path().join("a"), dir.path().join("b")];
+        let bind = |path: &std::path::PathBuf| Listener::bind(Listen::Unix(path.clone())).unwrap();
+        let (mut acceptor, stopper) = Acceptor::new(paths.iter().map(bind).collect()).unwrap();
+        let _busy: Vec<_> = (0..3)
+            .map(|_| UnixStream::connect(&paths[0]).unwrap())
+            .collect();
+        let quiet = UnixStream::connect(&paths[1]).unwrap();
+        let name = |socket: &OwnedFd| {
+            let name = rustix::net::getsockname(socket).unwrap();
+            let name = rustix::net::SocketAddrUnix::try_from(name).unwrap();
+            name.path().unwrap().to_string_lossy().into_owned()
+        };
+        let first_two: Vec<_> = (0..2).map(|_| name(&acceptor.accept().unwrap())).collect();
+        assert!(first_two[0].ends_with("/a") && first_two[1].ends_with("/b"));
+        drop(quiet);
+        assert!(acceptor.accept().is_some());
+        assert!(acceptor.accept().is_some());
+        let waiting = std::thread::spawn(move || acceptor.accept().is_none());
+        stopper.stop();
+        assert!(waiting.join().unwrap());
+        assert!(!paths[0].exists(), "the listeners went with it");
+    }
+}
