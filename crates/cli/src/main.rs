@@ -12,6 +12,7 @@ mod failure;
 mod info;
 mod logging;
 mod map;
+mod metrics;
 mod option_list;
 mod output;
 mod serve;

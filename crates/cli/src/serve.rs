@@ -19,6 +19,7 @@ use crate::common::{BackingArgs, CacheArg, DiscardArg, FormatArg, IoArg};
 use crate::confine::SandboxArgs;
 use crate::control::{Control, ControlArgs, Controlled};
 use crate::failure::{Failure, Outcome};
+use crate::metrics::{Metrics, MetricsArgs, Sources};
 use crate::output::print;
 use crate::signals::Stop;
 use crate::size::Size;
@@ -118,6 +119,9 @@ pub(crate) struct Args {
     control: ControlArgs,
 
     #[command(flatten)]
+    metrics: MetricsArgs,
+
+    #[command(flatten)]
     service: service::ServiceArgs,
 }
 
@@ -143,7 +147,8 @@ impl Args {
             .cache(self.cache.into())
             .io(self.io.into())
             .discard(self.discard.into())
-            .queue_depth(self.queue_size);
+            .queue_depth(self.queue_size)
+            .latencies(true);
         if let Some(Size(bytes)) = self.l2_cache_size {
             options.l2_cache_bytes(bytes);
         }
@@ -165,6 +170,7 @@ pub(crate) fn run(args: Args) -> Outcome {
         .map(VhostListener::bind)
         .transpose()?;
     let control = args.control.bind()?;
+    let metrics = args.metrics.bind()?;
     let manager = service::Manager::find();
     // What only reading files tells is asked before files are out of reach.
     args.queues();
@@ -178,6 +184,7 @@ pub(crate) fn run(args: Args) -> Outcome {
     let made = [
         args.vhost_user.as_deref(),
         args.control.path(),
+        args.metrics.path(),
         args.service.pid_file.as_deref(),
     ];
     args.sandbox
@@ -193,8 +200,11 @@ pub(crate) fn run(args: Args) -> Outcome {
     let mut control = control
         .map(|listener| Control::start(listener, controlled(&args, &device, &others)))
         .transpose()?;
+    let metrics = metrics
+        .map(|listener| Metrics::start(listener, servers.sources(&args, &device, &others)))
+        .transpose()?;
     args.sandbox.restrict_calls()?;
-    banner::print(&args, &device, &others, &servers);
+    banner::print(&args, &device, &others, &servers, metrics.as_ref());
     manager.ready(&args.image);
 
     let signal = stop.wait();
@@ -312,6 +322,15 @@ impl Servers {
             servers.vhost_user = Some(builder.start()?);
         }
         Ok(servers)
+    }
+
+    /// What metrics are given of: every image, and what serves them.
+    fn sources(&self, args: &Args, device: &Device, others: &[export::Other]) -> Sources {
+        Sources {
+            images: controlled(args, device, others),
+            nbd: self.nbd.as_ref().map(Server::monitor),
+            vhost_user: self.vhost_user.as_ref().map(VhostServer::monitor),
+        }
     }
 
     fn connections(&self) -> usize {

@@ -13,6 +13,7 @@ use crate::common::{BackingArgs, CacheArg, DiscardArg, FormatArg, IoArg};
 use crate::confine::SandboxArgs;
 use crate::control::{Control, ControlArgs, Controlled};
 use crate::failure::{Failure, Outcome};
+use crate::metrics::{Metrics, MetricsArgs, Sources};
 use crate::output::print;
 use crate::serve::{OpenError, patiently};
 use crate::signals::Stop;
@@ -115,6 +116,9 @@ pub(crate) struct Args {
     control: ControlArgs,
 
     #[command(flatten)]
+    metrics: MetricsArgs,
+
+    #[command(flatten)]
     sandbox: SandboxArgs,
 }
 
@@ -136,8 +140,13 @@ pub(crate) fn run(args: Args) -> Outcome {
     };
     let listener = listener(&args)?;
     let control = args.control.bind()?;
+    let metrics = args.metrics.bind()?;
     let prepared = prepare(&args, image)?;
-    let made = [args.socket_path.as_deref(), args.control.path()];
+    let made = [
+        args.socket_path.as_deref(),
+        args.control.path(),
+        args.metrics.path(),
+    ];
     args.sandbox
         .restrict_files([], made.into_iter().flatten())?;
     let device = prepared.start()?;
@@ -151,7 +160,15 @@ pub(crate) fn run(args: Args) -> Outcome {
         device: device.clone(),
     };
     let mut control = control
-        .map(|listener| Control::start(listener, vec![controlled]))
+        .map(|listener| Control::start(listener, vec![controlled.clone()]))
+        .transpose()?;
+    let sources = Sources {
+        images: vec![controlled],
+        nbd: None,
+        vhost_user: Some(server.monitor()),
+    };
+    let _metrics = metrics
+        .map(|listener| Metrics::start(listener, sources))
         .transpose()?;
     args.sandbox.restrict_calls()?;
     let signal = stop.wait();
@@ -190,7 +207,8 @@ fn prepare(args: &Args, image: &Path) -> Result<Prepared, Failure> {
         .read_only(args.read_only)
         .cache(args.cache.into())
         .io(args.io.into())
-        .discard(args.discard.into());
+        .discard(args.discard.into())
+        .latencies(true);
     args.backing.apply(&mut options);
     patiently(|| options.prepare(image).map_err(OpenError::from))
 }

@@ -121,6 +121,7 @@ impl Allocator {
                 worker.shared.meta.lock().owners.remove(&cluster);
             }
             self.released(first, place.clusters, false);
+            Shared::count(&worker.shared.stats.freed_clusters, place.clusters);
         }
         Ok(())
     }
@@ -374,6 +375,7 @@ impl Allocator {
                 for cluster in first..first + count {
                     self.reference(worker, cluster).await?;
                 }
+                Shared::count(&worker.shared.stats.allocated_clusters, count);
                 return Ok(first);
             }
         }

@@ -19,6 +19,7 @@ struct Inner {
     ages: BTreeMap<u64, Key>,
     clock: u64,
     bytes: u64,
+    hits: u64,
 }
 
 /// A least-recently-used cache of decoded clusters.
@@ -35,7 +36,13 @@ impl DecodedCache {
         let data = Arc::clone(data);
         inner.ages.remove(&old);
         inner.ages.insert(now, (layer, offset));
+        inner.hits += 1;
         Some(data)
+    }
+
+    /// How often something was found.
+    pub(crate) fn hits(&self) -> u64 {
+        self.0.lock().hits
     }
 
     pub(crate) fn insert(&self, layer: usize, offset: u64, data: Arc<Vec<u8>>) {
@@ -76,6 +83,10 @@ impl DecodedCache {
 
     /// Forgets everything.
     pub(crate) fn clear(&self) {
-        *self.0.lock() = Inner::default();
+        let mut inner = self.0.lock();
+        *inner = Inner {
+            hits: inner.hits,
+            ..Inner::default()
+        };
     }
 }

@@ -33,6 +33,7 @@ pub(crate) struct Frames {
     dirty: BTreeMap<SliceId, u32>,
     loads: BTreeMap<SliceId, Load>,
     next_ticket: u64,
+    evicted: u64,
     /// Tasks that found every frame dirty.
     pub(crate) waiting_for_frame: WaitList,
 }
@@ -60,6 +61,11 @@ impl Frames {
 
     pub(crate) fn dirty_count(&self) -> usize {
         self.dirty.len()
+    }
+
+    /// Slices that made room for others.
+    pub(crate) fn evicted(&self) -> u64 {
+        self.evicted
     }
 
     pub(crate) fn max(&self) -> usize {
@@ -93,6 +99,7 @@ impl Frames {
                 continue;
             }
             map.release(number);
+            self.evicted += 1;
             return Ok(number);
         }
         Err(NoCleanFrame)

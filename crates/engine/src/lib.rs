@@ -24,6 +24,7 @@ mod alloc;
 mod change;
 mod cluster_locks;
 mod commit;
+mod counters;
 mod decoded;
 mod frames;
 mod header;
@@ -48,11 +49,12 @@ mod worker;
 mod write;
 mod zero;
 
+pub use counters::Counters;
 pub use error::Error;
 pub use maintenance::Maintenance;
 pub use open::check_image;
 pub use queue::Queue;
-pub use shared::{Control, ControlReply, Counters, LayerFormat, LayerSpec, Options, Shared};
+pub use shared::{Control, ControlReply, LayerFormat, LayerSpec, Options, Shared};
 
 /// A byte count or index as `usize`: lossless, because this is a 64-bit program.
 #[allow(clippy::cast_possible_truncation)]

@@ -9,6 +9,7 @@ use urus_format::{Geometry, Header, HostOffset, L1Entry, autoclear, incompatible
 use crate::alloc::{Allocator, TablePlace};
 use crate::check::{self, CheckReport, Repair};
 use crate::cluster_locks::ClusterLocks;
+use crate::counters::Stats;
 use crate::decoded::DecodedCache;
 use crate::error::{Error, Result};
 use crate::frames::Frames;
@@ -19,7 +20,7 @@ use crate::pins::Pins;
 use crate::refcounts::Refcounts;
 use crate::shared::{
     Layer, LayerFormat, LayerKind, LayerSpec, Mail, Meta, Options, Owner, Owners, Qcow2Layer,
-    Shared, Stats,
+    Shared,
 };
 use crate::storage::{IMAGE, Storage};
 use crate::sync::{Arc, AtomicBool, AtomicU64, Mutex, Ordering};

@@ -364,10 +364,9 @@ impl<S: Storage> Core<S> {
         let len = memory.len();
         let mut done = 0;
         while done < len {
-            let (piece, bytes) =
-                self.worker
-                    .shared
-                    .resolve(0, offset + done as u64, (len - done) as u64);
+            let (piece, bytes) = self
+                .worker
+                .resolve(0, offset + done as u64, (len - done) as u64);
             let bytes = to_usize(bytes);
             match piece {
                 Piece::Data { file, offset: host } => {
@@ -554,7 +553,7 @@ impl<S: Storage> Core<S> {
                 let at = offset + done as u64;
                 let within = image.geometry.in_cluster(at);
                 let bytes = to_usize(image.geometry.cluster_bytes() - within).min(len - done);
-                match shared.layer_entry(0, at) {
+                match self.worker.layer_entry(0, at) {
                     LayerEntry::Entry(L2Entry::Data { host, copied })
                         if writable_in_place(copied) =>
                     {

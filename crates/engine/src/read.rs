@@ -27,7 +27,7 @@ impl<S: Storage> Worker<S> {
         let mut done = 0;
         let mut failed = None;
         while done < total {
-            let (piece, len) = self.shared.resolve(layer, offset + done, total - done);
+            let (piece, len) = self.resolve(layer, offset + done, total - done);
             match piece {
                 Piece::Data { file, offset: host } => {
                     open = match open {
@@ -158,7 +158,7 @@ impl<S: Storage> Worker<S> {
     pub(crate) async fn reads_zero(&self, layer: usize, offset: u64, len: u64) -> Result<bool> {
         let mut done = 0;
         while done < len {
-            let (piece, bytes) = self.shared.resolve(layer, offset + done, len - done);
+            let (piece, bytes) = self.resolve(layer, offset + done, len - done);
             match piece {
                 Piece::Zero => done += bytes,
                 Piece::Data { .. } | Piece::Compressed { .. } => return Ok(false),

@@ -4,8 +4,9 @@ use urus_format::{CompressedExtent, GuestOffset, L2Entry};
 
 use crate::error::Error;
 use crate::map::{Lookup, SliceId};
-use crate::shared::{LayerKind, Shared};
-use crate::storage::FileId;
+use crate::shared::LayerKind;
+use crate::storage::{FileId, Storage};
+use crate::worker::Worker;
 
 /// The source of a range.
 #[derive(Debug)]
@@ -34,24 +35,27 @@ pub(crate) enum LayerEntry {
     Bad(Error),
 }
 
-impl Shared {
+impl<S: Storage> Worker<S> {
     /// The entry of the cluster that holds `offset` in a qcow2 layer.
     pub(crate) fn layer_entry(&self, layer_index: usize, offset: u64) -> LayerEntry {
-        let layer = &self.layers[layer_index];
+        let layer = &self.shared.layers[layer_index];
         let qcow2 = layer.qcow2().expect("only qcow2 layers have entries");
         let cluster = qcow2.geometry.guest_cluster(GuestOffset(offset));
         match qcow2.map.lookup(cluster) {
             Lookup::NoTable => LayerEntry::Entry(L2Entry::Unallocated),
             Lookup::Miss(slice) => LayerEntry::Miss(slice),
-            Lookup::Entry(raw) => match L2Entry::decode(raw, &qcow2.geometry) {
-                Ok(entry) => LayerEntry::Entry(entry),
-                Err(entry) => LayerEntry::Bad(Error::BadEntry {
-                    file: layer.name.clone(),
-                    table: "L2 entry of guest cluster",
-                    index: cluster.0,
-                    entry,
-                }),
-            },
+            Lookup::Entry(raw) => {
+                self.hits.add();
+                match L2Entry::decode(raw, &qcow2.geometry) {
+                    Ok(entry) => LayerEntry::Entry(entry),
+                    Err(entry) => LayerEntry::Bad(Error::BadEntry {
+                        file: layer.name.clone(),
+                        table: "L2 entry of guest cluster",
+                        index: cluster.0,
+                        entry,
+                    }),
+                }
+            }
         }
     }
 
@@ -59,7 +63,7 @@ impl Shared {
     /// number of bytes, at least 1, at most one cluster of any layer that was asked.
     pub(crate) fn resolve(&self, from_layer: usize, offset: u64, len: u64) -> (Piece, u64) {
         let mut len = len;
-        for (index, layer) in self.layers.iter().enumerate().skip(from_layer) {
+        for (index, layer) in self.shared.layers.iter().enumerate().skip(from_layer) {
             let size = layer.size();
             if offset >= size {
                 // A shorter backing file reads as zeroes past its end, whatever lies beneath it.

@@ -8,7 +8,7 @@ use std::task::Poll;
 use crate::error::{Error, Result};
 use crate::maintenance::Device;
 use crate::planted::{self, Bug};
-use crate::shared::Removed;
+use crate::shared::{Removed, Shared};
 use crate::storage::{IMAGE, OpKind, Storage};
 use crate::wake::{Parts, join_all};
 
@@ -148,6 +148,7 @@ impl<S: Storage> Device<S> {
                 refcounts.set(cluster, 0);
                 image.allocator.released(cluster, 1, punched);
             }
+            Shared::count(&self.shared().stats.freed_clusters, *count);
         }
         if planted::is(Bug::LatePunch) {
             self.punch(&free).await;

@@ -8,6 +8,7 @@ use std::task::Poll;
 use urus_format::{Compression, Geometry, GuestOffset, Header, L1Entry};
 
 use crate::cluster_locks::ClusterLocks;
+use crate::counters::Stats;
 use crate::decoded::DecodedCache;
 use crate::error::{Error, Result};
 use crate::frames::Frames;
@@ -223,37 +224,7 @@ pub struct Shared {
     pub(crate) serialize_writes: AtomicBool,
     /// Moves on when the metadata is read again: what was reserved before is nobody's.
     pub(crate) generation: AtomicU64,
-    /// Bytes of L2 slices and others read because they were not cached.
     pub(crate) stats: Stats,
-}
-
-/// Counters of one device; they only grow.
-#[derive(Default)]
-pub(crate) struct Stats {
-    pub(crate) slice_loads: AtomicU64,
-    pub(crate) commits: AtomicU64,
-    pub(crate) barriers: AtomicU64,
-    pub(crate) allocated_clusters: AtomicU64,
-    pub(crate) copied_bytes: AtomicU64,
-    pub(crate) decoded_clusters: AtomicU64,
-}
-
-/// Counters of one device at a moment; they only grow.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct Counters {
-    /// L2 slices read because they were not cached.
-    pub slice_loads: u64,
-    /// Commits of metadata.
-    pub commits: u64,
-    /// fdatasyncs.
-    pub barriers: u64,
-    /// Clusters handed out.
-    pub allocated_clusters: u64,
-    /// Bytes copied from older places to complete partly written clusters.
-    pub copied_bytes: u64,
-    /// Compressed clusters decoded because they were not cached.
-    pub decoded_clusters: u64,
 }
 
 impl Shared {
@@ -285,20 +256,6 @@ impl Shared {
     #[must_use]
     pub fn chain_depth(&self) -> usize {
         self.layers.len()
-    }
-
-    /// The counters now.
-    #[must_use]
-    pub fn counters(&self) -> Counters {
-        let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
-        Counters {
-            slice_loads: read(&self.stats.slice_loads),
-            commits: read(&self.stats.commits),
-            barriers: read(&self.stats.barriers),
-            allocated_clusters: read(&self.stats.allocated_clusters),
-            copied_bytes: read(&self.stats.copied_bytes),
-            decoded_clusters: read(&self.stats.decoded_clusters),
-        }
     }
 
     /// Asks something of the maintenance executor.
@@ -439,9 +396,5 @@ impl Shared {
             index: l1_index,
             entry,
         })
-    }
-
-    pub(crate) fn count(counter: &AtomicU64, by: u64) {
-        counter.fetch_add(by, Ordering::Relaxed);
     }
 }

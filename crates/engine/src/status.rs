@@ -76,7 +76,7 @@ impl<S: Storage> Worker<S> {
             let within = geometry.in_cluster(offset);
             extent.len = extent.len.min(geometry.cluster_bytes() - within);
             let entry = loop {
-                match self.shared.layer_entry(index, offset) {
+                match self.layer_entry(index, offset) {
                     LayerEntry::Entry(entry) => break entry,
                     LayerEntry::Miss(slice) => self.load(index, slice).await?,
                     LayerEntry::Bad(error) => return Err(error),

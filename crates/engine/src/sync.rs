@@ -5,6 +5,8 @@
 //! `OnceLock` stay std's: wakers are made of the one, and what the other guards is filled once and then only read.
 pub use std::sync::Arc;
 pub use std::sync::OnceLock;
+/// A counter by which nothing is decided: std's as well, so that no test spends its interleavings on it.
+pub(crate) use std::sync::atomic::AtomicU64 as Tally;
 
 #[cfg(feature = "loom")]
 use loom::sync::Mutex as Inner;

@@ -7,6 +7,7 @@ use std::io;
 use std::rc::Rc;
 use std::task::Poll;
 
+use crate::counters::HitCount;
 use crate::error::{Error, Result};
 use crate::frames::{Install, NoCleanFrame};
 use crate::limits;
@@ -32,6 +33,7 @@ pub(crate) struct Direct<M> {
 /// One thread's way to do the engine's work.
 pub(crate) struct Worker<S: Storage> {
     pub(crate) shared: Arc<Shared>,
+    pub(crate) hits: HitCount,
     pub(crate) reactor: Reactor<S, Direct<S::Memory>>,
     /// Clusters reserved for this worker, and not used yet.
     runs: RefCell<Vec<Run>>,
@@ -55,6 +57,7 @@ pub(crate) fn interrupted(error: &io::Error) -> bool {
 impl<S: Storage> Worker<S> {
     pub(crate) fn new(shared: Arc<Shared>, storage: S) -> Rc<Self> {
         Rc::new(Self {
+            hits: HitCount::new(Arc::clone(&shared)),
             shared,
             reactor: Reactor::new(storage),
             runs: RefCell::new(Vec::new()),

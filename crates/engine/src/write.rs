@@ -55,7 +55,7 @@ impl<S: Storage> Worker<S> {
         while done < total {
             let at = offset + done;
             let in_cluster = (geometry.cluster_bytes() - geometry.in_cluster(at)).min(total - done);
-            match self.shared.layer_entry(0, at) {
+            match self.layer_entry(0, at) {
                 LayerEntry::Bad(error) => {
                     failed = Some(error);
                     break;
@@ -95,7 +95,7 @@ impl<S: Storage> Worker<S> {
         let mut bytes = (geometry.cluster_bytes() - geometry.in_cluster(at)).min(len);
         let limit = len.min(limits::WRITE_STEP_CLUSTERS << geometry.cluster_bits());
         while bytes < limit {
-            match self.shared.layer_entry(0, at + bytes) {
+            match self.layer_entry(0, at + bytes) {
                 LayerEntry::Entry(L2Entry::Data { copied, .. }) if writable_in_place(copied) => {
                     break;
                 }
@@ -186,7 +186,7 @@ impl<S: Storage> Worker<S> {
     /// The image's own entry of the cluster at `offset`, loaded if need be.
     pub(crate) async fn loaded_entry(&self, offset: u64) -> Result<L2Entry> {
         loop {
-            match self.shared.layer_entry(0, offset) {
+            match self.layer_entry(0, offset) {
                 LayerEntry::Entry(entry) => return Ok(entry),
                 LayerEntry::Miss(slice) => self.load(0, slice).await?,
                 LayerEntry::Bad(error) => return Err(error),

@@ -180,7 +180,7 @@ impl<S: Storage> Worker<S> {
             // The longest range of clusters that change.
             while index < count {
                 let at = geometry.guest_offset(GuestCluster(first.0 + index));
-                match self.shared.layer_entry(0, at.0) {
+                match self.layer_entry(0, at.0) {
                     LayerEntry::Entry(entry) if matches!(decide(entry), Outcome::Set(_)) => {
                         index += 1
                     }

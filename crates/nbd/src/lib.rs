@@ -60,6 +60,6 @@ mod wire;
 mod worker;
 
 pub use error::Error;
-pub use server::{Server, ServerBuilder};
+pub use server::{Monitor, Server, ServerBuilder};
 pub use tls::TlsCredentials;
 pub use urus_listen::{Address, Error as ListenError, Listen, Listener};

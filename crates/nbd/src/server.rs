@@ -266,6 +266,20 @@ impl fmt::Debug for Server {
     }
 }
 
+/// What is to be seen of a [`Server`], from any thread, for as long as one likes.
+#[derive(Clone, Debug)]
+pub struct Monitor {
+    connections: Arc<AtomicUsize>,
+}
+
+impl Monitor {
+    /// Clients connected at this moment.
+    #[must_use]
+    pub fn connections(&self) -> usize {
+        self.connections.load(Relaxed)
+    }
+}
+
 impl Server {
     /// A server of `device`, to be configured.
     #[must_use]
@@ -303,6 +317,14 @@ impl Server {
     #[must_use]
     pub fn connections(&self) -> usize {
         self.connections.load(Relaxed)
+    }
+
+    /// To see how it is doing from elsewhere.
+    #[must_use]
+    pub fn monitor(&self) -> Monitor {
+        Monitor {
+            connections: Arc::clone(&self.connections),
+        }
     }
 
     /// Ends the server: takes no more clients and removes its socket files, refuses requests that were received but not started

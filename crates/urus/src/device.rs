@@ -14,9 +14,10 @@ use urus_format::Header;
 use urus_ring::{Driver, DriverKind, FileSet, LockMode};
 
 use crate::chain::{self, ChainFile};
+use crate::statistics::{Place, Places};
 use crate::{
     BlockingIo, Counters, DiscardPolicy, Error, Format, IoDriver, OpenOptions, QueueSeat, Result,
-    limits,
+    Statistics, limits,
 };
 use urus_engine::{Control, ControlReply, LayerSpec, Maintenance, Options, Shared};
 
@@ -76,6 +77,7 @@ struct Core {
     /// What the maintenance thread got.
     driver: DriverKind,
     queue_depth: u32,
+    latencies: bool,
     uses_locks: bool,
     /// Whether write-zeroes with unmap gives clusters back.
     unmaps: bool,
@@ -85,6 +87,7 @@ struct Core {
     closed: AtomicBool,
     /// Set while `state` is `Paused`, for the same.
     paused: AtomicBool,
+    places: Arc<Places>,
     thread: Mutex<Option<JoinHandle<()>>>,
     /// Who wants to know of another size.
     on_resize: Mutex<Vec<OnResize>>,
@@ -196,11 +199,13 @@ impl Device {
                 asked,
                 driver: started.driver,
                 queue_depth: options.queue_depth,
+                latencies: options.latencies,
                 uses_locks: options.lock,
                 unmaps: options.discard == DiscardPolicy::Unmap,
                 state: Mutex::new(State::Running),
                 closed: AtomicBool::new(false),
                 paused: AtomicBool::new(false),
+                places: Arc::default(),
                 thread: Mutex::new(Some(thread)),
                 on_resize: Mutex::default(),
             }),
@@ -304,6 +309,22 @@ impl Device {
     #[must_use]
     pub fn counters(&self) -> Counters {
         self.core.shared.counters()
+    }
+
+    /// What the device and its queues have done, and how it stands. Cheap, and never waits for I/O: may be asked from any thread
+    /// while queues work. Each number is exact; they are not all of the same moment.
+    #[must_use]
+    pub fn statistics(&self) -> Statistics {
+        Statistics {
+            counters: self.counters(),
+            queues: self.core.places.read(),
+            size: self.size(),
+            chain_depth: self.layers().len(),
+            driver: self.driver(),
+            read_only: self.read_only(),
+            paused: self.is_paused(),
+            poisoned: self.core.shared.is_poisoned(),
+        }
     }
 
     /// A seat for one more queue, to be sent to the thread that will use it.
@@ -458,8 +479,16 @@ impl Device {
             .map_err(Error::io("set up the I/O driver for", &core.layers[0].path))
     }
 
+    pub(crate) fn take_place(&self) -> Place {
+        self.core.places.take()
+    }
+
     pub(crate) fn shared(&self) -> Arc<Shared> {
         Arc::clone(&self.core.shared)
+    }
+
+    pub(crate) fn measures_latencies(&self) -> bool {
+        self.core.latencies
     }
 
     pub(crate) fn queue_depth(&self) -> u32 {

@@ -3,12 +3,14 @@
 use std::fmt;
 use std::marker::PhantomData;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use slab::Slab;
 use urus_ring::{Buffer, Driver, DriverKind, MemoryRegion, RingMemory};
 
 use crate::device::driver_name;
 use crate::request::Kind;
+use crate::statistics::{Counted, Place};
 use crate::{Completion, Device, Error, Rejected, Request, Result};
 use urus_engine::request::{Reply, Request as EngineRequest, RequestKind};
 
@@ -16,11 +18,13 @@ use urus_engine::request::{Reply, Request as EngineRequest, RequestKind};
 #[derive(Debug)]
 pub struct QueueSeat {
     device: Device,
+    place: Place,
 }
 
 impl QueueSeat {
     pub(crate) fn new(device: Device) -> Self {
-        Self { device }
+        let place = device.take_place();
+        Self { device, place }
     }
 
     /// The queue, bound to the calling thread: only that thread can use and drop it.
@@ -31,9 +35,15 @@ impl QueueSeat {
         let driver = self.device.open_driver()?;
         let kind = driver.kind();
         let depth = usize::try_from(self.device.queue_depth()).expect("32 bits fit a usize");
+        self.place.activated(kind);
         Ok(Queue {
             engine: urus_engine::Queue::new(self.device.shared(), driver, depth),
+            latencies: self.device.measures_latencies(),
             device: self.device,
+            place: self.place,
+            in_flight: Slab::with_capacity(depth),
+            begun: None,
+            ended: None,
             event_fd: None,
             kind,
             depth,
@@ -53,11 +63,28 @@ pub struct Queue {
     // Dropped first: it drains, which needs the device.
     engine: urus_engine::Queue<Driver>,
     device: Device,
+    place: Place,
+    /// By the token that the engine knows.
+    in_flight: Slab<InFlight>,
+    /// Whether the clock is read at all.
+    latencies: bool,
+    /// When what was submitted since the last kick began.
+    begun: Option<Instant>,
+    /// When the replies that the engine has found were found.
+    ended: Option<Instant>,
     event_fd: Option<OwnedFd>,
     kind: DriverKind,
     depth: usize,
     /// Neither `Send` nor `Sync`: the kernel wants a ring used by one thread.
     thread_bound: PhantomData<*const ()>,
+}
+
+/// What is known of a request until it completes.
+struct InFlight {
+    /// The caller's.
+    token: u64,
+    counted: Counted,
+    begun: Option<Instant>,
 }
 
 impl Queue {
@@ -97,26 +124,44 @@ impl Queue {
         if self.engine.in_flight() >= self.depth {
             return Err(Rejected { request });
         }
-        self.engine
-            .submit(into_engine(request))
-            .map_err(|request| Rejected {
-                request: from_engine(request),
-            })
+        let key = self.in_flight.insert(InFlight {
+            token: request.token,
+            counted: Counted::of(&request.kind),
+            begun: self
+                .latencies
+                .then(|| *self.begun.get_or_insert_with(Instant::now)),
+        });
+        let taken = self.engine.submit(into_engine(key as u64, request.kind));
+        let result = taken.map_err(|refused| Rejected {
+            request: Request {
+                token: self.in_flight.remove(key).token,
+                kind: from_engine(refused.kind),
+            },
+        });
+        self.place.set_in_flight(self.in_flight.len());
+        result
     }
 
     /// Starts everything submitted: one system call for all of it.
     pub fn kick(&mut self) {
+        self.begun = None;
         self.engine.kick();
     }
 
     /// The next completion, without waiting.
     pub fn completion(&mut self) -> Option<Completion> {
+        if !self.engine.has_reply() {
+            // The engine starts what was submitted, and looks for replies.
+            self.begun = None;
+            self.ended = None;
+        }
         let Reply {
             token,
             result,
             memory,
             extents,
         } = self.engine.complete()?;
+        let token = self.count(token, result.is_ok());
         Some(Completion {
             token,
             result: result.map_err(Error::from),
@@ -125,9 +170,35 @@ impl Queue {
         })
     }
 
+    /// A request has ended; returns the caller's token.
+    fn count(&mut self, key: u64, succeeded: bool) -> u64 {
+        let key = usize::try_from(key).expect("was an index");
+        let InFlight {
+            token,
+            counted,
+            begun,
+        } = self.in_flight.remove(key);
+        self.place.set_in_flight(self.in_flight.len());
+        if !succeeded {
+            self.place.failed(counted);
+            return token;
+        }
+        self.place.succeeded(counted);
+        if let Some(begun) = begun {
+            let ended = match self.ended {
+                Some(ended) if ended >= begun => ended,
+                // Found anew, or answered when it was submitted.
+                _ => *self.ended.insert(Instant::now()),
+            };
+            self.place.took(counted, ended.duration_since(begun));
+        }
+        token
+    }
+
     /// Sleeps until [`completion`](Self::completion) may have something, or the time is over. Starts what was
     /// submitted. With nothing in flight and no time given it may sleep forever.
     pub fn wait(&mut self, timeout: Option<Duration>) {
+        self.begun = None;
         self.engine.wait(timeout);
     }
 
@@ -178,6 +249,12 @@ impl Queue {
         &self.device
     }
 
+    /// Its place in [`Statistics::queues`](crate::Statistics::queues).
+    #[must_use]
+    pub fn number(&self) -> usize {
+        self.place.number()
+    }
+
     /// What does the I/O of this queue: "io_uring" or "blocking".
     #[must_use]
     pub fn driver(&self) -> &'static str {
@@ -189,6 +266,7 @@ impl fmt::Debug for Queue {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Queue")
             .field("device", &self.device.name())
+            .field("number", &self.number())
             .field("driver", &self.driver())
             .field("depth", &self.depth)
             .field("in_flight", &self.in_flight())
@@ -196,8 +274,8 @@ impl fmt::Debug for Queue {
     }
 }
 
-fn into_engine(request: Request) -> EngineRequest<RingMemory> {
-    let kind = match request.kind {
+fn into_engine(token: u64, kind: Kind) -> EngineRequest<RingMemory> {
+    let kind = match kind {
         Kind::Read { offset, buffer } => RequestKind::Read {
             offset,
             memory: buffer.into_memory(),
@@ -226,14 +304,11 @@ fn into_engine(request: Request) -> EngineRequest<RingMemory> {
         Kind::Flush => RequestKind::Flush,
         Kind::BlockStatus { offset, len } => RequestKind::BlockStatus { offset, len },
     };
-    EngineRequest {
-        token: request.token,
-        kind,
-    }
+    EngineRequest { token, kind }
 }
 
-fn from_engine(request: EngineRequest<RingMemory>) -> Request {
-    let kind = match request.kind {
+fn from_engine(kind: RequestKind<RingMemory>) -> Kind {
+    match kind {
         RequestKind::Read { offset, memory } => Kind::Read {
             offset,
             buffer: whole_buffer(memory),
@@ -261,10 +336,6 @@ fn from_engine(request: EngineRequest<RingMemory>) -> Request {
         },
         RequestKind::Flush => Kind::Flush,
         RequestKind::BlockStatus { offset, len } => Kind::BlockStatus { offset, len },
-    };
-    Request {
-        token: request.token,
-        kind,
     }
 }
 

@@ -72,6 +72,11 @@ impl Signals {
             .unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Whether a front end is being served.
+    pub(crate) fn is_connected(&self) -> bool {
+        self.connection().is_some()
+    }
+
     fn is_stopped(&self) -> bool {
         self.stop.load(Ordering::SeqCst)
     }

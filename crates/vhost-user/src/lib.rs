@@ -66,5 +66,5 @@ mod worker;
 
 pub use error::Error;
 pub use listen::Listener;
-pub use server::{Server, ServerBuilder};
+pub use server::{Monitor, Server, ServerBuilder};
 pub use stats::Stats;

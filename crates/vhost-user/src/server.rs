@@ -201,6 +201,35 @@ impl fmt::Debug for Server {
     }
 }
 
+/// What is to be seen of a [`Server`], from any thread, for as long as one likes.
+#[derive(Clone, Debug)]
+pub struct Monitor {
+    signals: Arc<Signals>,
+    stats: Vec<Arc<QueueStats>>,
+}
+
+impl Monitor {
+    /// Whether a front end is connected at this moment.
+    #[must_use]
+    pub fn is_connected(&self) -> bool {
+        self.signals.is_connected()
+    }
+
+    /// What the server has done so far.
+    #[must_use]
+    pub fn stats(&self) -> Stats {
+        sum(&self.stats)
+    }
+}
+
+fn sum(queues: &[Arc<QueueStats>]) -> Stats {
+    let mut sum = Stats::default();
+    for queue in queues {
+        sum.add(queue);
+    }
+    sum
+}
+
 impl Server {
     /// A back end of `device` for the front ends that come to `listener`, to be configured.
     #[must_use]
@@ -226,11 +255,16 @@ impl Server {
     /// What it has done so far.
     #[must_use]
     pub fn stats(&self) -> Stats {
-        let mut sum = Stats::default();
-        for queue in &self.stats {
-            sum.add(queue);
+        sum(&self.stats)
+    }
+
+    /// To see how it is doing from elsewhere.
+    #[must_use]
+    pub fn monitor(&self) -> Monitor {
+        Monitor {
+            signals: Arc::clone(&self.signals),
+            stats: self.stats.clone(),
         }
-        sum
     }
 
     /// Ends the back end: takes no more requests, finishes those in flight and tells the guest, cuts the front end off,

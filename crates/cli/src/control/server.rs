@@ -30,6 +30,7 @@ const IDLE_TIME: Duration = Duration::from_secs(60);
 const WRITE_TIME: Duration = Duration::from_secs(5);
 
 /// An image that can be controlled.
+#[derive(Clone, Debug)]
 pub(crate) struct Controlled {
     /// Its export's name.
     pub(crate) name: String,

@@ -6,9 +6,16 @@ use urus::Device;
 
 use super::export::Other;
 use super::{Args, Servers};
+use crate::metrics::Metrics;
 use crate::size::human;
 
-pub(super) fn print(args: &Args, device: &Device, others: &[Other], servers: &Servers) {
+pub(super) fn print(
+    args: &Args,
+    device: &Device,
+    others: &[Other],
+    servers: &Servers,
+    metrics: Option<&Metrics>,
+) {
     let mut text = String::new();
     // Writing to a string cannot fail.
     let _ = describe(&mut text, args, device)
@@ -17,6 +24,10 @@ pub(super) fn print(args: &Args, device: &Device, others: &[Other], servers: &Se
         .and_then(|()| match args.control.path() {
             Some(path) => writeln!(text, "  control   unix:{}", path.display()),
             None => Ok(()),
+        })
+        .and_then(|()| {
+            let mut addresses = metrics.into_iter().flat_map(Metrics::addresses);
+            addresses.try_for_each(|address| writeln!(text, "  metrics   {address}"))
         })
         .and_then(|()| match args.export.tls_text() {
             // Each client has its own way to name its certificates.
