@@ -134,11 +134,21 @@ fn commands_on(io: &str) {
     refused(&scratch, "resize ctl 1M", "cannot shrink");
     refused(&scratch, "flush --image moon ctl", "\"moon\"");
 
+    let allocated = || stats(&scratch, "")["allocated-clusters"].as_u64();
+    let before = allocated().expect("a number");
     scratch.sh(&format!(
         "qemu-io -f raw -c 'write -P 7 1G 64k' {NBD} >/dev/null"
     ));
     // The cluster and its L2 table.
-    assert_eq!(stats(&scratch, "")["allocated-clusters"], 2);
+    assert_eq!(allocated(), Some(before + 2));
+    let queues = stats(&scratch, "")["queues"].clone();
+    let written = |queue: &serde_json::Value| queue["write"]["bytes"].as_u64().unwrap_or(0);
+    let queues = queues.as_array().expect("a list");
+    assert_eq!(
+        queues.iter().map(written).sum::<u64>(),
+        64 << 10,
+        "{queues:?}"
+    );
     let before = stats(&scratch, "")["commits"].as_u64().expect("a number");
     done(&scratch, "flush ctl");
     assert!(stats(&scratch, "")["commits"].as_u64().expect("a number") > before);

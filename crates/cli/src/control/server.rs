@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use tracing::{debug, info, warn};
-use urus::{Device, PauseOptions};
+use urus::{Device, PauseOptions, QueueStatistics};
 use urus_listen::{Acceptor, Listener, Stopper};
 
 use super::protocol::{
@@ -276,21 +276,44 @@ impl Shared {
 /// What a device is, and has done.
 fn stats(image: &Controlled) -> Value {
     let device = &image.device;
-    let counters = device.counters();
+    let statistics = device.statistics();
+    let counters = &statistics.counters;
+    let queues: Vec<Value> = statistics.queues.iter().map(queue).collect();
     json!({
         "image": device.name(),
         "export": image.name,
         "format": device.format().to_string(),
-        "size": device.size(),
-        "read-only": device.read_only(),
-        "paused": device.is_paused(),
-        "driver": device.driver(),
-        "layers": device.layers().len(),
+        "size": statistics.size,
+        "read-only": statistics.read_only,
+        "paused": statistics.paused,
+        "poisoned": statistics.poisoned,
+        "driver": statistics.driver,
+        "layers": statistics.chain_depth,
         "commits": counters.commits,
         "barriers": counters.barriers,
         "allocated-clusters": counters.allocated_clusters,
+        "freed-clusters": counters.freed_clusters,
         "copied-bytes": counters.copied_bytes,
+        "mapping-hits": counters.mapping_hits,
         "slice-loads": counters.slice_loads,
+        "evicted-slices": counters.evicted_slices,
+        "decoded-hits": counters.decoded_hits,
         "decoded-clusters": counters.decoded_clusters,
+        "queues": queues,
     })
+}
+
+/// A queue, with the kinds of operation that it has seen. (Latencies are a matter of metrics.)
+fn queue(queue: &QueueStatistics) -> Value {
+    let mut fields = serde_json::Map::new();
+    fields.insert("driver".into(), queue.driver.into());
+    fields.insert("in-flight".into(), queue.in_flight.into());
+    for (kind, seen) in queue.by_kind() {
+        if seen.operations + seen.errors > 0 {
+            let numbers =
+                json!({"operations": seen.operations, "bytes": seen.bytes, "errors": seen.errors});
+            fields.insert(kind.replace('_', "-"), numbers);
+        }
+    }
+    fields.into()
 }
