@@ -120,9 +120,9 @@ fn a_root_file_system_survives_the_death_of_its_machine() {
         std::thread::sleep(Duration::from_millis(15 * boot));
         drop(guest);
     }
+    let flushes = daemon.operations("flush");
+    assert!(flushes >= durable.len() as u64, "{flushes} flushes");
     let log = daemon.stop();
-    let flushes = Daemon::counter(&log, "flushes");
-    assert!(flushes >= durable.len() as u64, "{flushes} flushes: {log}");
     assert_eq!(Daemon::counter(&log, "failed"), 0, "{log}");
     judged(&scratch, &image);
 }

@@ -1,19 +1,36 @@
 //! Two vhost-user-blk back ends side by side: random reads by libblkio's client, in short alternating slices, and the
 //! median of the ratios.
 //!
+//! `cargo run --release --example compare -- --start URUS IMAGE [DEPTH] [BYTES] [PAIRS]`
+//!
+//! starts `URUS serve` and qemu-storage-daemon on the qcow2 image, both read-only with one queue, and judges bar P11;
+//!
 //! `cargo run --release --example compare -- SOCKET PID SOCKET PID [DEPTH] [BYTES] [PAIRS]`
 //!
-//! Reads are of BYTES bytes (4096), DEPTH at once (32). The images should be warm: the first slices, which are not
-//! counted, read at random too. With the processes' numbers it also tells their CPU time per read.
+//! compares whatever is at the sockets. Reads are of BYTES bytes (4096), DEPTH at once (32). The images should be warm: with `--start`
+//! the image is read first, and the first slices, which are not counted, read at random too. With the processes' numbers it also
+//! tells their CPU time per read.
+
+#[path = "../../cli/src/bench/spread.rs"]
+mod spread;
 
 use std::error::Error;
 use std::mem::MaybeUninit;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use blkio::{Blkio, Blkioq, Completion, MemoryRegion, ReqFlags};
 
+use spread::Spread;
+
 const SLICE: Duration = Duration::from_millis(300);
 const WARM_UP: usize = 3;
+/// How long a server may take to listen.
+const START: Duration = Duration::from_secs(10);
+/// What P11 asks for: the rate, or, where the client is the limit, the CPU time.
+const RATE_BAR: f64 = 1.3;
+const CPU_BAR: f64 = 0.77;
 
 struct Client {
     queue: Blkioq,
@@ -115,19 +132,97 @@ fn cpu_time(pid: &str) -> f64 {
     ticks / 100.0
 }
 
-fn median(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    values[values.len() / 2]
+/// A server in the foreground, killed at the end: it only reads.
+struct Server {
+    child: Child,
+    socket: String,
+}
+
+impl Server {
+    fn start(mut command: Command, socket: String) -> Result<Self, Box<dyn Error>> {
+        let child = command
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .spawn()
+            .map_err(|error| format!("{:?} cannot be run: {error}", command.get_program()))?;
+        let mut server = Self { child, socket };
+        let begin = Instant::now();
+        while !Path::new(&server.socket).exists() {
+            if server.child.try_wait()?.is_some() || begin.elapsed() > START {
+                return Err(format!("{:?} does not listen", command.get_program()).into());
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        Ok(server)
+    }
+
+    fn pid(&self) -> String {
+        self.child.id().to_string()
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        // It may have ended.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// `urus serve` and qemu-storage-daemon on one image, for reading.
+fn start(urus: &str, image: &str, dir: &Path) -> Result<[Server; 2], Box<dyn Error>> {
+    // Into the page cache.
+    std::io::copy(&mut std::fs::File::open(image)?, &mut std::io::sink())?;
+    let socket = |name: &str| dir.join(name).display().to_string();
+    let (urus_socket, qemu_socket) = (socket("urus.sock"), socket("qemu.sock"));
+    let mut server = Command::new(urus);
+    server.args(["serve", image, "--read-only", "--num-queues", "1"]);
+    server.args(["--vhost-user", &urus_socket]);
+    let mut daemon = Command::new("qemu-storage-daemon");
+    // A comma is the end of a value, unless doubled.
+    let file = image.replace(',', ",,");
+    daemon
+        .arg("--blockdev")
+        .arg(format!("driver=file,node-name=f,filename={file},aio=io_uring,read-only=on"))
+        .args(["--blockdev", "driver=qcow2,node-name=d,file=f,read-only=on"])
+        .args(["--object", "iothread,id=io", "--export"])
+        .arg(format!(
+            "type=vhost-user-blk,id=e,node-name=d,addr.type=unix,addr.path={qemu_socket},iothread=io,num-queues=1"
+        ));
+    Ok([
+        Server::start(server, urus_socket)?,
+        Server::start(daemon, qemu_socket)?,
+    ])
 }
 
 fn main() -> Result<(), Box<dyn Error>> {
     let words: Vec<String> = std::env::args().skip(1).collect();
-    let number =
-        |index: usize, default: usize| words.get(index).map_or(Ok(default), |word| word.parse());
-    let (depth, bytes, pairs) = (number(4, 32)?, number(5, 4096)?, number(6, 15)?);
-    let [first, first_pid, second, second_pid, ..] = words.as_slice() else {
-        return Err("compare SOCKET PID SOCKET PID [DEPTH] [BYTES] [PAIRS]".into());
+    let usage = "compare --start URUS IMAGE | SOCKET PID SOCKET PID, then [DEPTH] [BYTES] [PAIRS]";
+    let dir = tempfile::tempdir()?;
+    // Held until the end.
+    let servers;
+    let (ends, numbers): ([String; 4], _) = match words.as_slice() {
+        [flag, urus, image, rest @ ..] if flag == "--start" => {
+            servers = start(urus, image, dir.path())?;
+            let [urus, qemu] = &servers;
+            let ends = [
+                urus.socket.clone(),
+                urus.pid(),
+                qemu.socket.clone(),
+                qemu.pid(),
+            ];
+            (ends, rest)
+        }
+        [first, first_pid, second, second_pid, rest @ ..] => {
+            let ends = [first, first_pid, second, second_pid].map(String::clone);
+            (ends, rest)
+        }
+        _ => return Err(usage.into()),
     };
+    let number =
+        |index: usize, default: usize| numbers.get(index).map_or(Ok(default), |word| word.parse());
+    let (depth, bytes, pairs) = (number(0, 32)?, number(1, 4096)?, number(2, 15)?);
+    let [first, first_pid, second, second_pid] = &ends;
     let mut one = Client::connect(first, first_pid, depth, bytes)?;
     let mut other = Client::connect(second, second_pid, depth, bytes)?;
     for _ in 0..WARM_UP {
@@ -145,21 +240,39 @@ fn main() -> Result<(), Box<dyn Error>> {
         };
         measures.push(pair);
     }
-    let of = |value: fn(&(Measure, Measure)) -> f64| median(measures.iter().map(value).collect());
+    report(&ends, &measures);
+    Ok(())
+}
+
+fn report([first, _, second, _]: &[String; 4], measures: &[(Measure, Measure)]) {
+    let of = |value: fn(&(Measure, Measure)) -> f64| Spread::of(measures.iter().map(value));
     println!(
         "{first}: {:.0} reads/s, {:.2} us of CPU each",
-        of(|pair| pair.0.per_second),
-        of(|pair| pair.0.cpu_us)
+        of(|pair| pair.0.per_second).median,
+        of(|pair| pair.0.cpu_us).median
     );
     println!(
         "{second}: {:.0} reads/s, {:.2} us of CPU each",
-        of(|pair| pair.1.per_second),
-        of(|pair| pair.1.cpu_us)
+        of(|pair| pair.1.per_second).median,
+        of(|pair| pair.1.cpu_us).median
     );
-    let ratio = of(|pair| pair.0.per_second / pair.1.per_second);
+    let rate = of(|pair| pair.0.per_second / pair.1.per_second);
+    let cpu = of(|pair| pair.0.cpu_us / pair.1.cpu_us);
+    let text = |spread: &Spread| {
+        format!(
+            "{:.2} (min {:.2}, max {:.2}; 95 % {:.2} to {:.2})",
+            spread.median, spread.min, spread.max, spread.low, spread.high
+        )
+    };
     println!(
-        "median of {pairs} ratios: {ratio:.2} (CPU {:.2})",
-        of(|pair| pair.0.cpu_us / pair.1.cpu_us)
+        "median of {} ratios of reads/s: {}; P11, at least {RATE_BAR}: {}",
+        measures.len(),
+        text(&rate),
+        spread::at_least(RATE_BAR, &rate)
     );
-    Ok(())
+    println!(
+        "of CPU: {}; or, where the client is the limit, at most {CPU_BAR}: {}",
+        text(&cpu),
+        spread::at_most(CPU_BAR, &cpu)
+    );
 }

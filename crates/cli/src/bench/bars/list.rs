@@ -19,7 +19,7 @@ pub(super) struct Bar {
 
 const PEERS: &str =
     "measured by `cargo run --release --manifest-path crates/bench-compare/Cargo.toml`";
-const VHOST_USER: &str = "measured by `cargo run --release -p urus-vhost-user --example compare`, see docs/BENCHMARKS.md";
+const VHOST_USER: &str = "measured by `cargo run --release -p urus-vhost-user --example compare -- --start target/release/urus IMAGE`";
 const LOOK_UP: &str =
     "the look-up alone is measured by `cargo bench`; this is what one adds to a request";
 const CONVERT: &str = "waits for the convert command";
