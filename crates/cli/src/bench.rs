@@ -79,6 +79,10 @@ pub(crate) struct Args {
           value_parser = clap::value_parser!(u16).range(1..=64))]
     queues: u16,
 
+    /// Register the requests' memory with the rings, as the suite `bars` does
+    #[arg(long)]
+    registered: bool,
+
     /// Time for all slices together; of each test of a suite [default: 15; 3 for the proposal, 6 for the bars]
     #[arg(long, value_name = "N", value_parser = seconds)]
     seconds: Option<f64>,
@@ -259,6 +263,7 @@ fn one_image(args: &Args, path: &Path, stop: &mut Stop) -> Outcome {
         slice: slice_time(args, 15.0),
         cold: false,
         writer: false,
+        registered: args.registered,
     };
     let targets = [Target::Device(&image), Target::Device(&raw)];
     let Some(pairs) = measure(plan, args.pairs, targets, stop, || ())? else {

@@ -156,6 +156,8 @@ impl Bench<'_> {
             slice: slice_time(self.args, SECONDS),
             cold: false,
             writer: false,
+            // As the best raw method has it.
+            registered: true,
         }
     }
 

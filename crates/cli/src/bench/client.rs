@@ -80,7 +80,7 @@ pub(super) enum Seat {
 impl Seat {
     pub(super) fn activate(self, plan: Plan) -> Result<Client, Failure> {
         Ok(match self {
-            Self::Device(seat) => Client::Device(DeviceClient::new(seat.activate()?, plan)),
+            Self::Device(seat) => Client::Device(DeviceClient::new(seat.activate()?, plan)?),
             Self::Raw(file, method) => {
                 let open = RawFile::open(file, method, plan.depth, plan.block_len());
                 let raw = open.map_err(|error| {
@@ -123,16 +123,21 @@ pub(super) struct DeviceClient {
 }
 
 impl DeviceClient {
-    fn new(queue: Queue, plan: Plan) -> Self {
-        let buffers = (0..plan.depth)
-            .map(|_| {
-                let mut buffer = Buffer::new(plan.block_len());
+    fn new(mut queue: Queue, plan: Plan) -> Result<Self, Failure> {
+        let depth = usize::try_from(plan.depth).expect("32 bits fit a usize");
+        let (buffers, region) = Buffer::pool(depth, plan.block_len());
+        if plan.registered {
+            queue.register_memory(vec![region])?;
+        }
+        let buffers = buffers
+            .into_iter()
+            .map(|mut buffer| {
                 // Not zeroes: those could be written without being stored.
                 buffer.as_mut_slice().fill(b'w');
                 Some(buffer)
             })
             .collect();
-        Self { queue, buffers }
+        Ok(Self { queue, buffers })
     }
 }
 

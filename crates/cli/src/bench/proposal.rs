@@ -166,6 +166,7 @@ fn one(
         slice: slice_time(args, 3.0),
         cold: test.access != Access::ReadWarm,
         writer: false,
+        registered: false,
     };
     if !plan.cold {
         control::warm(&io_uring, plan.span)?;

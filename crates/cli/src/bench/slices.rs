@@ -37,6 +37,8 @@ pub(super) struct Plan {
     pub(super) cold: bool,
     /// Beside the queues one more writes at random and flushes now and then; what it does is not counted.
     pub(super) writer: bool,
+    /// A device's queues know the memory of their requests beforehand.
+    pub(super) registered: bool,
 }
 
 impl Plan {
