@@ -79,7 +79,7 @@ const JUDGES: [Judge; 5] = [
     simulator(
         "sequences",
         &["--part", "sequences", "--states", "5000", "--qemu", "0"],
-        15,
+        8,
     ),
     simulator(
         "model",
