@@ -1,5 +1,6 @@
 //! Developer commands: `cargo xtask test|ci|soak|tidy`. One command is CI; the README's test command is part of it.
 
+mod branches;
 mod leftovers;
 mod licences;
 mod mutants;

@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
-use crate::steps::Steps;
+use crate::steps::{Steps, output};
 use crate::survivors::{self, Survivor};
 
 /// What is mutated: the format, and all that decides what a commit writes and which clusters it hands out.
@@ -79,7 +79,7 @@ const JUDGES: [Judge; 5] = [
     simulator(
         "sequences",
         &["--part", "sequences", "--states", "5000", "--qemu", "0"],
-        15,
+        8,
     ),
     simulator(
         "model",
@@ -339,17 +339,6 @@ impl Laboratory {
         }
         Ok(Fate::Survived)
     }
-}
-
-fn output(command: &mut Command) -> Result<String, String> {
-    let output = command
-        .output()
-        .map_err(|error| format!("{command:?} did not start: {error}"))?;
-    if !output.status.success() {
-        let fault = String::from_utf8_lossy(&output.stderr);
-        return Err(format!("{command:?} ended with {}: {fault}", output.status));
-    }
-    String::from_utf8(output.stdout).map_err(|error| format!("{command:?}: {error}"))
 }
 
 /// All that can be changed.

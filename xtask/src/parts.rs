@@ -6,6 +6,7 @@
 use std::path::Path;
 use std::process::Command;
 
+use crate::branches;
 use crate::leftovers;
 use crate::mutants;
 use crate::packages;
@@ -24,6 +25,8 @@ enum Means {
     Proofs(&'static [&'static str]),
     /// The fuzz targets, with their budget in CI.
     Fuzz(&'static [&'static str]),
+    /// The error branches that injected errors reach: in soak only, it builds the simulator anew.
+    Branches,
     /// Mutants of the code that must not be wrong: in soak only, a build for each takes too long for CI.
     Mutants,
     /// A test of its own: cargo's arguments, the variable that says how much, how much in CI, and in soak.
@@ -115,6 +118,10 @@ const PARTS: &[Part] = &[
             small: "1000",
             long: "200000",
         },
+    },
+    Part {
+        name: "branches",
+        means: Means::Branches,
     },
     Part {
         name: "mutants",
@@ -288,6 +295,11 @@ impl Part {
                     libfuzzer(steps, half, &seed);
                 }
             },
+            Means::Branches => {
+                if let Some((minutes, seed)) = long {
+                    branches::run(steps, minutes, seed);
+                }
+            }
             Means::Mutants => {
                 if let Some((minutes, seed)) = long {
                     mutants::run(steps, minutes, seed);

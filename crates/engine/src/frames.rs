@@ -205,3 +205,160 @@ impl Frames {
         }
     }
 }
+
+#[cfg(all(test, not(feature = "loom")))]
+mod tests {
+    //! Guards against a cache that lets go of what is not on disk yet, or takes an old read for the present.
+
+    use urus_format::{Geometry, GuestCluster};
+
+    use super::*;
+    use crate::map::Lookup;
+
+    /// Clusters of 512 bytes: each slice is a whole table of 64 entries.
+    fn map() -> Map {
+        let map = Map::new(Geometry::new(9, 4, 8, 3), 64, 8);
+        (0..64).for_each(|table| map.set_l1(table, (table + 1) << 9));
+        map
+    }
+
+    fn install(frames: &mut Frames, map: &Map, slice: u64) -> Option<u32> {
+        frames.install(map, SliceId(slice), &[slice; 64]).ok()
+    }
+
+    /// The first entry of a slice, where it is cached.
+    fn entry(map: &Map, slice: u64) -> Option<u64> {
+        match map.lookup(GuestCluster(slice * 64)) {
+            Lookup::Entry(raw) => Some(raw.entry),
+            _ => None,
+        }
+    }
+
+    #[test]
+    fn a_quarter_stays_clean() {
+        let (map, mut frames) = (map(), Frames::new(8));
+        for slice in 0..8 {
+            assert_eq!(install(&mut frames, &map, slice), u32::try_from(slice).ok());
+        }
+        for slice in 0..6u32 {
+            assert!(frames.may_dirty(SliceId(slice.into())));
+            frames.mark_dirty(SliceId(slice.into()), slice);
+        }
+        assert_eq!(frames.dirty_count(), 6);
+        assert!(!frames.may_dirty(SliceId(7)));
+        assert!(frames.may_dirty(SliceId(5)), "it is dirty already");
+        // What a commit is writing counts until that is seen.
+        let sealed = frames.seal();
+        assert_eq!((sealed.len(), frames.dirty_count()), (6, 0));
+        assert!(!frames.may_dirty(SliceId(5)));
+        frames.mark_dirty(SliceId(0), 0);
+        frames.unseal(&sealed, true);
+        assert_eq!(frames.dirty_count(), 1, "changed since it was sealed");
+        for slice in 1..6 {
+            assert!(frames.may_dirty(SliceId(slice.into())));
+            frames.mark_dirty(SliceId(slice.into()), slice);
+        }
+        assert!(!frames.may_dirty(SliceId(7)), "six again");
+        // Nothing of a commit that failed is forgotten.
+        let sealed = frames.seal();
+        frames.unseal(&sealed, false);
+        assert_eq!(frames.seal(), sealed);
+        frames.unseal(&sealed, true);
+        assert!(frames.may_dirty(SliceId(7)));
+        assert_eq!(frames.dirty_count(), 0);
+    }
+
+    #[test]
+    fn only_clean_frames_change_hands() {
+        let (map, mut frames) = (map(), Frames::new(2));
+        assert!(frames.is_settled(&map, SliceId(0)), "it is on disk alone");
+        install(&mut frames, &map, 0);
+        install(&mut frames, &map, 1);
+        assert!(frames.is_settled(&map, SliceId(0)));
+        frames.mark_dirty(SliceId(0), 0);
+        assert!(!frames.is_settled(&map, SliceId(0)));
+        assert_eq!(install(&mut frames, &map, 2), Some(1));
+        assert_eq!((entry(&map, 1), entry(&map, 2)), (None, Some(2)));
+        let sealed = frames.seal();
+        assert!(!frames.is_settled(&map, SliceId(0)));
+        frames.mark_dirty(SliceId(2), 1);
+        assert_eq!(install(&mut frames, &map, 3), None);
+        assert_eq!((entry(&map, 0), entry(&map, 2)), (Some(0), Some(2)));
+        frames.unseal(&sealed, true);
+        assert!(frames.is_settled(&map, SliceId(0)));
+        assert_eq!(install(&mut frames, &map, 3), Some(0));
+        assert_eq!((entry(&map, 0), entry(&map, 3)), (None, Some(3)));
+    }
+
+    /// Of two clean frames the one goes that was not looked up since the last round.
+    #[test]
+    fn what_is_used_gets_a_second_chance() {
+        for used in 0..2 {
+            let (map, mut frames) = (map(), Frames::new(2));
+            install(&mut frames, &map, 0);
+            install(&mut frames, &map, 1);
+            assert!(map.take_used(0) && map.take_used(1));
+            assert_eq!(entry(&map, used), Some(used));
+            install(&mut frames, &map, 2);
+            assert_eq!(entry(&map, used), Some(used));
+            assert_eq!(entry(&map, 1 - used), None);
+        }
+    }
+
+    #[test]
+    fn an_old_read_is_not_used() {
+        let (map, mut frames) = (map(), Frames::new(2));
+        let end = |frames: &mut Frames, ticket, words: Option<&[u64]>| {
+            frames.end_load(&map, SliceId(0), ticket, words)
+        };
+        let old: &[u64] = &[100; 64];
+        let (first, second) = (frames.begin_load(SliceId(0)), frames.begin_load(SliceId(0)));
+        assert_eq!(
+            end(&mut frames, second, None).ok(),
+            Some(Install::Superseded)
+        );
+        assert_eq!(entry(&map, 0), None, "that read failed");
+        // Somebody installs the slice, and its frame changes hands again, while the read is under way.
+        install(&mut frames, &map, 0);
+        assert!(map.take_used(0));
+        install(&mut frames, &map, 1);
+        install(&mut frames, &map, 2);
+        assert_eq!(entry(&map, 0), None);
+        assert_eq!(
+            end(&mut frames, first, Some(old)).ok(),
+            Some(Install::Superseded)
+        );
+        assert_eq!(entry(&map, 0), None);
+        // One that begins afterwards is as good as any.
+        let third = frames.begin_load(SliceId(0));
+        let fourth = frames.begin_load(SliceId(0));
+        assert_eq!(
+            end(&mut frames, third, Some(&[3; 64])).ok(),
+            Some(Install::Cached)
+        );
+        assert_eq!(
+            end(&mut frames, fourth, Some(old)).ok(),
+            Some(Install::Superseded)
+        );
+        assert_eq!(entry(&map, 0), Some(3));
+    }
+
+    #[test]
+    fn only_clean_slices_are_forgotten() {
+        let (map, mut frames) = (map(), Frames::new(4));
+        (0..4).for_each(|slice| assert!(install(&mut frames, &map, slice).is_some()));
+        frames.mark_dirty(SliceId(1), 1);
+        frames.mark_dirty(SliceId(2), 2);
+        let sealed = frames.seal();
+        frames.unseal(&BTreeMap::from([(SliceId(2), 2)]), true);
+        frames.mark_dirty(SliceId(2), 2);
+        // 1 is being written, 2 is dirty.
+        frames.forget_clean(&map);
+        let cached: Vec<_> = (0..4).map(|slice| entry(&map, slice)).collect();
+        assert_eq!(cached, [None, Some(1), Some(2), None]);
+        let two = [install(&mut frames, &map, 5), install(&mut frames, &map, 6)];
+        assert!(two == [Some(0), Some(3)] || two == [Some(3), Some(0)]);
+        frames.unseal(&BTreeMap::from([(SliceId(1), sealed[&SliceId(1)])]), true);
+        assert_eq!(entry(&map, 1), Some(1));
+    }
+}

@@ -8,7 +8,7 @@ pub const REFCOUNT_SLICE_BYTES: u64 = 4096;
 pub const DEFAULT_L2_CACHE_BYTES: u64 = 64 << 20;
 /// Fewest frames that the mapping cache works with: a handful for each request that needs one at a time.
 pub const MIN_FRAMES: usize = 16;
-/// Slices of refcounts kept in memory when they are clean.
+/// Slices of refcounts kept in memory when they are clean, by default.
 pub const REFCOUNT_CACHE_SLICES: usize = 2048;
 /// Slices of refcounts that one search for free space reads before the file is extended instead.
 pub const SCAN_SLICES_PER_STEP: u64 = 64;

@@ -310,7 +310,7 @@ async fn writable_state<S: Storage>(
     }
     let owners = collect_owners(worker, header, &geometry, &table).await?;
     worker.shared.meta.lock().owners = owners;
-    let refcounts = Refcounts::new(geometry, table);
+    let refcounts = Refcounts::new(geometry, table, worker.shared.options.refcount_cache_slices);
     let place = TablePlace {
         offset: header.refcount_table.0,
         clusters: u64::from(header.refcount_table_clusters),

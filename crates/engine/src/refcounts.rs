@@ -39,6 +39,8 @@ pub(crate) struct Refcounts {
     /// Blocks that are not on disk at all.
     new_blocks: RefCell<BTreeSet<u64>>,
     slices: RefCell<BTreeMap<u64, Slice>>,
+    /// Slices kept though they are clean.
+    most_slices: usize,
     loads: Cell<u32>,
     /// A commit holds frozen slices: nothing is dropped from the cache until its writes were seen.
     committing: Cell<bool>,
@@ -46,13 +48,14 @@ pub(crate) struct Refcounts {
 }
 
 impl Refcounts {
-    pub(crate) fn new(geometry: Geometry, table: Vec<u64>) -> Self {
+    pub(crate) fn new(geometry: Geometry, table: Vec<u64>, most_slices: usize) -> Self {
         Self {
             geometry,
             table: RefCell::new(table),
             dirty_entries: RefCell::default(),
             new_blocks: RefCell::default(),
             slices: RefCell::default(),
+            most_slices,
             loads: Cell::new(0),
             committing: Cell::new(false),
             clock: Cell::new(0),
@@ -248,10 +251,7 @@ impl Refcounts {
 
     fn evict(&self, keep: u64) {
         let mut slices = self.slices.borrow_mut();
-        if slices.len() <= limits::REFCOUNT_CACHE_SLICES
-            || self.loads.get() > 0
-            || self.committing.get()
-        {
+        if slices.len() <= self.most_slices || self.loads.get() > 0 || self.committing.get() {
             return;
         }
         let mut clean: Vec<(u64, u64)> = slices
@@ -260,7 +260,7 @@ impl Refcounts {
             .map(|(id, slice)| (slice.last_used, *id))
             .collect();
         clean.sort_unstable();
-        for (_, id) in clean.into_iter().take(limits::REFCOUNT_CACHE_SLICES / 4) {
+        for (_, id) in clean.into_iter().take(self.most_slices.div_ceil(4)) {
             slices.remove(&id);
         }
     }
@@ -307,5 +307,139 @@ impl Refcounts {
                 .expect("frozen slices of a failed commit stay cached")
                 .dirty = true;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    //! Guards against a cache of refcounts that forgets what is not on disk, or finds a refcount in another's place.
+
+    use super::*;
+
+    const CLUSTER_BITS: u32 = 9;
+
+    /// Refcounts of 16 bits: a block of 512 bytes has those of 256 clusters, and is one slice.
+    fn refcounts(most_slices: usize) -> Refcounts {
+        Refcounts::new(
+            Geometry::new(CLUSTER_BITS, 4, 8, 3),
+            Vec::new(),
+            most_slices,
+        )
+    }
+
+    fn cached(refcounts: &Refcounts) -> Vec<u64> {
+        refcounts.slices.borrow().keys().copied().collect()
+    }
+
+    #[test]
+    fn every_width_finds_its_refcounts_again() {
+        for (cluster_bits, order) in [(9, 0), (9, 6), (12, 4), (16, 0), (16, 4), (21, 6)] {
+            let geometry = Geometry::new(cluster_bits, order, 8, 3);
+            let refcounts = Refcounts::new(geometry, Vec::new(), 8);
+            let per_block = 1 << geometry.refcount_block_bits();
+            let block = |index: u64| (index + 5) << cluster_bits;
+            for index in 0..3 {
+                refcounts.add_block(index, block(index));
+            }
+            assert_eq!(refcounts.covered_end(), 3 * per_block);
+            // Around the borders of slices and blocks.
+            let slice = refcounts.slice_end(0);
+            let borders = [0, slice, per_block, 2 * per_block, 3 * per_block - 1];
+            let clusters: BTreeSet<u64> = borders
+                .into_iter()
+                .flat_map(|at| at.saturating_sub(1)..=(at + 1).min(3 * per_block - 1))
+                .collect();
+            let value = |cluster: u64| (cluster ^ cluster >> 3) & 1;
+            for cluster in &clusters {
+                refcounts.set(*cluster, value(*cluster));
+            }
+            for cluster in &clusters {
+                assert_eq!(refcounts.get(*cluster), Some(value(*cluster)));
+                let end = refcounts.slice_end(*cluster);
+                assert!(end > *cluster && end - *cluster <= slice && end % slice == 0);
+            }
+            // And where they lie in the blocks, by the format's own reading.
+            let mut image = vec![0; to_usize(block(3))];
+            for part in refcounts.freeze(true) {
+                let at = to_usize(part.offset);
+                image[at..at + part.bytes.len()].copy_from_slice(&part.bytes);
+            }
+            for cluster in clusters {
+                let at = to_usize(block(cluster / per_block));
+                let in_block = cluster % per_block;
+                assert_eq!(refcount::get(&image[at..], in_block, order), value(cluster));
+            }
+            assert_eq!(
+                refcounts.get(3 * per_block),
+                Some(0),
+                "no block, no reference"
+            );
+        }
+    }
+
+    /// A quarter of the clean slices goes, those not used for longest; what is dirty, asked for, or under way stays.
+    #[test]
+    fn only_what_is_on_disk_is_dropped() {
+        let refcounts = refcounts(8);
+        for index in 0..12 {
+            refcounts.add_block(index, (index + 1) << CLUSTER_BITS);
+        }
+        refcounts.evict(0);
+        assert_eq!(cached(&refcounts).len(), 12, "all of them are dirty");
+        let frozen = refcounts.freeze(true);
+        assert_eq!(frozen.len(), 12);
+        refcounts.evict(0);
+        assert_eq!(cached(&refcounts).len(), 12, "a commit is under way");
+        refcounts.commit_ended();
+        refcounts.loads.set(1);
+        refcounts.evict(0);
+        assert_eq!(cached(&refcounts).len(), 12, "a read is under way");
+        refcounts.loads.set(0);
+        // 1 is used again, 2 changed.
+        assert_eq!(refcounts.get(256), Some(0));
+        refcounts.set(2 * 256, 7);
+        refcounts.evict(0);
+        assert_eq!(cached(&refcounts), [0, 1, 2, 5, 6, 7, 8, 9, 10, 11]);
+        assert_eq!(refcounts.get(3 * 256), None, "it has to be read");
+        refcounts.evict(0);
+        assert_eq!(cached(&refcounts), [0, 1, 2, 7, 8, 9, 10, 11]);
+        refcounts.evict(0);
+        assert_eq!(cached(&refcounts).len(), 8, "few enough");
+        assert_eq!(refcounts.get(2 * 256), Some(7));
+    }
+
+    /// New blocks and the rest are written apart (O8), and what a commit could not write is dirty again.
+    #[test]
+    fn a_commit_takes_new_blocks_first() {
+        let refcounts = refcounts(8);
+        assert!(!refcounts.is_dirty());
+        refcounts.add_block(0, 512);
+        refcounts.add_block(2, 1024);
+        assert_eq!(refcounts.table_entries(), 3);
+        assert_eq!(refcounts.new_blocks(), [0, 2]);
+        assert!(refcounts.freeze(false).is_empty());
+        let frozen = refcounts.freeze(true);
+        assert_eq!(
+            frozen.iter().map(|part| part.offset).collect::<Vec<_>>(),
+            [512, 1024]
+        );
+        refcounts.thaw(&frozen);
+        assert_eq!(refcounts.freeze(true).len(), 2);
+        refcounts.blocks_written(&[0, 2]);
+        assert!(refcounts.new_blocks().is_empty() && refcounts.is_dirty());
+        assert_eq!(refcounts.dirty_entries(), [0, 2]);
+        refcounts.entries_written(&[0]);
+        assert_eq!(refcounts.dirty_entries(), [2]);
+        refcounts.entries_written(&[2]);
+        assert!(!refcounts.is_dirty());
+        refcounts.set(0, 1);
+        assert!(refcounts.is_dirty());
+        assert!(refcounts.freeze(true).is_empty());
+        assert_eq!(refcounts.freeze(false).len(), 1);
+        assert!(!refcounts.is_dirty());
+        let mut table = vec![0; 1024];
+        table[6] = 2;
+        table[22] = 4;
+        assert_eq!(refcounts.table_bytes(2), table);
     }
 }

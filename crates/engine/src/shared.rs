@@ -47,6 +47,8 @@ pub struct Options {
     pub read_only: bool,
     /// Budget of the mapping cache in bytes, over all layers.
     pub l2_cache_bytes: u64,
+    /// Slices of refcounts, of at most 4 KiB, that are kept in memory though they are clean.
+    pub refcount_cache_slices: usize,
     /// Discarded and otherwise freed clusters are given back to the file system.
     pub discard: bool,
 }
@@ -56,6 +58,7 @@ impl Default for Options {
         Self {
             read_only: false,
             l2_cache_bytes: limits::DEFAULT_L2_CACHE_BYTES,
+            refcount_cache_slices: limits::REFCOUNT_CACHE_SLICES,
             discard: true,
         }
     }

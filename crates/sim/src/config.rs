@@ -64,7 +64,7 @@ pub struct Config {
     pub queues: usize,
     /// Requests in flight on each, at most; drawn by lot below that.
     pub depth: usize,
-    /// Budget of the mapping cache.
+    /// Budget of the mapping cache; 0: of refcounts, too, hardly anything is kept.
     pub cache_bytes: u64,
     /// Freed clusters are given back.
     pub discard: bool,
@@ -241,6 +241,9 @@ impl Config {
     pub fn options(&self) -> Options {
         let mut options = Options::default();
         options.l2_cache_bytes = self.cache_bytes;
+        if self.cache_bytes == 0 {
+            options.refcount_cache_slices = 2;
+        }
         options.discard = self.discard;
         options
     }

@@ -144,6 +144,7 @@ impl Relocation {
             walked.counts.add(cluster, 1);
             walked.own(role, cluster << geometry.cluster_bits(), 1, 1);
         }
+        walked.refcounts.counted = true;
         let blocks = &mut walked.refcounts.blocks;
         blocks.retain(|block| !block.bad);
         blocks.extend(self.blocks.iter().map(|(index, cluster)| Block {

@@ -314,6 +314,20 @@ fn leaks_of_a_table_that_is_cut_off_are_not_freed() {
     assert_eq!(memory.image().refcount(table), 1);
 }
 
+/// Found by fuzzing. Once new structures have taken the place of such a table, what else leaked is freed at once.
+#[test]
+fn leaks_go_together_with_a_table_that_is_cut_off() {
+    let mut image = small(9, 4);
+    let clusters = u32::try_from(image.bytes.len() / 512).expect("small") + 8;
+    image.bytes[56..60].copy_from_slice(&clusters.to_be_bytes());
+    let memory = Memory::new(&image.bytes);
+    let report = check(&memory, Repair::All);
+    assert!(report.is_clean(), "{report:?}");
+    let repaired = memory.image().bytes;
+    check(&memory, Repair::All);
+    assert_eq!(memory.image().bytes, repaired);
+}
+
 /// Found by fuzzing. So are those of a refcount block whose entry is broken: whoever ignores the broken bits still counts in it.
 #[test]
 fn a_refcount_block_behind_a_broken_entry_is_no_leak() {
