@@ -89,7 +89,7 @@ pub(super) fn run(args: &Args, stop: &mut Stop) -> Outcome {
     if let Some(dir) = &suite.svg {
         chart::draw(
             dir,
-            "urus / control, where a ratio is asked for",
+            "How many times what is asked for was reached (cut off at 4)",
             &report.bars(),
         )?;
     }

@@ -1,7 +1,6 @@
 //! P10: compressed clusters, beside `qemu-img bench`.
 //!
-//! qemu-img knows no random order. It is told to step by the golden part of what it reads, which also scatters evenly, and no two reads
-//! near in time lie in one cluster.
+//! qemu-img knows no random order: it is told to step widely, so that no two reads near in time lie in one cluster.
 
 use urus::{CacheMode, Format};
 
@@ -95,8 +94,7 @@ fn pairs(bench: &mut Bench<'_>, kind: Kind, plan: Plan) -> Result<Vec<Pair>, Mis
 fn arguments(plan: Plan, path: &str) -> Vec<String> {
     let blocks = plan.span / plan.block_bytes;
     let step = match plan.mode {
-        // 0.618 of it, made odd so that every block has its turn.
-        Mode::Randread => ((blocks * 618 / 1000) | 1) * plan.block_bytes,
+        Mode::Randread => qemu::scattered_step(blocks) * plan.block_bytes,
         _ => plan.block_bytes,
     };
     // A comma is the end of a value, unless doubled.
@@ -116,4 +114,37 @@ fn arguments(plan: Plan, path: &str) -> Vec<String> {
         .collect();
     arguments.extend(["--image-opts".to_owned(), image]);
     arguments
+}
+
+#[cfg(test)]
+mod tests {
+    //! Guards what QEMU is asked for: the same span of the same image, scattered.
+    use std::time::Duration;
+
+    use super::*;
+
+    #[test]
+    fn qemu_reads_the_same_span() {
+        let plan = Plan {
+            block_bytes: 4096,
+            span: 4096 * 100,
+            depth: 32,
+            queues: 1,
+            mode: Mode::Randread,
+            slice: Duration::from_millis(1),
+            cold: false,
+            writer: false,
+        };
+        let arguments = arguments(plan, "a,b.qcow2");
+        let value = |flag: &str| {
+            let at = arguments.iter().position(|argument| argument == flag);
+            arguments[at.expect(flag) + 1].as_str()
+        };
+        assert_eq!((value("-d"), value("-s")), ("32", "4096"));
+        let image = value("--image-opts");
+        assert!(image.contains(",size=409600,"), "{image}");
+        assert!(image.ends_with("=a,,b.qcow2"), "{image}");
+        let step: u64 = value("-S").parse().expect("a number");
+        assert!(step > plan.span / 2, "scattered");
+    }
 }

@@ -30,6 +30,29 @@ impl Asked {
         }
     }
 
+    /// How many times what is asked for is reached; none where nothing is, or where the value is no size.
+    fn reached(self, value: &Spread) -> Option<Spread> {
+        /// More is drawn as much.
+        const MOST: f64 = 4.0;
+        let times = |value: f64| match self {
+            Self::AtLeast(bar) => (value / bar).min(MOST),
+            Self::AtMost(bar) => (bar / value).min(MOST),
+            Self::Nothing => f64::NAN,
+        };
+        if self == Self::Nothing || value.min <= 0.0 {
+            return None;
+        }
+        let (one, other) = (times(value.low), times(value.high));
+        let (end, other_end) = (times(value.min), times(value.max));
+        Some(Spread {
+            median: times(value.median),
+            min: end.min(other_end),
+            max: end.max(other_end),
+            low: one.min(other),
+            high: one.max(other),
+        })
+    }
+
     fn text(self) -> String {
         match self {
             Self::AtLeast(bar) => format!("≥ {bar}"),
@@ -261,14 +284,13 @@ impl Report {
         }
     }
 
-    /// For the chart: ratios only.
+    /// For the chart: each measured value over what is asked, so that all have one scale. From 1 on a bar is met.
     pub(super) fn bars(&self) -> Vec<(String, Spread)> {
         self.rows
             .iter()
             .filter_map(|row| {
-                let measured = row.measured.as_ref()?;
-                (measured.unit == "ratio")
-                    .then(|| (format!("{} {}", row.bar, row.name), measured.value))
+                let reached = row.asked.reached(&row.measured.as_ref()?.value)?;
+                Some((format!("{} {}", row.bar, row.name), reached))
             })
             .collect()
     }
@@ -297,5 +319,28 @@ impl Report {
             row.write(&mut text);
         }
         text
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    //! Guards the chart's scale: more is better for all that is drawn.
+    use super::*;
+
+    #[test]
+    fn what_is_reached_is_more_where_less_is_asked_for() {
+        let value = Spread::of([2.0, 4.0, 5.0].into_iter());
+        let reached = |asked: Asked| asked.reached(&value).expect("drawn");
+        let at_least = reached(Asked::AtLeast(2.0));
+        assert_eq!(
+            (at_least.low, at_least.median, at_least.high),
+            (1.0, 2.0, 2.5)
+        );
+        let at_most = reached(Asked::AtMost(2.0));
+        assert_eq!((at_most.low, at_most.median, at_most.high), (0.4, 0.5, 1.0));
+        assert_eq!(reached(Asked::AtLeast(0.1)).median, 4.0, "cut off");
+        assert!(Asked::Nothing.reached(&value).is_none());
+        let unclear = Spread::of([-2.0, 4.0].into_iter());
+        assert!(Asked::AtMost(2.0).reached(&unclear).is_none());
     }
 }
