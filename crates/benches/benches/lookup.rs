@@ -123,15 +123,15 @@ fn measure(subject: &Subject, threads: u64, pairs: usize, count: u64) {
     let gib = subject.size / GIB;
     let (time, low, high) = spread(&times);
     let (control_time, ..) = spread(&control_times);
-    let verdict = verdict(time <= BAR_NANOSECONDS, low > BAR_NANOSECONDS);
+    let judged = verdict(time <= BAR_NANOSECONDS, low > BAR_NANOSECONDS);
     println!(
         "map of {gib} GiB: a look-up takes {time:.1} ns ({low:.1} to {high:.1}), of which the control loop takes {control_time:.1}; \
-         bar {BAR_NANOSECONDS} ns: {verdict}"
+         bar {BAR_NANOSECONDS} ns: {judged}"
     );
     let (ratio, low, high) = spread(&ratios);
-    let verdict = verdict(ratio >= BAR_SCALING, high < BAR_SCALING);
+    let judged = verdict(ratio >= BAR_SCALING, high < BAR_SCALING);
     println!(
-        "map of {gib} GiB: {threads} threads scale {ratio:.2} ({low:.2} to {high:.2}) times as the control; bar {BAR_SCALING}: {verdict}"
+        "map of {gib} GiB: {threads} threads scale {ratio:.2} ({low:.2} to {high:.2}) times as the control; bar {BAR_SCALING}: {judged}"
     );
 }
 
