@@ -5,12 +5,15 @@
 
 mod chart;
 mod control;
+mod growth;
 mod images;
 mod latency;
+mod memory;
 mod proposal;
 mod report;
 mod slices;
 mod suite_report;
+mod wide;
 mod writes;
 
 use std::path::{Path, PathBuf};
@@ -149,6 +152,10 @@ pub(crate) enum Suite {
     Proposal,
     /// Writes to new clusters and copy-on-write, through the page cache and past it: urus against qemu-img bench
     Writes,
+    /// Cost against queues, layers, size of the disk, fragmentation, cache budget and cluster size: a curve each
+    Growth,
+    /// Resident memory under load, of large images and over time: within the budgets, or the command fails
+    Memory,
 }
 
 /// What the requests do.
@@ -196,6 +203,8 @@ pub(crate) fn run(args: Args) -> Outcome {
     let suite = args.suite.map(|suite| match suite {
         Suite::Proposal => proposal::run(&args, &mut stop),
         Suite::Writes => writes::run(&args, &mut stop),
+        Suite::Growth => growth::run(&args, &mut stop),
+        Suite::Memory => memory::run(&args, &mut stop),
     });
     let outcome = match (suite, &args.image) {
         (Some(outcome), _) => outcome,

@@ -173,7 +173,7 @@ impl Images {
     }
 
     /// Makes the file under another name and renames it when it is complete, unless it is there.
-    fn made(
+    pub(super) fn made(
         &self,
         name: &str,
         make: impl FnOnce(&Path) -> Result<(), Missing>,
