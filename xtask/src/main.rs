@@ -1,6 +1,7 @@
-//! Developer commands: `cargo xtask test|ci|soak|tidy`. One command is CI; the README's test command is part of it.
+//! Developer commands: `cargo xtask test|ci|instructions|soak|tidy`. One command is CI; the README's test command is part of it.
 
 mod branches;
+mod instructions;
 mod leftovers;
 mod licences;
 mod mutants;
@@ -20,6 +21,7 @@ const USAGE: &str = "\
 cargo xtask test                    installs what the tests need (as root), runs every test
 cargo xtask ci                      format, clippy, tests, documentation, licences, simulation: what CI runs
 cargo xtask tidy                    the tree's own rules
+cargo xtask instructions [--write]  counts the instructions of a hit (callgrind), and compares them with what they were
 cargo xtask soak [--minutes N] [--part NAME] [--seed S]
                                     the proofs of docs/RELIABILITY.md, for as long as told";
 
@@ -31,6 +33,8 @@ fn main() -> ExitCode {
         ["test"] => test(&mut steps),
         ["ci"] => ci(&mut steps),
         ["tidy"] => steps.check("tidy", tidy::check),
+        ["instructions"] => instructions::run(&mut steps, false),
+        ["instructions", "--write"] => instructions::run(&mut steps, true),
         ["soak", options @ ..] => match parts::SoakOptions::parse(options) {
             Ok(options) => parts::soak(&mut steps, &options),
             Err(message) => {
@@ -120,6 +124,7 @@ fn ci(steps: &mut Steps) {
         ],
     );
     test(steps);
+    instructions::run(steps, false);
     parts::small(steps);
     let mut documentation =
         steps.cargo_command(&["doc", "--locked", "--workspace", "--no-deps", "--quiet"]);

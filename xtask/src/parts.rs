@@ -1,7 +1,7 @@
 //! The proofs: each part in small for CI, and for as long as told in `soak`.
 //!
 //! Most are runs of the simulator, of `urus-proofs` with the real program or of the fuzz targets; the interleavings and schedules are tests that
-//! need the engine built on other atomics.
+//! need the engine built on other atomics, and memory is a suite of the program's own bench.
 
 use std::path::Path;
 use std::process::Command;
@@ -29,6 +29,8 @@ enum Means {
     Branches,
     /// Mutants of the code that must not be wrong: in soak only, a build for each takes too long for CI.
     Mutants,
+    /// A suite of `urus bench` that fails where a bound does not hold, with its size and seconds in CI.
+    Bench(&'static [&'static str]),
     /// A test of its own: cargo's arguments, the variable that says how much, how much in CI, and in soak.
     Test {
         arguments: &'static [&'static str],
@@ -78,6 +80,10 @@ const PARTS: &[Part] = &[
     Part {
         name: "blocks",
         means: Means::Proofs(&["--rounds", "27"]),
+    },
+    Part {
+        name: "memory",
+        means: Means::Bench(&["--size", "64M", "--seconds", "10"]),
     },
     Part {
         name: "fuzz",
@@ -203,6 +209,18 @@ fn prove(steps: &mut Steps, name: &str, arguments: &[&str]) {
     leftovers::clean(&steps.target_directory().join("urus-scratch"));
 }
 
+/// A suite of the program that was built. Its images go away: they change under the load.
+fn bench(steps: &mut Steps, suite: &str, arguments: &[&str]) {
+    let target = steps.target_directory();
+    let images = target.join("urus-scratch").join(format!("bench-{suite}"));
+    let mut command = Command::new(target.join("debug").join("urus"));
+    command
+        .args(["bench", "--suite", suite, "--clean", "--dir"])
+        .arg(images)
+        .args(arguments);
+    steps.run(&format!("bench {suite}"), command);
+}
+
 /// The targets of crates/fuzz-targets, without libFuzzer.
 fn fuzz(steps: &mut Steps, arguments: &[&str]) {
     let mut all = vec![
@@ -286,6 +304,23 @@ impl Part {
         match &self.means {
             Means::Simulator(small) => simulate(steps, self.name, &or(small)),
             Means::Proofs(small) => prove(steps, self.name, &or(small)),
+            Means::Bench(small) => match long {
+                None => bench(steps, self.name, small),
+                Some((minutes, _)) => {
+                    // The bounds are met or not within a minute; what grows takes its time.
+                    bench(
+                        steps,
+                        self.name,
+                        &["--only", "mapped,huge", "--seconds", "60"],
+                    );
+                    let seconds = (minutes * 60).to_string();
+                    bench(
+                        steps,
+                        self.name,
+                        &["--only", "uptime", "--seconds", &seconds],
+                    );
+                }
+            },
             Means::Fuzz(small) => match long {
                 None => fuzz(steps, small),
                 Some((minutes, seed)) => {
@@ -334,7 +369,7 @@ pub(crate) fn soak(steps: &mut Steps, options: &SoakOptions) {
         .collect();
     if chosen
         .iter()
-        .any(|part| matches!(part.means, Means::Proofs(_)))
+        .any(|part| matches!(part.means, Means::Proofs(_) | Means::Bench(_)))
     {
         steps.check("packages", packages::install);
         steps.cargo(

@@ -7,8 +7,10 @@ mod bars;
 mod chart;
 mod client;
 mod control;
+mod growth;
 mod images;
 mod latency;
+mod memory;
 mod places;
 mod progress;
 mod proposal;
@@ -17,6 +19,7 @@ mod report;
 mod slices;
 mod spread;
 mod suite_report;
+mod wide;
 mod writes;
 
 use std::path::{Path, PathBuf};
@@ -163,6 +166,10 @@ pub(crate) enum Suite {
     Writes,
     /// The bars P1 to P16 that urus is built to: against raw files and against QEMU's programs, where they are installed
     Bars,
+    /// Cost against queues, layers, size of the disk, fragmentation, cache budget and cluster size: a curve each
+    Growth,
+    /// Resident memory under load, of large images and over time: within the budgets, or the command fails
+    Memory,
 }
 
 /// What the requests do.
@@ -211,6 +218,8 @@ pub(crate) fn run(args: Args) -> Outcome {
         Suite::Proposal => proposal::run(&args, &mut stop),
         Suite::Writes => writes::run(&args, &mut stop),
         Suite::Bars => bars::run(&args, &mut stop),
+        Suite::Growth => growth::run(&args, &mut stop),
+        Suite::Memory => memory::run(&args, &mut stop),
     });
     let outcome = match (suite, &args.image) {
         (Some(outcome), _) => outcome,

@@ -15,6 +15,8 @@ compile_error!("urus is for 64-bit machines");
 pub mod check;
 pub mod error;
 pub mod limits;
+#[doc(hidden)]
+pub mod parts;
 pub mod planted;
 pub mod request;
 pub mod storage;

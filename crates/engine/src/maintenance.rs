@@ -92,6 +92,10 @@ impl<S: Storage> Maintenance<S> {
         Arc::clone(self.device.shared())
     }
 
+    pub(crate) fn device(&self) -> &Rc<Device<S>> {
+        &self.device
+    }
+
     /// Goes on with whatever can go on, without waiting; whether anything did.
     pub fn poll(&mut self) -> bool {
         self.device.worker.reactor.turn(|_, _| {})

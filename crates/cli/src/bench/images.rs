@@ -279,7 +279,7 @@ impl Images {
     }
 
     /// Makes the file of up to so many bytes under another name and renames it when it is complete, unless it is there.
-    fn made(
+    pub(super) fn made(
         &self,
         name: &str,
         bytes: u64,

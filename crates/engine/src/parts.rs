@@ -1,0 +1,38 @@
+//! Parts of the engine one by one, for the benches of this workspace. No part of what is promised.
+
+use std::rc::Rc;
+
+use urus_format::GuestOffset;
+
+use crate::error::Result;
+use crate::maintenance::Maintenance;
+use crate::map::Lookup;
+use crate::shared::Shared;
+use crate::storage::Storage;
+
+/// Looks a place of a qcow2 image up in its mapping: the L2 entry as it is on disk, where its slice is cached.
+#[must_use]
+pub fn look_up(shared: &Shared, offset: u64) -> Option<u64> {
+    let image = shared.layers[0].qcow2()?;
+    match image
+        .map
+        .lookup(image.geometry.guest_cluster(GuestOffset(offset)))
+    {
+        Lookup::Entry(raw) => Some(raw.entry),
+        Lookup::NoTable | Lookup::Miss(_) => None,
+    }
+}
+
+/// Reserves clusters of a writable qcow2 image, as for a queue; how many there were side by side.
+///
+/// # Errors
+/// As a write that needs them.
+pub fn reserve<S: Storage>(maintenance: &Maintenance<S>, count: u64) -> Result<u64> {
+    let device = Rc::clone(maintenance.device());
+    let worker = Rc::clone(&device.worker);
+    worker.reactor.block_on(async move {
+        let image = device.image();
+        let run = image.allocator.reserve(&device.worker, count).await?;
+        Ok(run.count)
+    })
+}
