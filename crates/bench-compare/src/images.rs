@@ -1,9 +1,11 @@
 //! The images: made once by urus, with content, and kept.
 
 use std::fs::{self, File};
+use std::io::Read;
 use std::path::{Path, PathBuf};
 
-use urus::{CacheMode, CreateOptions, OpenOptions};
+use rustix::fs::Advice;
+use urus::{CreateOptions, OpenOptions};
 
 use crate::contender::Plan;
 
@@ -54,29 +56,20 @@ fn make(path: &Path, size: u64) -> Result<(), Box<dyn std::error::Error>> {
 
 /// Everything in the page cache, read by the same calls each time, or, for O_DIRECT, nothing.
 pub(crate) fn settle(plan: &Plan) -> Result<(), String> {
-    let fail = |error: &dyn std::fmt::Display| format!("{}: {error}", plan.path.display());
-    let file = File::open(&plan.path).map_err(|error| fail(&error))?;
-    // What is dirty cannot be dropped.
-    file.sync_all().map_err(|error| fail(&error))?;
-    let advice = rustix::fs::Advice::DontNeed;
-    rustix::fs::fadvise(&file, 0, None, advice).map_err(|error| fail(&error))?;
-    if plan.direct {
-        return Ok(());
-    }
-    let read = || -> urus::Result<()> {
-        let image = OpenOptions::new()
-            .read_only(true)
-            .cache(CacheMode::Writeback)
-            .open(&plan.path)?;
-        let mut io = image.blocking()?;
-        let mut bytes = vec![0; STEP_BYTES];
-        for at in (0..plan.span).step_by(STEP_BYTES) {
-            io.read_at(&mut bytes, at)?;
+    let settle = || -> std::io::Result<()> {
+        let mut file = File::open(&plan.path)?;
+        // What is dirty cannot be dropped.
+        file.sync_all()?;
+        rustix::fs::fadvise(&file, 0, None, Advice::DontNeed)?;
+        if !plan.direct {
+            // Without read-ahead the kernel makes no large folios, in which ext4 looks at every block to write one.
+            rustix::fs::fadvise(&file, 0, None, Advice::Random)?;
+            let mut bytes = vec![0; STEP_BYTES];
+            while file.read(&mut bytes)? > 0 {}
         }
-        drop(io);
-        image.close()
+        Ok(())
     };
-    read().map_err(|error| fail(&error))
+    settle().map_err(|error| format!("{}: {error}", plan.path.display()))
 }
 
 /// Removes what was made here, and the directory if nothing else is in it.

@@ -19,7 +19,7 @@ mod overwrites;
 mod reads;
 mod report;
 
-use std::collections::HashSet;
+use std::collections::HashMap;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -55,8 +55,8 @@ struct Bench<'a> {
     /// Smaller images, for writes.
     written: Images,
     written_size: u64,
-    /// What lies in the page cache, read as a whole.
-    warm: HashSet<PathBuf>,
+    /// What lies in the page cache, as far as it was brought there.
+    pages: HashMap<PathBuf, Pages>,
     /// Measured once, for two bars each.
     nbd_reads: Option<Vec<Pair>>,
     nbd_copies: Option<Vec<Pair>>,
@@ -77,7 +77,7 @@ pub(super) fn run(args: &Args, stop: &mut Stop) -> Outcome {
         size,
         written: Images::in_dir(&suite.dir, written_size)?,
         written_size,
-        warm: HashSet::new(),
+        pages: HashMap::new(),
         nbd_reads: None,
         nbd_copies: None,
     };
@@ -195,34 +195,61 @@ impl Bench<'_> {
         Ok(options.open(path)?)
     }
 
-    /// Brings the page cache into the state that a test wants: everything of the devices' files in it, or, for O_DIRECT, nothing. What a
+    /// Brings the page cache into the state that a test wants, for all layers of the devices, and has them load their mappings. What a
     /// file's pages are like depends on how they got there, so all get there by the same reads.
-    fn settle(&mut self, devices: &[&Device], cache: CacheMode, span: u64) -> Result<(), Failure> {
-        let wants_pages = cache == CacheMode::Writeback;
+    fn settle(&mut self, devices: &[&Device], pages: Pages, span: u64) -> Result<(), Failure> {
         let files = devices.iter().flat_map(|device| device.layers());
         let files: Vec<PathBuf> = files.map(|layer| layer.path.clone()).collect();
-        let is_settled = wants_pages && files.iter().all(|path| self.warm.contains(path));
-        if !is_settled {
+        let is_settled = files
+            .iter()
+            .all(|path| self.pages.get(path) == Some(&pages));
+        if !is_settled || pages == Pages::None {
             for path in &files {
                 if let Ok(file) = File::open(path) {
                     // What is dirty cannot be dropped. A disk that cannot be synced shows in the figures.
                     let _ = file.sync_all();
                     control::evict(&file);
                 }
-                self.warm.remove(path);
+                self.pages.insert(path.clone(), pages);
+            }
+            match pages {
+                Pages::None => {}
+                Pages::Small => {
+                    for path in &files {
+                        control::read_in_small_pages(path)?;
+                    }
+                }
+                Pages::Large => {
+                    for device in devices {
+                        control::warm(device, span)?;
+                    }
+                }
             }
         }
         for device in devices {
-            if wants_pages && !is_settled {
-                control::warm(device, span)?;
-            } else {
-                control::map(device, span)?;
-            }
-        }
-        if wants_pages {
-            self.warm.extend(files);
+            control::map(device, span)?;
         }
         Ok(())
+    }
+}
+
+/// What lies in the page cache of a file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Pages {
+    None,
+    /// Everything, in pieces of 4 KiB, as random requests leave it.
+    Small,
+    /// Everything, in the pieces that long reads make. In these, ext4 looks at every block of a piece to write one.
+    Large,
+}
+
+impl Pages {
+    /// For reads.
+    fn of(cache: CacheMode) -> Self {
+        match cache {
+            CacheMode::Writeback => Self::Large,
+            _ => Self::None,
+        }
     }
 }
 

@@ -1,6 +1,7 @@
 //! The raw file that an image is measured against: same size, same content, fully allocated.
 
 use std::fs::File;
+use std::io::Read;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
@@ -91,6 +92,19 @@ pub(super) fn warm(device: &Device, span: u64) -> Result<(), Failure> {
         io.read_at(&mut bytes[..usize::try_from(len).expect("a few MiB")], at)?;
         at += len;
     }
+    Ok(())
+}
+
+/// Reads a file into the page cache in pieces of 4 KiB.
+pub(super) fn read_in_small_pages(path: &Path) -> Result<(), Failure> {
+    let fail =
+        |error: std::io::Error| Failure::new(format!("cannot read {}: {error}", path.display()));
+    let mut file = File::open(path).map_err(fail)?;
+    // Without read-ahead the kernel makes no large ones.
+    rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::Random)
+        .map_err(|error| fail(error.into()))?;
+    let mut bytes = vec![0; usize::try_from(STEP_BYTES).expect("a few MiB")];
+    while file.read(&mut bytes).map_err(fail)? > 0 {}
     Ok(())
 }
 

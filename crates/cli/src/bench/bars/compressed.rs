@@ -11,7 +11,7 @@ use super::super::slices::{Plan, Slices};
 use super::super::writes::in_turn;
 use super::super::{Mode, qemu, report};
 use super::report::Measured;
-use super::{Bench, ratio_of};
+use super::{Bench, Pages, ratio_of};
 
 const BLOCK_BYTES: u64 = 4 << 10;
 const LARGE_BLOCK_BYTES: u64 = 1 << 20;
@@ -58,7 +58,7 @@ pub(super) fn sequential(bench: &mut Bench<'_>, kind: Kind) -> Result<Measured, 
 fn pairs(bench: &mut Bench<'_>, kind: Kind, plan: Plan) -> Result<Vec<Pair>, Missing> {
     let path = bench.images.get(kind)?;
     let image = bench.open(&path, Format::Qcow2, CacheMode::Writeback, false)?;
-    bench.settle(&[&image], CacheMode::Writeback, bench.size)?;
+    bench.settle(&[&image], Pages::Large, bench.size)?;
     let arguments = arguments(plan, &path.to_string_lossy());
     // Its start takes CPU time too, which is none of the requests'.
     let start = qemu::start_cpu_time(&arguments)?;

@@ -5,7 +5,9 @@ use urus::CacheMode::{None as Direct, Writeback as Buffered};
 use super::super::images::{Kind, Missing};
 use super::super::writes;
 use super::report::{Asked, Measured};
-use super::{Bench, allocation, barriers, compressed, lookups, nbd, opening, overwrites, reads};
+use super::{
+    Bench, Pages, allocation, barriers, compressed, lookups, nbd, opening, overwrites, reads,
+};
 
 /// One thing that is asked for.
 pub(super) struct Bar {
@@ -71,9 +73,11 @@ pub(super) const BARS: &[Bar] = bars! {
     P5 chain_of_10_direct AtLeast(0.95), "the same through ten layers, each with its share",
         |bench| reads::beside_flat(bench, Direct, reads::Backing::Chain);
     P6 buffered_overwrite AtLeast(0.95), "4 KiB random overwrites through the page cache, 32 in flight, beside the best raw method",
-        |bench| overwrites::beside_best_raw(bench, Buffered);
+        |bench| overwrites::beside_best_raw(bench, Pages::Small);
+    P6 buffered_overwrite_large_folios AtLeast(0.95), "the same where long reads have brought the file into the page cache",
+        |bench| overwrites::beside_best_raw(bench, Pages::Large);
     P6 direct_overwrite AtLeast(0.95), "the same, O_DIRECT",
-        |bench| overwrites::beside_best_raw(bench, Direct);
+        |bench| overwrites::beside_best_raw(bench, Pages::None);
     P6 buffered_overwrite_imago AtLeast(1.1), "overwrites through the page cache beside imago", |_| elsewhere(PEERS);
     P6 buffered_overwrite_qcow2_rs AtLeast(1.1), "the same beside qcow2-rs", |_| elsewhere(PEERS);
     P6 direct_overwrite_qcow2_rs AtLeast(0.97), "the same, O_DIRECT, and with less CPU per write", |_| elsewhere(PEERS);

@@ -13,7 +13,7 @@ use super::super::report::{Pair, Slice};
 use super::super::writes::in_turn;
 use super::super::{qemu, report, slice_time};
 use super::report::Measured;
-use super::{Bench, ratio_of};
+use super::{Bench, Pages, ratio_of};
 use crate::failure::Failure;
 
 const BLOCK_BYTES: u64 = 4 << 10;
@@ -118,9 +118,8 @@ fn copies(bench: &mut Bench<'_>) -> Result<Vec<Pair>, Missing> {
 }
 
 fn warm(bench: &mut Bench<'_>, path: &Path, span: u64) -> Result<(), Failure> {
-    let cache = CacheMode::Writeback;
-    let image = bench.open(path, Format::Qcow2, cache, false)?;
-    bench.settle(&[&image], cache, span)?;
+    let image = bench.open(path, Format::Qcow2, CacheMode::Writeback, false)?;
+    bench.settle(&[&image], Pages::Large, span)?;
     Ok(image.close()?)
 }
 

@@ -7,20 +7,21 @@ use super::super::client::Target;
 use super::super::images::Missing;
 use super::super::slices::Plan;
 use super::report::Measured;
-use super::{Bench, best_raw, cache_name, ratio_of};
+use super::{Bench, Pages, best_raw, cache_name, ratio_of};
 
 const BLOCK_BYTES: u64 = 4 << 10;
 const DEPTH: u32 = 32;
 
 /// P6: 4 KiB at random places.
-pub(super) fn beside_best_raw(
-    bench: &mut Bench<'_>,
-    cache: CacheMode,
-) -> Result<Measured, Missing> {
+pub(super) fn beside_best_raw(bench: &mut Bench<'_>, pages: Pages) -> Result<Measured, Missing> {
+    let cache = match pages {
+        Pages::None => CacheMode::None,
+        Pages::Small | Pages::Large => CacheMode::Writeback,
+    };
     let [path, raw] = bench.written.written_over()?;
     let image = bench.open(&path, Format::Qcow2, cache, true)?;
     let raw_device = bench.open(&raw, Format::Raw, cache, true)?;
-    bench.settle(&[&image, &raw_device], cache, bench.written_size)?;
+    bench.settle(&[&image, &raw_device], pages, bench.written_size)?;
     // Its lock and its queues are in nobody's way from now on.
     raw_device.close()?;
     let plan = bench.plan(Mode::Randwrite, BLOCK_BYTES, bench.written_size, DEPTH);
@@ -39,7 +40,11 @@ pub(super) fn beside_writer(bench: &mut Bench<'_>, cache: CacheMode) -> Result<M
     let [path, raw] = bench.written.written_over()?;
     let image = bench.open(&path, Format::Qcow2, cache, true)?;
     let raw = bench.open(&raw, Format::Raw, cache, true)?;
-    bench.settle(&[&image, &raw], cache, bench.written_size)?;
+    let pages = match cache {
+        CacheMode::Writeback => Pages::Small,
+        _ => Pages::None,
+    };
+    bench.settle(&[&image, &raw], pages, bench.written_size)?;
     let plan = Plan {
         writer: true,
         ..bench.plan(Mode::Randread, BLOCK_BYTES, bench.written_size, DEPTH)

@@ -16,7 +16,7 @@ use super::super::slices::{Plan, Side, Slices};
 use super::super::spread::Spread;
 use super::super::writes::in_turn;
 use super::report::Measured;
-use super::{Bench, best_raw, cache_name, ratio_of};
+use super::{Bench, Pages, best_raw, cache_name, ratio_of};
 use crate::failure::Failure;
 
 /// How it is read.
@@ -51,7 +51,7 @@ pub(super) fn beside_raw(
     let (path, raw) = (bench.images.get(Kind::Qcow2)?, bench.images.raw()?);
     let image = bench.open(&path, Format::Qcow2, cache, false)?;
     let raw = bench.open(&raw, Format::Raw, cache, false)?;
-    bench.settle(&[&image, &raw], cache, bench.size)?;
+    bench.settle(&[&image, &raw], Pages::of(cache), bench.size)?;
     let plan = plan(bench, access);
     let pairs = bench.pairs(plan, [Target::Device(&image), Target::Device(&raw)])?;
     Ok(ratio_of(
@@ -67,7 +67,7 @@ pub(super) fn beside_best_raw(bench: &mut Bench<'_>, depth: u32) -> Result<Measu
     let cache = CacheMode::Writeback;
     let image = bench.open(&path, Format::Qcow2, cache, false)?;
     let raw_device = bench.open(&raw, Format::Raw, cache, false)?;
-    bench.settle(&[&image, &raw_device], cache, bench.size)?;
+    bench.settle(&[&image, &raw_device], Pages::of(cache), bench.size)?;
     let plan = plan(bench, Access { depth, ..RANDOM });
     let best = best_raw::choose(bench, &raw, cache, plan)?;
     let pairs = bench.pairs(plan, [Target::Device(&image), Target::Raw(&best)])?;
@@ -84,7 +84,7 @@ pub(super) fn second_queue(bench: &mut Bench<'_>) -> Result<Measured, Missing> {
     let cache = CacheMode::Writeback;
     let image = bench.open(&path, Format::Qcow2, cache, false)?;
     let raw_device = bench.open(&raw, Format::Raw, cache, false)?;
-    bench.settle(&[&image, &raw_device], cache, bench.size)?;
+    bench.settle(&[&image, &raw_device], Pages::of(cache), bench.size)?;
     let plan = plan(bench, RANDOM);
     let best = best_raw::choose(bench, &raw, cache, plan)?;
     let plan = Plan { queues: 2, ..plan };
@@ -137,7 +137,7 @@ pub(super) fn beside_flat(
     let flat = bench.images.get(Kind::Qcow2)?;
     let image = bench.open(&path, Format::Qcow2, cache, false)?;
     let flat = bench.open(&flat, Format::Qcow2, cache, false)?;
-    bench.settle(&[&image, &flat], cache, bench.size)?;
+    bench.settle(&[&image, &flat], Pages::of(cache), bench.size)?;
     let plan = plan(bench, RANDOM);
     let pairs = bench.pairs(plan, [Target::Device(&image), Target::Device(&flat)])?;
     Ok(ratio_of(
@@ -157,7 +157,7 @@ pub(super) fn beside_fio(bench: &mut Bench<'_>) -> Result<Measured, Missing> {
     let cache = CacheMode::None;
     let image = bench.open(&path, Format::Qcow2, cache, false)?;
     let raw_device = bench.open(&raw, Format::Raw, cache, false)?;
-    bench.settle(&[&image, &raw_device], cache, bench.size)?;
+    bench.settle(&[&image, &raw_device], Pages::of(cache), bench.size)?;
     drop(raw_device);
     let plan = plan(bench, RANDOM);
     let (pairs, stop) = (bench.args.pairs, &mut *bench.stop);
