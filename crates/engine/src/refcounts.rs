@@ -356,7 +356,7 @@ mod tests {
             for cluster in &clusters {
                 assert_eq!(refcounts.get(*cluster), Some(value(*cluster)));
                 let end = refcounts.slice_end(*cluster);
-                assert!(end > *cluster && end - *cluster <= slice && end % slice == 0);
+                assert!(end > *cluster && end - *cluster <= slice && end.is_multiple_of(slice));
             }
             // And where they lie in the blocks, by the format's own reading.
             let mut image = vec![0; to_usize(block(3))];
