@@ -206,7 +206,7 @@ impl Frames {
     }
 }
 
-#[cfg(all(test, not(feature = "loom")))]
+#[cfg(test)]
 mod tests {
     //! Guards against a cache that lets go of what is not on disk yet, or takes an old read for the present.
 
