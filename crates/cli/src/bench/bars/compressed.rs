@@ -134,6 +134,7 @@ mod tests {
             slice: Duration::from_millis(1),
             cold: false,
             writer: false,
+            registered: false,
         };
         let arguments = arguments(plan, "a,b.qcow2");
         let value = |flag: &str| {
