@@ -106,6 +106,7 @@ impl HitCount {
     }
 
     /// Adds one: no other thread does.
+    #[inline]
     pub(crate) fn add(&self) {
         let tally = &self.line.0;
         tally.store(tally.load(Ordering::Relaxed) + 1, Ordering::Relaxed);

@@ -166,6 +166,7 @@ pub(crate) struct Counted {
 }
 
 impl Counted {
+    #[inline]
     pub(crate) fn of(kind: &Kind) -> Self {
         let (kind, bytes) = match kind {
             Kind::Read { buffer, .. } => (0, buffer.len() as u64),
@@ -248,16 +249,19 @@ impl Place {
         self.line.driver.store(driver_number(driver), Relaxed);
     }
 
+    #[inline]
     pub(crate) fn set_in_flight(&self, requests: usize) {
         self.line.in_flight.store(requests as u64, Relaxed);
     }
 
+    #[inline]
     pub(crate) fn succeeded(&self, counted: Counted) {
         let kind = &self.line.kinds[counted.kind];
         add(&kind.operations, 1);
         add(&kind.bytes, counted.bytes);
     }
 
+    #[inline]
     pub(crate) fn took(&self, counted: Counted, took: Duration) {
         let kind = &self.line.kinds[counted.kind];
         // 584 years.
@@ -286,6 +290,7 @@ impl Drop for Place {
 }
 
 /// Adds to a counter that only this thread changes.
+#[inline]
 fn add(counter: &AtomicU64, count: u64) {
     counter.store(counter.load(Relaxed).wrapping_add(count), Relaxed);
 }
