@@ -12,6 +12,7 @@ use urus_engine::sync::Arc;
 use crate::blocking::Blocking;
 use crate::files::FileSet;
 use crate::memory::RingMemory;
+use crate::sockets::Sockets;
 use crate::uring::{Uring, setup};
 
 /// The most operations a driver has in flight, whatever it is asked for.
@@ -62,7 +63,29 @@ impl Driver {
     /// # Errors
     /// As eventfd(2) and, for [`DriverKind::IoUring`], io_uring_setup(2).
     pub fn open(files: Arc<FileSet>, kind: DriverKind, depth: u32) -> io::Result<Self> {
-        Self::open_with(files, kind, depth, setup::build)
+        Self::open_with(files, kind, depth, false, setup::build)
+    }
+
+    /// As [`open`](Self::open), for a thread that serves sockets as well: with io_uring there are [`sockets`](Self::sockets).
+    ///
+    /// # Errors
+    /// As [`open`](Self::open).
+    pub fn open_with_sockets(
+        files: Arc<FileSet>,
+        kind: DriverKind,
+        depth: u32,
+    ) -> io::Result<Self> {
+        Self::open_with(files, kind, depth, true, setup::build)
+    }
+
+    /// Where the ring does the work on sockets too; none without a ring, and for a driver that was opened without them, whose ring
+    /// refuses such work.
+    #[must_use]
+    pub fn sockets(&mut self) -> Option<Sockets<'_>> {
+        match &mut self.0 {
+            Inner::Uring(uring) if uring.serves_sockets() => Some(Sockets(uring)),
+            _ => None,
+        }
     }
 
     /// As [`open`](Self::open), with the making of the ring as a parameter, so that tests can refuse it.
@@ -70,6 +93,7 @@ impl Driver {
         files: Arc<FileSet>,
         kind: DriverKind,
         depth: u32,
+        sockets: bool,
         build: fn(u32) -> io::Result<IoUring>,
     ) -> io::Result<Self> {
         let depth = depth.clamp(1, DEPTH_MAX);
@@ -80,8 +104,10 @@ impl Driver {
         };
         match kind {
             DriverKind::Blocking => blocking(files),
-            DriverKind::IoUring => Uring::open(files, depth, build).map(Inner::Uring).map(Self),
-            DriverKind::Auto => match Uring::open(Arc::clone(&files), depth, build) {
+            DriverKind::IoUring => Uring::open(files, depth, sockets, build)
+                .map(Inner::Uring)
+                .map(Self),
+            DriverKind::Auto => match Uring::open(Arc::clone(&files), depth, sockets, build) {
                 Ok(uring) => Ok(Self(Inner::Uring(uring))),
                 Err(error) => {
                     warn_once(&error);
@@ -192,10 +218,11 @@ mod tests {
         let refuse: fn(u32) -> io::Result<IoUring> =
             |_| Err(io::Error::from_raw_os_error(libc::EPERM));
         let files = FileSet::new(Vec::new());
-        let driver = Driver::open_with(Arc::clone(&files), DriverKind::Auto, 8, refuse).unwrap();
+        let driver =
+            Driver::open_with(Arc::clone(&files), DriverKind::Auto, 8, false, refuse).unwrap();
         assert_eq!(driver.kind(), DriverKind::Blocking);
-        let error =
-            Driver::open_with(Arc::clone(&files), DriverKind::IoUring, 8, refuse).unwrap_err();
+        let error = Driver::open_with(Arc::clone(&files), DriverKind::IoUring, 8, false, refuse)
+            .unwrap_err();
         assert_eq!(error.raw_os_error(), Some(libc::EPERM));
         assert_eq!(
             Driver::open(files, DriverKind::Auto, 8).unwrap().kind(),
@@ -216,8 +243,14 @@ mod tests {
         ];
         for (step, build) in builds.into_iter().enumerate() {
             let file = crate::OpenFile::open_image(&path, true, true).unwrap();
-            let mut driver =
-                Driver::open_with(FileSet::new(vec![file]), DriverKind::IoUring, 8, build).unwrap();
+            let mut driver = Driver::open_with(
+                FileSet::new(vec![file]),
+                DriverKind::IoUring,
+                8,
+                false,
+                build,
+            )
+            .unwrap();
             for round in 0..200 {
                 if round == 100 {
                     driver.event_fd().unwrap();

@@ -2,6 +2,7 @@
 //!
 //! * [`memory`]: buffers that own their bytes until the kernel is done with them.
 //! * [`files`]: the open files of a device, and what they can do; [`locks`]: image locks, as QEMU takes them.
+//! * [`Sockets`]: what a ring sends and receives beside its work on files, for servers.
 //! * [`Driver`]: io_uring (Linux 5.13 or later) or blocking system calls behind one
 //!   [`Storage`](urus_engine::storage::Storage) implementation.
 //!
@@ -22,6 +23,7 @@ pub mod locks;
 pub mod memory;
 mod offload;
 mod probe;
+mod sockets;
 mod uring;
 
 pub use driver::{DEPTH_MAX, Driver, DriverKind};
@@ -30,3 +32,4 @@ pub use locks::{LockError, LockMode};
 #[cfg(feature = "vm-memory")]
 pub use memory::OutsideGuestMemory;
 pub use memory::{BUFFER_ALIGNMENT, Buffer, RingMemory};
+pub use sockets::{Parts, SocketCompletion, Sockets};

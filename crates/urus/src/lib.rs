@@ -149,6 +149,7 @@ mod options;
 mod place;
 mod queue;
 mod request;
+mod sockets;
 
 pub use blocking::BlockingIo;
 pub use check::check;
@@ -162,6 +163,7 @@ pub use limits::MAX_QUEUE_DEPTH;
 pub use options::{BackingPolicy, CacheMode, DiscardPolicy, Format, IoDriver, OpenOptions};
 pub use queue::{Queue, QueueSeat};
 pub use request::{Completion, Rejected, Request};
+pub use sockets::Sockets;
 pub use urus_engine::Counters;
 pub use urus_engine::check::{CheckReport, Finding, Repair, Severity};
 pub use urus_engine::error::Error as EngineError;
@@ -169,4 +171,4 @@ pub use urus_engine::request::Extent;
 pub use urus_format::Compression;
 #[cfg(feature = "vm-memory")]
 pub use urus_ring::OutsideGuestMemory;
-pub use urus_ring::{BUFFER_ALIGNMENT, Buffer};
+pub use urus_ring::{BUFFER_ALIGNMENT, Buffer, Parts, SocketCompletion};

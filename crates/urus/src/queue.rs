@@ -9,18 +9,29 @@ use urus_ring::{Buffer, Driver, DriverKind, RingMemory};
 
 use crate::device::driver_name;
 use crate::request::Kind;
-use crate::{Completion, Device, Error, Rejected, Request, Result};
+use crate::{Completion, Device, Error, Rejected, Request, Result, Sockets};
 use urus_engine::request::{Reply, Request as EngineRequest, RequestKind};
 
 /// A place for a queue on a device, not yet bound to a thread.
 #[derive(Debug)]
 pub struct QueueSeat {
     device: Device,
+    sockets: bool,
 }
 
 impl QueueSeat {
     pub(crate) fn new(device: Device) -> Self {
-        Self { device }
+        Self {
+            device,
+            sockets: false,
+        }
+    }
+
+    /// The queue's ring is to do the work on sockets too ([`Queue::sockets`]): for a server. Without, the ring refuses it.
+    #[must_use]
+    pub fn with_sockets(mut self) -> Self {
+        self.sockets = true;
+        self
     }
 
     /// The queue, bound to the calling thread: only that thread can use and drop it.
@@ -28,7 +39,7 @@ impl QueueSeat {
     /// # Errors
     /// What the kernel says when it gives no ring (memory, descriptors).
     pub fn activate(self) -> Result<Queue> {
-        let driver = self.device.open_driver()?;
+        let driver = self.device.open_driver(self.sockets)?;
         let kind = driver.kind();
         let depth = usize::try_from(self.device.queue_depth()).expect("32 bits fit a usize");
         Ok(Queue {
@@ -37,6 +48,7 @@ impl QueueSeat {
             event_fd: None,
             kind,
             depth,
+            sockets: self.sockets && kind == DriverKind::IoUring,
             thread_bound: PhantomData,
         })
     }
@@ -56,6 +68,8 @@ pub struct Queue {
     event_fd: Option<OwnedFd>,
     kind: DriverKind,
     depth: usize,
+    /// The driver has sockets.
+    sockets: bool,
     /// Neither `Send` nor `Sync`: the kernel wants a ring used by one thread.
     thread_bound: PhantomData<*const ()>,
 }
@@ -143,6 +157,15 @@ impl Queue {
     /// Makes [`event_fd`](Self::event_fd) unreadable until the next event.
     pub fn consume_event(&mut self) {
         self.engine.with_storage(Driver::consume_event);
+    }
+
+    /// What the queue's ring does with sockets, for a server that has nothing but its queue to sleep in. None where there is no ring, and
+    /// for a seat that was not asked [`with_sockets`](QueueSeat::with_sockets).
+    #[must_use]
+    pub fn sockets(&mut self) -> Option<Sockets<'_>> {
+        self.sockets.then_some(Sockets {
+            engine: &mut self.engine,
+        })
     }
 
     /// Requests submitted whose completion was not yet taken.

@@ -79,12 +79,21 @@ const NEEDED: [u8; 8] = [
     opcode::PollRemove::CODE,
 ];
 
+/// The operations of a ring that serves sockets too.
+const SOCKETS: [u8; 5] = [
+    opcode::Recv::CODE,
+    opcode::Send::CODE,
+    opcode::RecvMsg::CODE,
+    opcode::SendMsg::CODE,
+    opcode::AsyncCancel::CODE,
+];
+
 /// Restricts the ring to what it is used for, and lets it begin. seccomp does not see what a ring does: an intruder in a process that may
 /// not open files must not find a ring that can.
 ///
 /// # Errors
 /// As io_uring_register(2).
-pub(super) fn enable(ring: &IoUring, ftruncate: bool) -> io::Result<()> {
+pub(super) fn enable(ring: &IoUring, ftruncate: bool, sockets: bool) -> io::Result<()> {
     /// `IORING_UNREGISTER_FILES` and `IORING_REGISTER_EVENTFD`, which `io_uring` does not export.
     const REGISTER_OPS: [u8; 2] = [3, 4];
     /// `IOSQE_FIXED_FILE`.
@@ -93,6 +102,7 @@ pub(super) fn enable(ring: &IoUring, ftruncate: bool) -> io::Result<()> {
     let mut restrictions: Vec<_> = NEEDED
         .into_iter()
         .chain(ftruncate)
+        .chain(SOCKETS.into_iter().filter(|_| sockets))
         .map(Restriction::sqe_op)
         .chain(REGISTER_OPS.map(Restriction::register_op))
         .collect();
@@ -106,10 +116,13 @@ pub(super) fn enable(ring: &IoUring, ftruncate: bool) -> io::Result<()> {
 ///
 /// # Errors
 /// `Unsupported`.
-pub(super) fn probe(ring: &IoUring) -> io::Result<bool> {
+pub(super) fn probe(ring: &IoUring, sockets: bool) -> io::Result<bool> {
     let mut probe = Probe::new();
     ring.submitter().register_probe(&mut probe)?;
-    if NEEDED.iter().all(|&code| probe.is_supported(code)) {
+    let mut needed = NEEDED
+        .into_iter()
+        .chain(SOCKETS.into_iter().filter(|_| sockets));
+    if needed.all(|code| probe.is_supported(code)) {
         Ok(probe.is_supported(opcode::Ftruncate::CODE))
     } else {
         Err(unsupported(
@@ -132,8 +145,8 @@ mod tests {
     fn a_ring_refuses_what_it_is_not_for() {
         for step in 0..=LAST_STEP {
             let mut ring = build_step(step, 8).unwrap();
-            let ftruncate = probe(&ring).unwrap();
-            enable(&ring, ftruncate).unwrap();
+            let ftruncate = probe(&ring, true).unwrap();
+            enable(&ring, ftruncate, step % 2 == 0).unwrap();
             let path = c"/dev/null";
             let entries = [
                 opcode::OpenAt::new(Fd(libc::AT_FDCWD), path.as_ptr()).build(),
