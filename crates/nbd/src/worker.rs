@@ -453,35 +453,40 @@ impl Worker {
 
     /// Takes what the queues have completed, and lists the connections that get replies.
     fn complete(&mut self) {
-        for lane in &mut self.lanes {
-            while let Some(completion) = lane.queue.completion() {
-                let key = usize::try_from(completion.token).ok();
-                let Some(operation) = key.and_then(|key| self.operations.get_mut(key)) else {
-                    debug_assert!(false, "a completion for nobody");
-                    continue;
-                };
-                let reply = match operation.advance(completion, &mut self.pool) {
-                    Step::Ask(request) => {
-                        lane.submit(request);
-                        continue;
-                    }
-                    Step::Answer(reply) => reply,
-                    Step::Fail(error) => {
-                        self.complaints.request_failed(operation, &error);
-                        operation.failure(&error)
-                    }
-                };
-                let index = operation.connection;
-                if let Some(key) = key {
-                    self.operations.remove(key);
-                }
-                if let Some(connection) = self.connections.get_mut(index) {
-                    connection.answer(reply);
-                    list(&mut self.ready, index, connection);
-                }
-            }
-            lane.resubmit();
+        for index in 0..self.lanes.len() {
+            self.complete_lane(index);
         }
+    }
+
+    fn complete_lane(&mut self, index: usize) {
+        let lane = &mut self.lanes[index];
+        while let Some(completion) = lane.queue.completion() {
+            let key = usize::try_from(completion.token).ok();
+            let Some(operation) = key.and_then(|key| self.operations.get_mut(key)) else {
+                debug_assert!(false, "a completion for nobody");
+                continue;
+            };
+            let reply = match operation.advance(completion, &mut self.pool) {
+                Step::Ask(request) => {
+                    lane.submit(request);
+                    continue;
+                }
+                Step::Answer(reply) => reply,
+                Step::Fail(error) => {
+                    self.complaints.request_failed(operation, &error);
+                    operation.failure(&error)
+                }
+            };
+            let index = operation.connection;
+            if let Some(key) = key {
+                self.operations.remove(key);
+            }
+            if let Some(connection) = self.connections.get_mut(index) {
+                connection.answer(reply);
+                list(&mut self.ready, index, connection);
+            }
+        }
+        lane.resubmit();
     }
 
     /// Sends what a connection has, and settles what becomes of it.

@@ -289,4 +289,61 @@ mod tests {
             }
         }
     }
+
+    /// The same for the work on sockets: sent, received, cancelled, left in flight.
+    #[test]
+    fn sockets_work_in_rings_of_older_kernels() {
+        use crate::memory::Buffer;
+        use crate::sockets::Parts;
+        let builds: [fn(u32) -> io::Result<IoUring>; 4] = [
+            |entries| setup::build_step(0, entries),
+            |entries| setup::build_step(1, entries),
+            |entries| setup::build_step(2, entries),
+            |entries| setup::build_step(3, entries),
+        ];
+        let parts = |fill: u8| {
+            let mut parts = Parts::new();
+            let buffer = parts.own(Buffer::from_vec(vec![fill; 100]));
+            parts.push(buffer, 0..100);
+            parts
+        };
+        for build in builds {
+            let files = FileSet::new(Vec::new());
+            let mut driver = Driver::open_with(files, DriverKind::IoUring, 8, true, build).unwrap();
+            let (ours, theirs) = std::os::unix::net::UnixStream::pair().unwrap();
+            let sockets = [ours, theirs].map(|socket| {
+                socket.set_nonblocking(true).unwrap();
+                Arc::new(std::os::fd::OwnedFd::from(socket))
+            });
+            for fill in 0..100 {
+                let [ours, theirs] = sockets.clone();
+                let mut work = driver.sockets().unwrap();
+                work.receive(1, Arc::clone(&theirs), parts(255));
+                work.receive(2, Arc::clone(&ours), parts(255));
+                driver.kick();
+                driver.sockets().unwrap().send(3, ours, parts(fill));
+                driver.sockets().unwrap().cancel(2);
+                let mut seen = Vec::new();
+                while seen.len() < 3 {
+                    driver.wait(Some(Duration::from_secs(20)));
+                    assert!(driver.complete().is_none());
+                    while let Some(done) = driver.sockets().unwrap().completion() {
+                        let canceled = done.token == 2;
+                        assert_eq!(done.result.ok(), (!canceled).then_some(100));
+                        let expected = if canceled { 255 } else { fill };
+                        assert_eq!(done.parts.unwrap().to_bytes(), vec![expected; 100]);
+                        seen.push(done.token);
+                    }
+                }
+                seen.sort_unstable();
+                assert_eq!(seen, [1, 2, 3]);
+            }
+            let [ours, _] = &sockets;
+            let left = Arc::clone(ours);
+            driver.sockets().unwrap().receive(4, left, parts(0));
+            driver.kick();
+            drop(driver);
+            assert_eq!(Arc::strong_count(ours), 1);
+        }
+    }
 }

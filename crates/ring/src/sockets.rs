@@ -139,8 +139,9 @@ pub struct SocketCompletion {
 }
 
 /// The sockets' side of a driver. Operations start with the driver's next [`kick`](urus_engine::storage::Storage::kick) or
-/// [`wait`](urus_engine::storage::Storage::wait), and a wait ends for their completions too. There may be any number of them; they
-/// don't count against the driver's depth.
+/// [`wait`](urus_engine::storage::Storage::wait), and a wait ends for their completions too. Receives and polls, which mostly have to wait for
+/// the peer, start with a kick only where it enters the kernel for something else, or the eventfd is watched; else with the wait. There may
+/// be any number of operations; they don't count against the driver's depth.
 ///
 /// Dropping the driver cancels them and waits until the kernel has let go of their memory.
 pub struct Sockets<'a>(pub(crate) &'a mut Uring);

@@ -134,7 +134,7 @@ fn cancelled_operations_end_once_and_give_their_memory_back() {
             .unwrap()
             .receive(2, Arc::clone(&ours), parts(200, 0));
         if kicked {
-            driver.kick();
+            driver.wait(Some(Duration::ZERO));
         }
         driver.sockets().unwrap().cancel(1);
         let done = next(&mut driver);
@@ -253,4 +253,32 @@ fn a_poll_and_a_notification_end_a_wait() {
     driver.wait(Some(LONG));
     assert_eq!(next(&mut driver).token, 9);
     assert!(start.elapsed() < LONG);
+}
+
+/// For an event loop of the caller's: also what was cancelled before it started, of which the kernel knows nothing.
+#[test]
+fn the_event_fd_announces_sockets() {
+    use rustix::event::{PollFd, PollFlags, Timespec, poll};
+    let mut driver = driver(8);
+    let (ours, mut theirs) = pair();
+    let event = driver.event_fd().unwrap().try_clone_to_owned().unwrap();
+    for early in [false, true] {
+        driver.consume_event();
+        let socket = Arc::clone(&ours);
+        driver.sockets().unwrap().receive(1, socket, parts(100, 0));
+        if early {
+            driver.sockets().unwrap().cancel(1);
+            driver.kick();
+        } else {
+            driver.kick();
+            theirs.write_all(b"x").unwrap();
+        }
+        let timeout = Timespec::try_from(LONG).unwrap();
+        let polled = &mut [PollFd::new(&event, PollFlags::IN)];
+        assert_eq!(poll(polled, Some(&timeout)).unwrap(), 1);
+        driver.consume_event();
+        assert!(driver.complete().is_none());
+        let done = driver.sockets().unwrap().completion().unwrap();
+        assert_eq!((done.token, done.result.is_err()), (1, early));
+    }
 }

@@ -9,7 +9,8 @@ use urus_ring::{Driver, Parts, SocketCompletion};
 /// The work on sockets of a queue's ring, from [`Queue::sockets`](crate::Queue::sockets).
 ///
 /// An operation owns its memory and its descriptor until its completion. It starts with the queue's next
-/// [`kick`](crate::Queue::kick) or [`wait`](crate::Queue::wait), by the system call that starts the requests; a wait ends for it too.
+/// [`kick`](crate::Queue::kick) or [`wait`](crate::Queue::wait), by the system call that starts the requests (a receive or a poll
+/// with the wait, where a kick has nothing else to start and the eventfd is not watched); a wait ends for it too.
 /// Then [`completion`](Self::completion) and [`Queue::completion`](crate::Queue::completion) are to be called until both return None.
 ///
 /// Operations on sockets do not count as requests in flight. Dropping the queue ends them.

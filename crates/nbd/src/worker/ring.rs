@@ -51,7 +51,7 @@ impl Worker {
         }
         self.look_again = false;
         // Also makes the kernel tell what it has put off.
-        self.complete();
+        self.complete_lane(0);
         while let Some(completion) = self.socket_completion() {
             self.moved(completion);
         }
@@ -100,11 +100,13 @@ impl Worker {
         while let Some(way) = connection.take_cancellation() {
             sockets.cancel(token(index, way));
         }
-        if let Some((socket, parts)) = connection.begin_receive() {
-            sockets.receive(token(index, Way::Receive), socket, parts);
-        }
         if let Some((socket, parts)) = connection.begin_send() {
             sockets.send(token(index, Way::Send), socket, parts);
+            // The receive has to wait for the next turn: what the client sends meanwhile comes with it, where it would else come in
+            // small pieces, the first of them while the replies are still being sent.
+            list(&mut self.ready, index, connection);
+        } else if let Some((socket, parts)) = connection.begin_receive() {
+            sockets.receive(token(index, Way::Receive), socket, parts);
         }
     }
 }

@@ -157,7 +157,12 @@ impl Uring {
     /// Starts everything taken: first what the kernel does meanwhile, then what this thread does.
     #[inline]
     fn start(&mut self) {
-        self.push_sockets();
+        // What waits for a peer as a rule goes along with other work, or else with the system call that sleeps. (A caller that watches
+        // the eventfd makes none.)
+        let urgent = self.sockets.as_ref().is_some_and(Table::is_urgent);
+        if urgent || self.watched || !self.ring.is_flushed() {
+            self.push_sockets();
+        }
         self.ring.flush();
         if self.inline.is_empty() {
             return;

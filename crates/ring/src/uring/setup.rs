@@ -145,13 +145,16 @@ mod tests {
     fn a_ring_refuses_what_it_is_not_for() {
         for step in 0..=LAST_STEP {
             let mut ring = build_step(step, 8).unwrap();
-            let ftruncate = probe(&ring, true).unwrap();
-            enable(&ring, ftruncate, step % 2 == 0).unwrap();
+            let ftruncate = probe(&ring, false).unwrap();
+            enable(&ring, ftruncate, false).unwrap();
             let path = c"/dev/null";
             let entries = [
                 opcode::OpenAt::new(Fd(libc::AT_FDCWD), path.as_ptr()).build(),
                 opcode::Socket::new(libc::AF_INET, libc::SOCK_STREAM, 0).build(),
                 opcode::Nop::new().build(),
+                opcode::Send::new(Fd(0), path.as_ptr().cast(), 1).build(),
+                opcode::Recv::new(Fd(0), std::ptr::null_mut(), 0).build(),
+                opcode::AsyncCancel::new(0).build(),
                 // Allowed, but not without waiting for others.
                 opcode::Fsync::new(Fd(0))
                     .build()
@@ -166,6 +169,29 @@ mod tests {
             }
             let registered = ring.submitter().register_files(&[0]).unwrap_err();
             assert_eq!(registered.raw_os_error(), Some(libc::EACCES), "step {step}");
+        }
+    }
+
+    #[test]
+    fn a_ring_for_sockets_makes_and_takes_no_connections() {
+        for step in 0..=LAST_STEP {
+            let mut ring = build_step(step, 8).unwrap();
+            let ftruncate = probe(&ring, true).unwrap();
+            enable(&ring, ftruncate, true).unwrap();
+            let entries = [
+                opcode::Socket::new(libc::AF_UNIX, libc::SOCK_STREAM, 0).build(),
+                opcode::Connect::new(Fd(0), std::ptr::null(), 0).build(),
+                opcode::Accept::new(Fd(0), std::ptr::null_mut(), std::ptr::null_mut()).build(),
+                opcode::Shutdown::new(Fd(0), 0).build(),
+                opcode::Close::new(Fd(0)).build(),
+            ];
+            for entry in entries {
+                // SAFETY: they point to nothing.
+                unsafe { ring.submission().push(&entry) }.unwrap();
+                ring.submit_and_wait(1).unwrap();
+                let completion = ring.completion().next().unwrap();
+                assert_eq!(completion.result(), -libc::EACCES, "step {step}: {entry:?}");
+            }
         }
     }
 

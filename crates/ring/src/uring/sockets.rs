@@ -58,6 +58,8 @@ pub(super) struct Table {
     free: Vec<usize>,
     pending: VecDeque<Pending>,
     done: VecDeque<SocketCompletion>,
+    /// Something pending should start soon.
+    urgent: bool,
     /// Operations pushed whose completion was not seen.
     busy: usize,
     /// Entries of the submission queue that may be taken here, and those that may be taken by now.
@@ -72,6 +74,7 @@ impl Table {
             free: Vec::new(),
             pending: VecDeque::new(),
             done: VecDeque::new(),
+            urgent: false,
             busy: 0,
             share,
             taken: 0,
@@ -92,6 +95,11 @@ impl Table {
         !self.pending.is_empty()
     }
 
+    /// Whether something pending should start soon: all but receives and polls, which have to wait for the peer as a rule.
+    pub(super) fn is_urgent(&self) -> bool {
+        self.urgent
+    }
+
     pub(super) fn has_done(&self) -> bool {
         !self.done.is_empty()
     }
@@ -105,6 +113,7 @@ impl Table {
             self.entries.push(Box::new(Entry::new()));
             self.entries.len() - 1
         });
+        self.urgent |= matches!(work, Work::Send(_));
         self.entries[index].operation = Some(Operation {
             token,
             socket,
@@ -123,6 +132,7 @@ impl Table {
                 && which(operation.token)
             {
                 operation.cancelled = true;
+                self.urgent = true;
                 if operation.pushed {
                     self.pending.push_back(Pending::Cancellation(user_data));
                 }
@@ -132,11 +142,16 @@ impl Table {
 
     /// Moves what is pending into the submission queue, as far as the kernel takes it off there.
     pub(super) fn push_pending(&mut self, ring: &mut Ring) {
+        if ring.is_flushed() {
+            self.taken = 0;
+        }
+        self.urgent = false;
         while let Some(pending) = self.pending.pop_front() {
             if self.taken >= self.share {
                 ring.flush();
                 if !ring.is_flushed() {
                     self.pending.push_front(pending);
+                    self.urgent = true;
                     return;
                 }
                 self.taken = 0;
