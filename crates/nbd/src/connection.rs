@@ -1,10 +1,16 @@
 //! One client: its socket, where it stands in the protocol, and what it holds of the server.
 //!
-//! A connection belongs to one worker. The worker reads ([`receive`](Connection::receive)), asks for what was understood
-//! ([`next`](Connection::next)) until there is no more, hands replies over ([`answer`](Connection::answer)), and sends
-//! ([`send`](Connection::send)).
+//! A connection belongs to one worker. The worker lets it receive, asks for what was understood ([`next`](Connection::next)) until there is
+//! no more, hands replies over ([`answer`](Connection::answer)), and lets it send ([`send`](Connection::send)).
+//!
+//! This file is about what the bytes mean. They are moved in one of two ways:
+//! * [`ringed`]: by operations in the ring of a queue of the worker's.
+//! * [`ready`]: by system calls, when epoll says that the socket is ready. TLS always, and everything where there is no ring.
 
-use std::io::{self, IoSliceMut};
+mod ready;
+mod ringed;
+
+use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
@@ -18,12 +24,15 @@ use urus::Buffer;
 use crate::export::{ExportId, Exports};
 use crate::handshake::{Handshake, Progress, Session, greeting};
 use crate::input::Input;
-use crate::limits::{HANDSHAKE_OUTPUT_BYTES, LINGER_TIME, Load, RECEIVE_TURN_BYTES};
+use crate::limits::{HANDSHAKE_OUTPUT_BYTES, LINGER_TIME, Load};
 use crate::pool::Pool;
 use crate::reply::{Output, Reply, Tag};
 use crate::transmission::{Command, Refusal, payload};
 use crate::transport::Transport;
 use crate::wire::{ErrorCode, RequestHeader};
+pub(crate) use ready::Watch;
+use ringed::Ringed;
+pub(crate) use ringed::Way;
 
 /// How long clients may take.
 #[derive(Clone, Copy, Debug)]
@@ -41,6 +50,8 @@ pub(crate) struct Connection {
     exports: Arc<Exports>,
     /// None once closed.
     transport: Option<Transport>,
+    /// Its operations, where a ring moves the bytes; else epoll says when.
+    ring: Option<Ringed>,
     input: Input,
     output: Output,
     phase: Phase,
@@ -51,6 +62,8 @@ pub(crate) struct Connection {
     operations: usize,
     /// More input may come: no end of stream, no disconnect.
     reading: bool,
+    /// What is in the input was understood as far as it goes, or until something has gone: only then more is received.
+    understood: bool,
     /// A request waits in the input until load has gone.
     stalled: bool,
     /// The socket did not take all of the output.
@@ -61,8 +74,8 @@ pub(crate) struct Connection {
     stopping: bool,
     times: Times,
     deadline: Option<Instant>,
-    /// What epoll was asked to tell.
-    interest: EventFlags,
+    /// What epoll was asked to tell, once it was.
+    interest: Option<EventFlags>,
     /// Whether the worker has it on its list.
     pub(crate) listed: bool,
     /// Counts the connection as long as it lives.
@@ -86,7 +99,8 @@ enum Incoming {
     Payload {
         tag: Tag,
         command: Command,
-        buffer: Buffer,
+        /// None while a receive in a ring has it.
+        buffer: Option<Buffer>,
         filled: usize,
     },
     /// The payload of a write that is refused.
@@ -130,10 +144,12 @@ impl Drop for Permit {
 }
 
 impl Connection {
-    /// A connection just accepted, whose socket does not block. It is greeted with the first [`send`](Self::send).
+    /// A connection just accepted, whose socket does not block. It is greeted with the first [`send`](Self::send). `in_ring`: its bytes
+    /// are moved by a ring.
     pub(crate) fn new(
         id: u64,
         socket: OwnedFd,
+        in_ring: bool,
         exports: Arc<Exports>,
         times: Times,
         permit: Permit,
@@ -145,19 +161,21 @@ impl Connection {
             phase: Phase::Handshake(Handshake::new(Arc::clone(&exports))),
             exports,
             transport: Some(Transport::plain(socket)),
+            ring: in_ring.then(Ringed::default),
             input: Input::new(),
             output,
             incoming: None,
             load: Load::default(),
             operations: 0,
             reading: true,
+            understood: false,
             stalled: false,
             blocked: false,
             starting_tls: false,
             stopping: false,
             times,
             deadline: Instant::now().checked_add(times.handshake),
-            interest: EventFlags::empty(),
+            interest: None,
             listed: false,
             _permit: permit,
         }
@@ -174,17 +192,7 @@ impl Connection {
 
     /// Closed, and nothing in flight: the connection can be forgotten.
     pub(crate) fn is_over(&self) -> bool {
-        self.transport.is_none() && self.operations == 0
-    }
-
-    /// The events to ask epoll for, if they are others than before.
-    pub(crate) fn changed_interest(&mut self) -> Option<EventFlags> {
-        let mut wanted = EventFlags::empty();
-        wanted.set(EventFlags::IN, self.wants_input());
-        wanted.set(EventFlags::OUT, self.blocked);
-        let changed = wanted != self.interest;
-        self.interest = wanted;
-        changed.then_some(wanted)
+        self.transport.is_none() && self.operations == 0 && !self.has_ring_operations()
     }
 
     fn wants_input(&self) -> bool {
@@ -197,99 +205,13 @@ impl Connection {
         }
     }
 
-    /// The socket has something to tell. `gone`: the client can neither send nor receive any more.
-    pub(crate) fn receive(&mut self, gone: bool) {
-        if self.wants_input() {
-            self.receive_turn();
-        } else if gone {
-            // Nobody is left to take the replies, and what was not read was not asked for.
-            self.close("the client is gone");
-        }
-    }
-
-    fn receive_turn(&mut self) {
-        let mut turn = 0;
-        while self.wants_input() && turn < RECEIVE_TURN_BYTES {
-            match self.receive_once() {
-                Ok((0, _)) => {
-                    self.reading = false;
-                    if matches!(self.phase, Phase::Lingering) {
-                        self.close("the client has closed");
-                    }
-                    return;
-                }
-                Ok((count, offered)) => {
-                    turn += count;
-                    // TLS gives a record at a time, however much the socket has.
-                    if count < offered && !self.is_tls() {
-                        return;
-                    }
-                    if !self.fill_payload() {
-                        // The input must be understood before more is read.
-                        return;
-                    }
-                }
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
-                Err(error) => return self.close(&format!("cannot receive: {error}")),
-            }
-        }
-    }
-
-    fn is_tls(&self) -> bool {
-        self.transport.as_ref().is_some_and(Transport::is_tls)
-    }
-
-    /// Moves what the TLS session has decrypted already to where it belongs. True if there was any.
-    fn take_decrypted(&mut self) -> bool {
-        let Some(transport) = &mut self.transport else {
-            return false;
-        };
-        let open = matches!(self.phase, Phase::Handshake(_) | Phase::Transmission(_));
-        if !open || self.starting_tls || self.stalled {
-            return false;
-        }
-        // What is in the input comes first; a payload is complete only through `fill_payload`.
-        let count = transport.take_decrypted(self.input.space());
-        self.input.received(count);
-        count > 0
-    }
-
-    /// Receives once, straight into the payload on its way, then into the input. The bytes received, and for how many there was room.
-    fn receive_once(&mut self) -> io::Result<(usize, usize)> {
-        let Some(transport) = &mut self.transport else {
-            return Ok((0, 0));
-        };
-        if matches!(self.phase, Phase::Lingering) {
-            self.input.clear();
-        }
-        let mut payload: &mut [u8] = &mut [];
-        if let (true, Some(Incoming::Payload { buffer, filled, .. })) =
-            (self.input.data().is_empty(), &mut self.incoming)
-        {
-            payload = &mut buffer.as_mut_slice()[*filled..];
-        }
-        let wanted = payload.len();
-        let space = self.input.space();
-        let offered = wanted + space.len();
-        let mut slices = [IoSliceMut::new(payload), IoSliceMut::new(space)];
-        let used = if wanted == 0 {
-            &mut slices[1..]
-        } else {
-            &mut slices[..]
-        };
-        let count = transport.receive(used)?;
-        if let Some(Incoming::Payload { filled, .. }) = &mut self.incoming {
-            *filled += count.min(wanted);
-        }
-        self.input.received(count.saturating_sub(wanted));
-        Ok((count, offered))
-    }
-
     /// Moves input into the payload on its way. True while the payload is not complete, so that more can be received at once.
     fn fill_payload(&mut self) -> bool {
         match &mut self.incoming {
             Some(Incoming::Payload { buffer, filled, .. }) => {
+                let Some(buffer) = buffer else {
+                    return true;
+                };
                 let rest = &mut buffer.as_mut_slice()[*filled..];
                 let count = rest.len().min(self.input.data().len());
                 rest[..count].copy_from_slice(&self.input.data()[..count]);
@@ -312,7 +234,11 @@ impl Connection {
     /// The next request for the engine. None until there is more input, or less load; what can be answered without the engine is
     /// answered on the way.
     pub(crate) fn next(&mut self, pool: &mut Pool) -> Option<Wanted> {
+        if self.is_receiving() {
+            return None;
+        }
         self.stalled = false;
+        self.understood = false;
         loop {
             match &mut self.phase {
                 Phase::Handshake(_) => {
@@ -338,6 +264,7 @@ impl Connection {
             let linger = self.stopping && (self.operations > 0 || !self.output.is_empty());
             self.end(linger, "the input has ended");
         }
+        self.understood = true;
         None
     }
 
@@ -431,7 +358,7 @@ impl Connection {
                 self.incoming = Some(Incoming::Payload {
                     tag,
                     command,
-                    buffer: pool.take(len),
+                    buffer: Some(pool.take(len)),
                     filled: 0,
                 });
             }
@@ -450,8 +377,9 @@ impl Connection {
                 ..
             } => {
                 let export = self.exports.get(session.export);
-                let command = session.query(offset, one, buffer.as_slice(), export);
-                pool.give(buffer);
+                let payload = buffer.as_ref().map_or(&[][..], Buffer::as_slice);
+                let command = session.query(offset, one, payload, export);
+                buffer.into_iter().for_each(|buffer| pool.give(buffer));
                 match command {
                     Ok(command) => Some(wanted(session, tag, command, None)),
                     Err(refusal) => {
@@ -473,7 +401,7 @@ impl Connection {
                 command,
                 buffer,
                 ..
-            } => Some(wanted(session, tag, command, Some(buffer))),
+            } => Some(wanted(session, tag, command, buffer)),
             Incoming::Skip { tag, refusal, .. } => {
                 self.push_refusal(tag, refusal, Load::request(0));
                 None
@@ -531,27 +459,24 @@ impl Connection {
         }
     }
 
-    /// Sends what the socket takes. True when that has made room for a request that waits.
+    /// What can be sent goes out. True when that has made room for a request that waits.
     pub(crate) fn send(&mut self, pool: &mut Pool) -> bool {
-        let Some(transport) = &mut self.transport else {
+        if self.transport.is_none() {
+            return false;
+        }
+        let room = if self.in_ring() {
+            // What there is goes with `begin_send`, and what that makes room for is noticed when it has ended.
+            self.blocked = !self.output.is_empty();
+            Some(false)
+        } else {
+            self.send_ready(pool)
+        };
+        let Some(room) = room else {
             return false;
         };
-        let mut room = false;
-        if !self.output.is_empty() || transport.has_unsent() || self.starting_tls {
-            match self.output.send(transport, pool) {
-                Ok(sent) => {
-                    self.load.remove(sent.freed);
-                    self.blocked = sent.blocked;
-                    room = self.stalled && (sent.freed.requests > 0 || self.output.is_empty());
-                }
-                Err(error) => {
-                    self.close(&format!("cannot send: {error}"));
-                    return false;
-                }
-            }
-            if !self.blocked && !self.settle() {
-                return false;
-            }
+        let unsettled = self.starting_tls || self.has_unsent();
+        if unsettled && !self.blocked && !self.settle() {
+            return false;
         }
         if let Phase::Ending { linger } = self.phase
             && self.operations == 0
@@ -561,6 +486,10 @@ impl Connection {
             self.finish(linger);
         }
         room
+    }
+
+    fn has_unsent(&self) -> bool {
+        self.transport.as_ref().is_some_and(Transport::has_unsent)
     }
 
     /// The output is with the transport: what TLS still holds of it is sent, and TLS begins where it has to. False if the
@@ -575,7 +504,11 @@ impl Connection {
                 return true;
             }
             Ok(()) if std::mem::take(&mut self.starting_tls) => match self.exports.tls() {
-                Some(config) => transport.start_tls(config).map_err(io::Error::other),
+                Some(config) => {
+                    debug_assert!(!self.ring.as_ref().is_some_and(Ringed::is_busy));
+                    self.ring = None;
+                    transport.start_tls(config).map_err(io::Error::other)
+                }
                 None => Ok(()),
             },
             result => result,

@@ -43,6 +43,7 @@ mod connection;
 mod contexts;
 mod error;
 mod export;
+mod flight;
 mod handshake;
 mod input;
 mod limits;

@@ -5,9 +5,10 @@ use std::collections::VecDeque;
 use std::io;
 use std::io::IoSlice;
 
-use urus::Buffer;
+use urus::{Buffer, Parts};
 
 use crate::contexts::Context;
+use crate::flight::Flight;
 use crate::limits::{Load, SEND_PIECES, SEND_TURN_BYTES};
 use crate::pool::Pool;
 use crate::status::Descriptors;
@@ -18,7 +19,7 @@ use crate::wire::{
 };
 
 /// Bytes of the longest head: an extended chunk's, and the offset of its data.
-const HEAD_BYTES: usize = 40;
+pub(crate) const HEAD_BYTES: usize = 40;
 
 /// What the replies to a request repeat of it, and how they look.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -39,7 +40,7 @@ pub(crate) struct Reply {
 }
 
 #[derive(Debug)]
-enum Payload {
+pub(crate) enum Payload {
     None,
     /// Data that was read; goes back to the pool.
     Buffer(Buffer),
@@ -203,8 +204,17 @@ impl Reply {
         Self::new(&[], Payload::Bytes(bytes), load)
     }
 
+    pub(crate) fn head(&self) -> &[u8] {
+        &self.head[..self.head_len]
+    }
+
+    /// The rest, and what the request costs until it is sent.
+    pub(crate) fn into_payload(self) -> (Payload, Load) {
+        (self.payload, self.load)
+    }
+
     fn pieces(&self) -> [&[u8]; 2] {
-        [&self.head[..self.head_len], self.payload.as_slice()]
+        [self.head(), self.payload.as_slice()]
     }
 
     fn len(&self) -> usize {
@@ -223,6 +233,8 @@ pub(crate) struct Output {
     queue: VecDeque<Reply>,
     /// Bytes of the first reply that are sent already.
     sent: usize,
+    /// Replies before those, that a ring sends.
+    flight: Flight,
     /// Bytes that wait.
     bytes: usize,
 }
@@ -243,7 +255,7 @@ impl Output {
     }
 
     pub(crate) fn is_empty(&self) -> bool {
-        self.queue.is_empty()
+        self.queue.is_empty() && self.flight.is_empty()
     }
 
     /// Bytes that wait.
@@ -277,6 +289,18 @@ impl Output {
             }
         }
         Ok(outcome)
+    }
+
+    /// What a ring is to send next; [`sent`](Self::sent) takes it back. Not while it has some already.
+    pub(crate) fn begin(&mut self) -> Option<Parts> {
+        debug_assert!(self.sent == 0);
+        self.flight.begin(&mut self.queue)
+    }
+
+    /// The ring has sent `count` bytes. Returns the requests whose replies are sent completely.
+    pub(crate) fn sent(&mut self, parts: Parts, count: usize, pool: &mut Pool) -> Load {
+        self.bytes -= count;
+        self.flight.sent(parts, count, pool)
     }
 
     fn send_once(&self, transport: &mut Transport) -> io::Result<usize> {
@@ -474,6 +498,44 @@ mod tests {
         assert!(received == expected, "bytes were lost, doubled or moved");
         assert_eq!(load, Load::default());
         assert_eq!(output.bytes(), 0);
+    }
+
+    /// As a ring would send them: some bytes of what it was given, and later the rest.
+    #[test]
+    fn what_a_ring_sends_in_odd_pieces_is_whole_and_in_order() {
+        let mut output = Output::default();
+        let mut pool = Pool::new(1 << 20);
+        let (mut expected, mut received) = (Vec::new(), Vec::new());
+        let mut load = Load::default();
+        let mut step = 1;
+        for cookie in 0..600u64 {
+            let fill = cookie.to_le_bytes()[0];
+            let structured = tag(cookie, Style::Structured);
+            let reply = match cookie % 3 {
+                0 => Reply::done(structured, Load::request(0)),
+                1 => Reply::data(
+                    structured,
+                    Some(Buffer::from_vec(vec![fill; 30_011])),
+                    Load::request(30_011),
+                ),
+                _ => Reply::error(structured, ErrorCode::Io, "text", Load::request(0)),
+            };
+            load.add(reply.load);
+            expected.extend(reply.to_bytes());
+            output.push(reply);
+            while output.bytes() > 2_000_000 || (cookie == 599 && !output.is_empty()) {
+                let parts = output.begin().unwrap();
+                let bytes = parts.to_bytes();
+                step = step * 7 % 100_003;
+                let count = step.min(bytes.len());
+                received.extend_from_slice(&bytes[..count]);
+                load.remove(output.sent(parts, count, &mut pool));
+            }
+        }
+        assert!(received == expected, "bytes were lost, doubled or moved");
+        assert_eq!((load, output.bytes()), (Load::default(), 0));
+        assert!(output.begin().is_none());
+        assert_eq!(pool.take(30_011).len(), 30_011);
     }
 
     #[test]

@@ -36,6 +36,7 @@ pub struct ServerBuilder {
     listen: Vec<Listen>,
     listeners: Vec<Listener>,
     max_connections: usize,
+    ring_sockets: bool,
     times: Times,
 }
 
@@ -119,6 +120,14 @@ impl ServerBuilder {
         self
     }
 
+    /// Whether the rings of the queues do the work on the sockets too, or epoll says when a system call can (the default is the rings). With TLS, and where
+    /// there is no ring, it is always epoll.
+    #[must_use]
+    pub fn ring_sockets(mut self, ring: bool) -> Self {
+        self.ring_sockets = ring;
+        self
+    }
+
     /// How long a client may take to choose an export (default 30 s).
     #[must_use]
     pub fn handshake_time(mut self, time: Duration) -> Self {
@@ -148,9 +157,15 @@ impl ServerBuilder {
         let seats = (0..self.queues)
             .map(|_| {
                 let queues = self.exports.iter().map(|export| export.device.queue());
-                queues.collect::<Result<Vec<_>, _>>()
+                let mut queues = queues.collect::<Result<Vec<_>, _>>()?;
+                if self.ring_sockets {
+                    // A worker sleeps in one ring.
+                    let first = queues.remove(0).with_sockets();
+                    queues.insert(0, first);
+                }
+                Ok(queues)
             })
-            .collect::<Result<Vec<_>, _>>()?;
+            .collect::<Result<Vec<_>, Error>>()?;
         let export_name = self.exports[0].name.clone();
         let exports = Arc::new(Exports::new(
             self.exports.into_iter().map(export).collect(),
@@ -291,6 +306,7 @@ impl Server {
             listen: Vec::new(),
             listeners: Vec::new(),
             max_connections: CONNECTIONS,
+            ring_sockets: true,
             times: Times {
                 handshake: HANDSHAKE_TIME,
                 drain: DRAIN_TIME,

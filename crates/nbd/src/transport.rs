@@ -1,4 +1,5 @@
-//! How bytes travel between a connection and its client: as they are, or through TLS.
+//! How bytes travel between a connection and its client where epoll says when: as they are, or through TLS. (Where a ring moves them,
+//! `connection/ringed.rs` does.)
 //!
 //! The TLS session stands between two buffers of its own: what came and is not yet decrypted (at most one record) or not yet taken, and
 //! what is encrypted and not yet sent ([`TLS_OUTPUT_BYTES`]). It never waits: what a socket does not give or take is
@@ -16,14 +17,17 @@ use crate::limits::{TLS_OUTPUT_BYTES, TLS_RECEIVE_ROUNDS};
 
 /// A connection's socket, and the TLS session over it if there is one.
 pub(crate) struct Transport {
-    socket: OwnedFd,
+    socket: Arc<OwnedFd>,
     tls: Option<Box<ServerConnection>>,
 }
 
 impl Transport {
     /// Over a socket that does not block.
     pub(crate) fn plain(socket: OwnedFd) -> Self {
-        Self { socket, tls: None }
+        Self {
+            socket: Arc::new(socket),
+            tls: None,
+        }
     }
 
     /// From here on everything goes through TLS. The client speaks first.
@@ -40,6 +44,11 @@ impl Transport {
 
     pub(crate) fn socket(&self) -> BorrowedFd<'_> {
         self.socket.as_fd()
+    }
+
+    /// For an operation that keeps the socket open until it has ended.
+    pub(crate) fn share_socket(&self) -> Arc<OwnedFd> {
+        Arc::clone(&self.socket)
     }
 
     /// Receives into the first of `slices`, or more of them. 0 at the end of the stream.

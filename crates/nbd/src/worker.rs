@@ -1,11 +1,16 @@
 //! A worker: one thread with one queue per export, and the connections it was given.
 //!
-//! It sleeps in one epoll, over its sockets, its queues' eventfds, and an eventfd of its own for what other threads send it. All requests
-//! found in one wake-up are submitted before the queue is kicked once, and all replies that are ready then go out with as few
-//! system calls as they take.
+//! It sleeps in the ring of its first queue, which also receives from its sockets and sends to them ([`ring`]), so that one system call
+//! starts all the work on files and on sockets. What a ring cannot do (TLS, other queues' eventfds, and an eventfd of the worker's own for what
+//! other threads send it) is watched by one epoll, which the ring polls. Without a ring the worker sleeps in that epoll, over all sockets.
+//!
+//! All requests found in one wake-up are submitted before the queue is kicked once, and all replies that are ready then go out with as
+//! few system calls as they take.
+
+mod ring;
 
 use std::collections::VecDeque;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -17,7 +22,7 @@ use slab::Slab;
 use tracing::{debug, warn};
 use urus::{Error, Queue, Request};
 
-use crate::connection::{Connection, Permit, Times, Wanted};
+use crate::connection::{Connection, Permit, Times, Wanted, Watch};
 use crate::export::{ExportId, Exports};
 use crate::limits::{POOL_BYTES, SUBMIT_ROUND_BYTES};
 use crate::operation::{Operation, Origin, Step};
@@ -164,7 +169,11 @@ struct Rounds {
 }
 
 pub(crate) struct Worker {
-    epoll: OwnedFd,
+    epoll: Arc<OwnedFd>,
+    /// The ring of the first queue moves the sockets' bytes, and the worker sleeps in it.
+    in_ring: bool,
+    /// The ring polls the epoll.
+    polled: bool,
     inbox: Arc<Inbox>,
     exports: Arc<Exports>,
     times: Times,
@@ -199,7 +208,10 @@ impl Worker {
             epoll::EventFlags::IN,
         )
         .map_err(failed)?;
-        for (index, queue) in queues.iter_mut().enumerate() {
+        let in_ring = queues
+            .first_mut()
+            .is_some_and(|queue| queue.sockets().is_some());
+        for (index, queue) in queues.iter_mut().enumerate().skip(usize::from(in_ring)) {
             epoll::add(
                 &epoll,
                 queue.event_fd()?,
@@ -209,7 +221,9 @@ impl Worker {
             .map_err(failed)?;
         }
         Ok(Self {
-            epoll,
+            epoll: Arc::new(epoll),
+            in_ring,
+            polled: false,
             inbox,
             exports,
             times,
@@ -236,7 +250,12 @@ impl Worker {
     pub(crate) fn run(mut self) -> Result<(), Errno> {
         let mut events = Vec::with_capacity(EVENTS);
         while !(self.stopping && self.connections.is_empty() && self.operations.is_empty()) {
-            self.sleep(&mut events)?;
+            let timeout = self.time_to_sleep();
+            if self.in_ring {
+                self.sleep_in_ring(&mut events, timeout)?;
+            } else {
+                self.sleep(&mut events, timeout)?;
+            }
             for event in events.drain(..) {
                 self.event(event);
             }
@@ -249,18 +268,25 @@ impl Worker {
         Ok(())
     }
 
-    /// Waits for events, or for the next deadline.
-    fn sleep(&mut self, events: &mut Vec<epoll::Event>) -> Result<(), Errno> {
-        let timeout = if self.look_again {
-            Some(Duration::ZERO)
-        } else {
-            let next = self
-                .connections
-                .iter()
-                .filter_map(|(_, connection)| connection.deadline())
-                .min();
-            next.map(|deadline| deadline.saturating_duration_since(Instant::now()))
-        };
+    /// Until the next deadline.
+    fn time_to_sleep(&self) -> Option<Duration> {
+        if self.look_again {
+            return Some(Duration::ZERO);
+        }
+        let next = self
+            .connections
+            .iter()
+            .filter_map(|(_, connection)| connection.deadline())
+            .min();
+        next.map(|deadline| deadline.saturating_duration_since(Instant::now()))
+    }
+
+    /// Waits for events of the epoll.
+    fn sleep(
+        &mut self,
+        events: &mut Vec<epoll::Event>,
+        timeout: Option<Duration>,
+    ) -> Result<(), Errno> {
         let timeout = timeout.and_then(|timeout| Timespec::try_from(timeout).ok());
         match epoll::wait(&self.epoll, spare_capacity(events), timeout.as_ref()) {
             Ok(_) | Err(Errno::INTR) => Ok(()),
@@ -298,17 +324,10 @@ impl Worker {
                 if self.stopping {
                     return;
                 }
-                let entry = self.connections.vacant_entry();
-                let index = entry.key();
-                let source = Source::Connection(index).data();
-                let nothing = epoll::EventFlags::empty();
-                if let Err(error) = epoll::add(&self.epoll, socket.as_fd(), source, nothing) {
-                    warn!(connection = id, %error, "cannot watch the connection; it is closed");
-                    return;
-                }
-                entry.insert(Connection::new(
+                let index = self.connections.insert(Connection::new(
                     id,
                     socket,
+                    self.in_ring,
                     Arc::clone(&self.exports),
                     self.times,
                     permit,
@@ -343,40 +362,48 @@ impl Worker {
         }
     }
 
-    /// Goes on with the connections that are listed, until none has anything to do.
+    /// Goes on with the connections that are listed, until none has anything to do; where the ring has more to tell, once.
     fn work(&mut self) {
+        while !self.ready.is_empty() {
+            self.round();
+            if self.in_ring {
+                self.look_again |= !self.ready.is_empty();
+                break;
+            }
+        }
+        self.look_again |= self.kick();
+    }
+
+    fn round(&mut self) {
         let Rounds {
             mut round,
             mut answered,
             mut unfinished,
         } = std::mem::take(&mut self.rounds);
-        while !self.ready.is_empty() {
-            std::mem::swap(&mut round, &mut self.ready);
-            let mut budget = SUBMIT_ROUND_BYTES;
-            for &index in &round {
-                if !self.submit(index, &mut budget) {
-                    unfinished.push(index);
-                }
+        std::mem::swap(&mut round, &mut self.ready);
+        let mut budget = SUBMIT_ROUND_BYTES;
+        for &index in &round {
+            if !self.submit(index, &mut budget) {
+                unfinished.push(index);
             }
-            if self.kick() {
-                // What was in the page cache is there already.
-                self.complete();
-            }
-            // The connections of this round stay listed until here, so that no connection is twice in the two lists.
-            std::mem::swap(&mut answered, &mut self.ready);
-            for index in round.drain(..).chain(answered.drain(..)) {
-                self.send(index);
-            }
-            for index in unfinished.drain(..) {
-                self.list(index);
-            }
+        }
+        if self.kick() {
+            // What was in the page cache is there already.
+            self.complete();
+        }
+        // The connections of this round stay listed until here, so that no connection is twice in the two lists.
+        std::mem::swap(&mut answered, &mut self.ready);
+        for index in round.drain(..).chain(answered.drain(..)) {
+            self.send(index);
+        }
+        for index in unfinished.drain(..) {
+            self.list(index);
         }
         self.rounds = Rounds {
             round,
             answered,
             unfinished,
         };
-        self.look_again |= self.kick();
     }
 
     /// Submits what a connection wants of the engine. False when the round's budget is used up before that.
@@ -426,35 +453,40 @@ impl Worker {
 
     /// Takes what the queues have completed, and lists the connections that get replies.
     fn complete(&mut self) {
-        for lane in &mut self.lanes {
-            while let Some(completion) = lane.queue.completion() {
-                let key = usize::try_from(completion.token).ok();
-                let Some(operation) = key.and_then(|key| self.operations.get_mut(key)) else {
-                    debug_assert!(false, "a completion for nobody");
-                    continue;
-                };
-                let reply = match operation.advance(completion, &mut self.pool) {
-                    Step::Ask(request) => {
-                        lane.submit(request);
-                        continue;
-                    }
-                    Step::Answer(reply) => reply,
-                    Step::Fail(error) => {
-                        self.complaints.request_failed(operation, &error);
-                        operation.failure(&error)
-                    }
-                };
-                let index = operation.connection;
-                if let Some(key) = key {
-                    self.operations.remove(key);
-                }
-                if let Some(connection) = self.connections.get_mut(index) {
-                    connection.answer(reply);
-                    list(&mut self.ready, index, connection);
-                }
-            }
-            lane.resubmit();
+        for index in 0..self.lanes.len() {
+            self.complete_lane(index);
         }
+    }
+
+    fn complete_lane(&mut self, index: usize) {
+        let lane = &mut self.lanes[index];
+        while let Some(completion) = lane.queue.completion() {
+            let key = usize::try_from(completion.token).ok();
+            let Some(operation) = key.and_then(|key| self.operations.get_mut(key)) else {
+                debug_assert!(false, "a completion for nobody");
+                continue;
+            };
+            let reply = match operation.advance(completion, &mut self.pool) {
+                Step::Ask(request) => {
+                    lane.submit(request);
+                    continue;
+                }
+                Step::Answer(reply) => reply,
+                Step::Fail(error) => {
+                    self.complaints.request_failed(operation, &error);
+                    operation.failure(&error)
+                }
+            };
+            let index = operation.connection;
+            if let Some(key) = key {
+                self.operations.remove(key);
+            }
+            if let Some(connection) = self.connections.get_mut(index) {
+                connection.answer(reply);
+                list(&mut self.ready, index, connection);
+            }
+        }
+        lane.resubmit();
     }
 
     /// Sends what a connection has, and settles what becomes of it.
@@ -470,15 +502,32 @@ impl Worker {
             self.connections.remove(index);
             return;
         }
-        let Some(interest) = connection.changed_interest() else {
+        if connection.in_ring() {
+            self.drive(index);
+        } else {
+            self.watch(index);
+        }
+    }
+
+    /// Tells epoll what a connection waits for.
+    fn watch(&mut self, index: usize) {
+        let Some(connection) = self.connections.get_mut(index) else {
             return;
         };
-        if let Some(socket) = connection.socket() {
-            let source = Source::Connection(index).data();
-            if let Err(error) = epoll::modify(&self.epoll, socket, source, interest) {
-                connection.close(&format!("cannot watch it: {error}"));
-                list(&mut self.ready, index, connection);
-            }
+        let Some(change) = connection.changed_interest() else {
+            return;
+        };
+        let Some(socket) = connection.socket() else {
+            return;
+        };
+        let source = Source::Connection(index).data();
+        let told = match change {
+            Watch::Add(interest) => epoll::add(&self.epoll, socket, source, interest),
+            Watch::Modify(interest) => epoll::modify(&self.epoll, socket, source, interest),
+        };
+        if let Err(error) = told {
+            connection.close(&format!("cannot watch it: {error}"));
+            list(&mut self.ready, index, connection);
         }
     }
 }

@@ -6,7 +6,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::time::{Duration, Instant};
 
 use common::*;
-use urus_nbd::{Error, Listen, ListenError, Listener, Server};
+use urus_nbd::{Error, Listen, ListenError, Listener};
 
 #[test]
 fn an_end_under_load_answers_what_was_started() {
@@ -120,7 +120,7 @@ fn a_server_can_follow_another_on_the_same_device() {
     for round in 0..5u8 {
         assert_eq!(fixture.client().write(0, u64::from(round), &[round]), 0);
         fixture.server.take().unwrap().shutdown().unwrap();
-        let server = Server::builder(fixture.device.clone())
+        let server = server(&fixture.device)
             .listen(Listen::Unix(fixture.socket()))
             .start()
             .unwrap();
@@ -136,10 +136,7 @@ fn clients_that_connect_before_the_start_are_served() {
     fixture.server.take().unwrap().shutdown().unwrap();
     let listener = Listener::bind(Listen::Unix(fixture.socket())).unwrap();
     let mut early = fixture.connect();
-    let server = Server::builder(fixture.device.clone())
-        .listener(listener)
-        .start()
-        .unwrap();
+    let server = server(&fixture.device).listener(listener).start().unwrap();
     fixture.server = Some(server);
     early.greet(3);
     assert_eq!(early.go("").0, MIB);
@@ -149,7 +146,7 @@ fn clients_that_connect_before_the_start_are_served() {
 #[test]
 fn senseless_servers_are_refused_and_leave_nothing() {
     let fixture = Fixture::new(&Image::qcow2(MIB));
-    let builder = || Server::builder(fixture.device.clone());
+    let builder = || server(&fixture.device);
     let path = fixture.dir.path().join("other");
     let unix = || Listen::Unix(path.clone());
     for (error, part) in [
@@ -192,7 +189,7 @@ fn a_listening_descriptor_is_served() {
     let mut fixture = Fixture::new(&Image::qcow2(MIB));
     fixture.server.take().unwrap().shutdown().unwrap();
     let listener = UnixListener::bind(fixture.socket()).unwrap();
-    let server = Server::builder(fixture.device.clone())
+    let server = server(&fixture.device)
         .listen(Listen::Fd(listener.into()))
         .start()
         .unwrap();

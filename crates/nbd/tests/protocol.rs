@@ -104,6 +104,25 @@ fn requests_at_once(io: IoDriver) {
     fixture.close();
 }
 
+/// More than the server takes on in one round, all of it received at once, and nothing after.
+#[test]
+fn large_reads_sent_at_once_are_answered_without_more_input() {
+    const LEN: u32 = 128 << 10;
+    let fixture = Fixture::new(&Image::qcow2(64 * MIB));
+    let mut client = fixture.client();
+    let requests: Vec<_> = (0..60)
+        .map(|cookie| request(0, READ, cookie, cookie * u64::from(LEN), LEN))
+        .collect();
+    client.send(&requests.concat());
+    let mut open: std::collections::HashSet<u64> = (0..60).collect();
+    while !open.is_empty() {
+        let reply = client.reply(LEN as usize);
+        assert_eq!(reply.error(), 0);
+        assert!(open.remove(&reply.cookie()));
+    }
+    fixture.close();
+}
+
 #[test]
 fn the_payload_of_a_refused_write_is_not_taken_for_requests() {
     let fixture = Fixture::new(&Image::qcow2(MIB));

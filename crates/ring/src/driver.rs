@@ -14,6 +14,7 @@ use urus_engine::sync::Arc;
 use crate::blocking::Blocking;
 use crate::files::FileSet;
 use crate::memory::{MemoryRegion, RingMemory};
+use crate::sockets::Sockets;
 use crate::uring::{Uring, setup};
 
 /// The most operations a driver has in flight, whatever it is asked for.
@@ -64,7 +65,29 @@ impl Driver {
     /// # Errors
     /// As eventfd(2) and, for [`DriverKind::IoUring`], io_uring_setup(2).
     pub fn open(files: Arc<FileSet>, kind: DriverKind, depth: u32) -> io::Result<Self> {
-        Self::open_with(files, kind, depth, setup::build)
+        Self::open_with(files, kind, depth, false, setup::build)
+    }
+
+    /// As [`open`](Self::open), for a thread that serves sockets as well: with io_uring there are [`sockets`](Self::sockets).
+    ///
+    /// # Errors
+    /// As [`open`](Self::open).
+    pub fn open_with_sockets(
+        files: Arc<FileSet>,
+        kind: DriverKind,
+        depth: u32,
+    ) -> io::Result<Self> {
+        Self::open_with(files, kind, depth, true, setup::build)
+    }
+
+    /// Where the ring does the work on sockets too; none without a ring, and for a driver that was opened without them, whose ring
+    /// refuses such work.
+    #[must_use]
+    pub fn sockets(&mut self) -> Option<Sockets<'_>> {
+        match &mut self.0 {
+            Inner::Uring(uring) if uring.serves_sockets() => Some(Sockets(uring)),
+            _ => None,
+        }
     }
 
     /// As [`open`](Self::open), with the making of the ring as a parameter, so that tests can refuse it.
@@ -72,6 +95,7 @@ impl Driver {
         files: Arc<FileSet>,
         kind: DriverKind,
         depth: u32,
+        sockets: bool,
         build: fn(u32) -> io::Result<IoUring>,
     ) -> io::Result<Self> {
         let depth = depth.clamp(1, DEPTH_MAX);
@@ -82,8 +106,10 @@ impl Driver {
         };
         match kind {
             DriverKind::Blocking => blocking(files),
-            DriverKind::IoUring => Uring::open(files, depth, build).map(Inner::Uring).map(Self),
-            DriverKind::Auto => match Uring::open(Arc::clone(&files), depth, build) {
+            DriverKind::IoUring => Uring::open(files, depth, sockets, build)
+                .map(Inner::Uring)
+                .map(Self),
+            DriverKind::Auto => match Uring::open(Arc::clone(&files), depth, sockets, build) {
                 Ok(uring) => Ok(Self(Inner::Uring(uring))),
                 Err(error) => {
                     warn_once(&error);
@@ -210,10 +236,11 @@ mod tests {
         let refuse: fn(u32) -> io::Result<IoUring> =
             |_| Err(io::Error::from_raw_os_error(libc::EPERM));
         let files = FileSet::new(Vec::new());
-        let driver = Driver::open_with(Arc::clone(&files), DriverKind::Auto, 8, refuse).unwrap();
+        let driver =
+            Driver::open_with(Arc::clone(&files), DriverKind::Auto, 8, false, refuse).unwrap();
         assert_eq!(driver.kind(), DriverKind::Blocking);
-        let error =
-            Driver::open_with(Arc::clone(&files), DriverKind::IoUring, 8, refuse).unwrap_err();
+        let error = Driver::open_with(Arc::clone(&files), DriverKind::IoUring, 8, false, refuse)
+            .unwrap_err();
         assert_eq!(error.raw_os_error(), Some(libc::EPERM));
         assert_eq!(
             Driver::open(files, DriverKind::Auto, 8).unwrap().kind(),
@@ -234,8 +261,14 @@ mod tests {
         ];
         for (step, build) in builds.into_iter().enumerate() {
             let file = crate::OpenFile::open_image(&path, true, true).unwrap();
-            let mut driver =
-                Driver::open_with(FileSet::new(vec![file]), DriverKind::IoUring, 8, build).unwrap();
+            let mut driver = Driver::open_with(
+                FileSet::new(vec![file]),
+                DriverKind::IoUring,
+                8,
+                false,
+                build,
+            )
+            .unwrap();
             for round in 0..200 {
                 if round == 100 {
                     driver.event_fd().unwrap();
@@ -272,6 +305,63 @@ mod tests {
                 driver.wait(None);
                 assert!(start.elapsed() < Duration::from_secs(10), "step {step}");
             }
+        }
+    }
+
+    /// The same for the work on sockets: sent, received, cancelled, left in flight.
+    #[test]
+    fn sockets_work_in_rings_of_older_kernels() {
+        use crate::memory::Buffer;
+        use crate::sockets::Parts;
+        let builds: [fn(u32) -> io::Result<IoUring>; 4] = [
+            |entries| setup::build_step(0, entries),
+            |entries| setup::build_step(1, entries),
+            |entries| setup::build_step(2, entries),
+            |entries| setup::build_step(3, entries),
+        ];
+        let parts = |fill: u8| {
+            let mut parts = Parts::new();
+            let buffer = parts.own(Buffer::from_vec(vec![fill; 100]));
+            parts.push(buffer, 0..100);
+            parts
+        };
+        for build in builds {
+            let files = FileSet::new(Vec::new());
+            let mut driver = Driver::open_with(files, DriverKind::IoUring, 8, true, build).unwrap();
+            let (ours, theirs) = std::os::unix::net::UnixStream::pair().unwrap();
+            let sockets = [ours, theirs].map(|socket| {
+                socket.set_nonblocking(true).unwrap();
+                Arc::new(std::os::fd::OwnedFd::from(socket))
+            });
+            for fill in 0..100 {
+                let [ours, theirs] = sockets.clone();
+                let mut work = driver.sockets().unwrap();
+                work.receive(1, Arc::clone(&theirs), parts(255));
+                work.receive(2, Arc::clone(&ours), parts(255));
+                driver.kick();
+                driver.sockets().unwrap().send(3, ours, parts(fill));
+                driver.sockets().unwrap().cancel(2);
+                let mut seen = Vec::new();
+                while seen.len() < 3 {
+                    driver.wait(Some(Duration::from_secs(20)));
+                    assert!(driver.complete().is_none());
+                    while let Some(done) = driver.sockets().unwrap().completion() {
+                        let canceled = done.token == 2;
+                        assert_eq!(done.result.ok(), (!canceled).then_some(100));
+                        let expected = if canceled { 255 } else { fill };
+                        assert_eq!(done.parts.unwrap().to_bytes(), vec![expected; 100]);
+                        seen.push(done.token);
+                    }
+                }
+                seen.sort_unstable();
+                assert_eq!(seen, [1, 2, 3]);
+            }
+            let [ours, _] = &sockets;
+            let left = Arc::clone(ours);
+            driver.sockets().unwrap().receive(4, left, parts(0));
+            driver.kick();
+            drop(driver);
+            assert_eq!(Arc::strong_count(ours), 1);
         }
     }
 }

@@ -2,6 +2,7 @@
 //!
 //! * [`memory`]: buffers that own their bytes until the kernel is done with them.
 //! * [`files`]: the open files of a device, and what they can do; [`locks`]: image locks, as QEMU takes them.
+//! * [`Sockets`]: what a ring sends and receives beside its work on files, for servers.
 //! * [`Driver`]: io_uring (Linux 5.13 or later) or blocking system calls behind one
 //!   [`Storage`](urus_engine::storage::Storage) implementation.
 //! * [`RawFile`]: one file without engine or driver, for measurements to compare with.
@@ -24,6 +25,7 @@ pub mod memory;
 mod offload;
 mod probe;
 mod raw;
+mod sockets;
 mod uring;
 
 pub use driver::{DEPTH_MAX, Driver, DriverKind};
@@ -33,3 +35,4 @@ pub use locks::{LockError, LockMode};
 pub use memory::OutsideGuestMemory;
 pub use memory::{BUFFER_ALIGNMENT, Buffer, MemoryRegion, RingMemory};
 pub use raw::{RawDirection, RawFile, RawMethod};
+pub use sockets::{Parts, SocketCompletion, Sockets};

@@ -281,6 +281,11 @@ impl Buffer {
         }
     }
 
+    /// The contiguous pieces of a range, in order.
+    pub(crate) fn pieces(&self, start: usize, len: usize) -> Pieces<'_> {
+        Pieces::new(&self.block, start, len)
+    }
+
     fn block_mut(&mut self) -> &mut Block {
         Rc::get_mut(&mut self.block).expect("a buffer is the only handle of its block")
     }

@@ -473,9 +473,14 @@ impl Device {
     }
 
     /// A driver for a queue of the calling thread.
-    pub(crate) fn open_driver(&self) -> Result<Driver> {
+    pub(crate) fn open_driver(&self, sockets: bool) -> Result<Driver> {
         let core = &self.core;
-        Driver::open(Arc::clone(&core.files), core.asked, core.queue_depth)
+        let open = if sockets {
+            Driver::open_with_sockets
+        } else {
+            Driver::open
+        };
+        open(Arc::clone(&core.files), core.asked, core.queue_depth)
             .map_err(Error::io("set up the I/O driver for", &core.layers[0].path))
     }
 

@@ -149,6 +149,7 @@ mod options;
 mod place;
 mod queue;
 mod request;
+mod sockets;
 mod statistics;
 
 pub use blocking::BlockingIo;
@@ -163,6 +164,7 @@ pub use limits::MAX_QUEUE_DEPTH;
 pub use options::{BackingPolicy, CacheMode, DiscardPolicy, Format, IoDriver, OpenOptions};
 pub use queue::{Queue, QueueSeat};
 pub use request::{Completion, Rejected, Request};
+pub use sockets::Sockets;
 pub use statistics::{Histogram, OperationStatistics, QueueStatistics, Statistics};
 pub use urus_engine::Counters;
 pub use urus_engine::check::{CheckReport, Finding, Repair, Severity};
@@ -171,4 +173,4 @@ pub use urus_engine::request::Extent;
 pub use urus_format::Compression;
 #[cfg(feature = "vm-memory")]
 pub use urus_ring::OutsideGuestMemory;
-pub use urus_ring::{BUFFER_ALIGNMENT, Buffer, MemoryRegion};
+pub use urus_ring::{BUFFER_ALIGNMENT, Buffer, MemoryRegion, Parts, SocketCompletion};

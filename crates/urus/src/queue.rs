@@ -11,7 +11,7 @@ use urus_ring::{Buffer, Driver, DriverKind, MemoryRegion, RingMemory};
 use crate::device::driver_name;
 use crate::request::Kind;
 use crate::statistics::{Counted, Place};
-use crate::{Completion, Device, Error, Rejected, Request, Result};
+use crate::{Completion, Device, Error, Rejected, Request, Result, Sockets};
 use urus_engine::request::{Reply, Request as EngineRequest, RequestKind};
 
 /// A place for a queue on a device, not yet bound to a thread.
@@ -19,12 +19,24 @@ use urus_engine::request::{Reply, Request as EngineRequest, RequestKind};
 pub struct QueueSeat {
     device: Device,
     place: Place,
+    sockets: bool,
 }
 
 impl QueueSeat {
     pub(crate) fn new(device: Device) -> Self {
         let place = device.take_place();
-        Self { device, place }
+        Self {
+            device,
+            place,
+            sockets: false,
+        }
+    }
+
+    /// The queue's ring is to do the work on sockets too ([`Queue::sockets`]): for a server. Without, the ring refuses it.
+    #[must_use]
+    pub fn with_sockets(mut self) -> Self {
+        self.sockets = true;
+        self
     }
 
     /// The queue, bound to the calling thread: only that thread can use and drop it.
@@ -32,7 +44,7 @@ impl QueueSeat {
     /// # Errors
     /// What the kernel says when it gives no ring (memory, descriptors).
     pub fn activate(self) -> Result<Queue> {
-        let driver = self.device.open_driver()?;
+        let driver = self.device.open_driver(self.sockets)?;
         let kind = driver.kind();
         let depth = usize::try_from(self.device.queue_depth()).expect("32 bits fit a usize");
         self.place.activated(kind);
@@ -47,6 +59,7 @@ impl QueueSeat {
             event_fd: None,
             kind,
             depth,
+            sockets: self.sockets && kind == DriverKind::IoUring,
             thread_bound: PhantomData,
         })
     }
@@ -75,6 +88,8 @@ pub struct Queue {
     event_fd: Option<OwnedFd>,
     kind: DriverKind,
     depth: usize,
+    /// The driver has sockets.
+    sockets: bool,
     /// Neither `Send` nor `Sync`: the kernel wants a ring used by one thread.
     thread_bound: PhantomData<*const ()>,
 }
@@ -229,6 +244,15 @@ impl Queue {
     /// Makes [`event_fd`](Self::event_fd) unreadable until the next event.
     pub fn consume_event(&mut self) {
         self.engine.with_storage(Driver::consume_event);
+    }
+
+    /// What the queue's ring does with sockets, for a server that has nothing but its queue to sleep in. None where there is no ring, and
+    /// for a seat that was not asked [`with_sockets`](QueueSeat::with_sockets).
+    #[must_use]
+    pub fn sockets(&mut self) -> Option<Sockets<'_>> {
+        self.sockets.then_some(Sockets {
+            engine: &mut self.engine,
+        })
     }
 
     /// Requests submitted whose completion was not yet taken.

@@ -4,6 +4,7 @@
 //! * [`slots`]: operations in flight, which own their memory until their completion was seen.
 //! * [`ring`]: the two queues and the system call between them; all `unsafe` about them.
 //! * [`registered`]: memory whose pages the kernel has looked up once.
+//! * [`sockets`]: operations on sockets, for servers.
 //! * [`inline`]: buffered writes that are faster without the ring.
 //! * this file: the driver's life, its waiting and waking.
 //!
@@ -21,10 +22,11 @@ mod registered;
 mod ring;
 pub(crate) mod setup;
 mod slots;
+mod sockets;
 
 use std::collections::VecDeque;
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
 
 use io_uring::{IoUring, cqueue};
@@ -36,20 +38,31 @@ use crate::blocking;
 use crate::files::FileSet;
 use crate::memory::{MemoryRegion, RingMemory};
 use crate::offload::{self, Mailbox};
+use crate::sockets::{SocketCompletion, Work};
 
 use inline::Inline;
 use ring::Ring;
 use slots::Slots;
+use sockets::Table;
 
 /// `user_data` of the poll on the bell.
 const BELL: u64 = u64::MAX;
-/// `user_data` of its removal. Everything else is a slot.
+/// `user_data` of its removal.
 const REMOVAL: u64 = u64::MAX - 1;
+/// `user_data` of cancellations. Everything else is a slot, or [`Table`]'s.
+const CANCELLATION: u64 = u64::MAX - 2;
+
+/// Entries of the submission queue for operations on sockets, at least.
+const SOCKET_ENTRIES: u32 = 64;
+/// How long a wait lasts while the kernel has no room for an operation.
+const CROWDED: Duration = Duration::from_millis(1);
 
 pub(crate) struct Uring {
     /// Before `slots`: the ring is closed before the memory goes. (`drop` has emptied it by then.)
     ring: Ring,
     slots: Slots,
+    /// Where the ring serves sockets too. (As `slots`, gone after the ring.)
+    sockets: Option<Table>,
     inline: Inline,
     files: Arc<FileSet>,
     bell: Arc<Bell>,
@@ -69,17 +82,22 @@ impl Uring {
     pub(crate) fn open(
         files: Arc<FileSet>,
         depth: u32,
+        sockets: bool,
         build: fn(u32) -> io::Result<IoUring>,
     ) -> io::Result<Self> {
         // Two entries more, for the poll on the bell and its removal.
-        let ring = Ring::new(build((depth + 2).next_power_of_two())?, &files)?;
+        let more = 2 + if sockets { SOCKET_ENTRIES } else { 0 };
+        let ring = Ring::new(build((depth + more).next_power_of_two())?, &files, sockets)?;
+        let more = usize::try_from(more).expect("fits");
         let depth = usize::try_from(depth)
             .expect("fits")
-            .min(ring.capacity() - 2);
+            .min(ring.capacity() - more);
+        let share = ring.capacity() - depth - 2;
         let bell = Arc::new(Bell::new()?);
         let mut uring = Self {
             ring,
             slots: Slots::new(depth),
+            sockets: sockets.then(|| Table::new(share)),
             inline: Inline::new(depth),
             files,
             mailbox: Mailbox::new(Arc::clone(&bell)),
@@ -136,7 +154,7 @@ impl Uring {
     #[inline]
     pub(crate) fn kick(&mut self) {
         self.start();
-        if self.watched && !self.ready.is_empty() {
+        if self.watched && (!self.ready.is_empty() || self.has_socket_completions()) {
             // The kernel knows nothing of these.
             self.bell.signal();
         }
@@ -145,6 +163,12 @@ impl Uring {
     /// Starts everything taken: first what the kernel does meanwhile, then what this thread does.
     #[inline]
     fn start(&mut self) {
+        // What waits for a peer as a rule goes along with other work, or else with the system call that sleeps. (A caller that watches
+        // the eventfd makes none.)
+        let urgent = self.sockets.as_ref().is_some_and(Table::is_urgent);
+        if urgent || self.watched || !self.ring.is_flushed() {
+            self.push_sockets();
+        }
         self.ring.flush();
         if self.inline.is_empty() {
             return;
@@ -169,13 +193,17 @@ impl Uring {
         Some(completion)
     }
 
-    pub(crate) fn wait(&mut self, timeout: Option<Duration>) {
+    pub(crate) fn wait(&mut self, mut timeout: Option<Duration>) {
         if !self.inline.is_empty() {
             self.start();
+        }
+        if !self.push_sockets() {
+            timeout = Some(timeout.map_or(CROWDED, |timeout| timeout.min(CROWDED)));
         }
         let idle = !self.bell.is_rung()
             && self.ready.is_empty()
             && self.mailbox.is_empty()
+            && !self.has_socket_completions()
             && !self.ring.has_completions();
         match (idle, self.watched) {
             (false, _) => self.ring.flush(),
@@ -242,7 +270,13 @@ impl Uring {
     /// Lets go of what the kernel has ended; returns nothing for what was the driver's own.
     #[inline]
     fn finish(&mut self, entry: &cqueue::Entry) -> Option<Completion> {
-        if entry.user_data() < REMOVAL {
+        if Table::owns(entry.user_data()) {
+            if let Some(sockets) = &mut self.sockets {
+                sockets.finish(entry);
+            }
+            return None;
+        }
+        if entry.user_data() < CANCELLATION {
             return Some(self.slots.finish(entry, &self.files));
         }
         if entry.user_data() == BELL {
@@ -255,6 +289,68 @@ impl Uring {
             }
         }
         None
+    }
+
+    /// Puts what is to be done with sockets into the submission queue; false when not all of it found room.
+    #[inline]
+    fn push_sockets(&mut self) -> bool {
+        match &mut self.sockets {
+            Some(sockets) if sockets.has_pending() => {
+                sockets.push_pending(&mut self.ring);
+                !sockets.has_pending()
+            }
+            _ => true,
+        }
+    }
+
+    #[inline]
+    fn has_socket_completions(&self) -> bool {
+        self.sockets.as_ref().is_some_and(Table::has_done)
+    }
+
+    pub(crate) fn serves_sockets(&self) -> bool {
+        self.sockets.is_some()
+    }
+
+    pub(crate) fn submit_socket(&mut self, token: u64, socket: Arc<OwnedFd>, work: Work) {
+        if let Some(sockets) = &mut self.sockets {
+            sockets.submit(token, socket, work);
+        }
+    }
+
+    pub(crate) fn cancel_socket(&mut self, token: u64) {
+        if let Some(sockets) = &mut self.sockets {
+            sockets.cancel(|other| other == token);
+        }
+    }
+
+    /// The next completion of an operation on a socket; what else completes on the way waits for [`complete`](Self::complete).
+    #[inline]
+    pub(crate) fn socket_completion(&mut self) -> Option<SocketCompletion> {
+        loop {
+            if let Some(done) = self.sockets.as_mut()?.pop_done() {
+                return Some(done);
+            }
+            let entry = self.ring.pop()?;
+            let completion = self.finish(&entry);
+            self.ready.extend(completion);
+        }
+    }
+
+    /// Operations that the kernel works on.
+    fn busy(&self) -> usize {
+        self.slots.busy() + self.sockets.as_ref().map_or(0, Table::busy)
+    }
+
+    /// Ends the operations on sockets, which may take for ever by themselves, and waits for a completion.
+    fn end_sockets(&mut self) -> io::Result<()> {
+        if let Some(sockets) = &mut self.sockets
+            && sockets.busy() > 0
+        {
+            sockets.cancel(|_| true);
+            sockets.push_pending(&mut self.ring);
+        }
+        self.ring.enter_for_one()
     }
 
     /// Makes sure that the next entering of the kernel starts the poll on the bell, if it is not pending.
@@ -291,17 +387,18 @@ impl Drop for Uring {
     fn drop(&mut self) {
         self.start();
         let mut failures = 0;
-        while self.slots.busy() > 0 {
+        while self.busy() > 0 {
             if let Some(entry) = self.ring.pop() {
                 drop(self.finish(&entry));
                 continue;
             }
-            if let Err(error) = self.ring.enter_for_one() {
+            if let Err(error) = self.end_sockets() {
                 failures += 1;
                 if failures > 1000 {
                     // Better leaked than written to by the kernel after it was freed.
-                    tracing::error!(%error, operations = self.slots.busy(), "cannot wait for operations; leaking their memory");
+                    tracing::error!(%error, operations = self.busy(), "cannot wait for operations; leaking their memory");
                     std::mem::forget(std::mem::replace(&mut self.slots, Slots::new(0)));
+                    std::mem::forget(self.sockets.take());
                     break;
                 }
                 std::thread::sleep(Duration::from_millis(1));

@@ -96,7 +96,7 @@ mod tests {
     fn only_what_lies_in_one_piece_is_found() {
         let (buffers, region) = Buffer::pool(3, 4096);
         let ring = setup::build(4).unwrap();
-        setup::enable(&ring, false).unwrap();
+        setup::enable(&ring, false, false).unwrap();
         let mut registered = Registered::default();
         let base = region.base();
         let at = |offset: usize| NonNull::new(base.as_ptr().wrapping_add(offset)).unwrap();

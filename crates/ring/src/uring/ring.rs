@@ -9,8 +9,8 @@ use io_uring::{EnterFlags, IoUring, cqueue, opcode, squeue};
 use urus_engine::storage::{Op, OpKind, Slot};
 
 use super::registered::Registered;
-use super::setup;
 use super::slots::{InFlight, Slots};
+use super::{CANCELLATION, setup};
 use crate::blocking::{BYTES_MAX, fill_iovecs};
 use crate::files::FileSet;
 use crate::memory::{MemoryRegion, RingMemory};
@@ -25,8 +25,9 @@ pub(super) struct Ring {
 }
 
 impl Ring {
-    pub(super) fn new(uring: IoUring, files: &FileSet) -> io::Result<Self> {
-        let ftruncate = setup::probe(&uring)?;
+    /// `sockets`: it is to send and receive too.
+    pub(super) fn new(uring: IoUring, files: &FileSet, sockets: bool) -> io::Result<Self> {
+        let ftruncate = setup::probe(&uring, sockets)?;
         let fds = files
             .iter()
             .map(|file| std::os::fd::AsFd::as_fd(file).as_raw_fd())
@@ -40,7 +41,7 @@ impl Ring {
                     |error| tracing::debug!(%error, "files are not registered with the ring"),
                 )
                 .is_ok();
-        setup::enable(&uring, ftruncate)?;
+        setup::enable(&uring, ftruncate, sockets)?;
         Ok(Self {
             uring,
             memory: Registered::default(),
@@ -152,6 +153,33 @@ impl Ring {
         // SAFETY: a removal has no memory that `push` would want valid.
         let pushed = unsafe { self.uring.submission().push(&entry) };
         pushed.expect("the submission queue has entries more than operations");
+    }
+
+    /// Puts an operation that is no slot's into the submission queue. There is room: see `Table`.
+    ///
+    /// # Safety
+    /// What `entry` points to must be valid until the operation has ended.
+    #[inline]
+    pub(super) unsafe fn push_owned(&mut self, entry: &squeue::Entry) {
+        // SAFETY: the caller's promise is the same.
+        let pushed = unsafe { self.uring.submission().push(entry) };
+        pushed.expect("the submission queue has entries more than operations on files");
+    }
+
+    /// Puts the cancellation of an operation into the submission queue.
+    pub(super) fn push_cancellation(&mut self, target: u64) {
+        let entry = opcode::AsyncCancel::new(target)
+            .build()
+            .user_data(CANCELLATION);
+        // SAFETY: a cancellation has no memory that `push_owned` would want valid.
+        unsafe { self.push_owned(&entry) }
+    }
+
+    /// Whether the kernel has taken everything off the submission queue.
+    pub(super) fn is_flushed(&mut self) -> bool {
+        let mut submission = self.uring.submission();
+        submission.sync();
+        submission.is_empty()
     }
 
     /// Submits everything, in one system call as a rule. What the kernel has no room for stays in the queue for the
@@ -277,7 +305,7 @@ fn entry(
 }
 
 /// The length of one operation; a longer one completes short, and the engine goes on.
-fn io_len(len: usize) -> u32 {
+pub(super) fn io_len(len: usize) -> u32 {
     u32::try_from(len.min(BYTES_MAX)).expect("BYTES_MAX fits 32 bits")
 }
 
@@ -391,7 +419,7 @@ mod tests {
     fn what_lies_in_registered_memory_goes_as_such() {
         let (mut buffers, region) = Buffer::pool(1, 8192);
         let ring = setup::build(4).unwrap();
-        setup::enable(&ring, false).unwrap();
+        setup::enable(&ring, false, false).unwrap();
         let mut registered = Registered::default();
         registered.replace(&ring, vec![region]).unwrap();
         let inside = buffers.remove(0).into_memory();

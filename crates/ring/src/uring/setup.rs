@@ -81,12 +81,21 @@ const NEEDED: [u8; 10] = [
     opcode::PollRemove::CODE,
 ];
 
+/// The operations of a ring that serves sockets too.
+const SOCKETS: [u8; 5] = [
+    opcode::Recv::CODE,
+    opcode::Send::CODE,
+    opcode::RecvMsg::CODE,
+    opcode::SendMsg::CODE,
+    opcode::AsyncCancel::CODE,
+];
+
 /// Restricts the ring to what it is used for, and lets it begin. seccomp does not see what a ring does: an intruder in a process that may
 /// not open files must not find a ring that can.
 ///
 /// # Errors
 /// As io_uring_register(2).
-pub(super) fn enable(ring: &IoUring, ftruncate: bool) -> io::Result<()> {
+pub(super) fn enable(ring: &IoUring, ftruncate: bool, sockets: bool) -> io::Result<()> {
     /// `IORING_REGISTER_BUFFERS`, `IORING_UNREGISTER_BUFFERS`, `IORING_UNREGISTER_FILES` and `IORING_REGISTER_EVENTFD`, which
     /// `io_uring` does not export.
     const REGISTER_OPS: [u8; 4] = [0, 1, 3, 4];
@@ -96,6 +105,7 @@ pub(super) fn enable(ring: &IoUring, ftruncate: bool) -> io::Result<()> {
     let mut restrictions: Vec<_> = NEEDED
         .into_iter()
         .chain(ftruncate)
+        .chain(SOCKETS.into_iter().filter(|_| sockets))
         .map(Restriction::sqe_op)
         .chain(REGISTER_OPS.map(Restriction::register_op))
         .collect();
@@ -109,10 +119,13 @@ pub(super) fn enable(ring: &IoUring, ftruncate: bool) -> io::Result<()> {
 ///
 /// # Errors
 /// `Unsupported`.
-pub(super) fn probe(ring: &IoUring) -> io::Result<bool> {
+pub(super) fn probe(ring: &IoUring, sockets: bool) -> io::Result<bool> {
     let mut probe = Probe::new();
     ring.submitter().register_probe(&mut probe)?;
-    if NEEDED.iter().all(|&code| probe.is_supported(code)) {
+    let mut needed = NEEDED
+        .into_iter()
+        .chain(SOCKETS.into_iter().filter(|_| sockets));
+    if needed.all(|code| probe.is_supported(code)) {
         Ok(probe.is_supported(opcode::Ftruncate::CODE))
     } else {
         Err(unsupported(
@@ -135,13 +148,16 @@ mod tests {
     fn a_ring_refuses_what_it_is_not_for() {
         for step in 0..=LAST_STEP {
             let mut ring = build_step(step, 8).unwrap();
-            let ftruncate = probe(&ring).unwrap();
-            enable(&ring, ftruncate).unwrap();
+            let ftruncate = probe(&ring, false).unwrap();
+            enable(&ring, ftruncate, false).unwrap();
             let path = c"/dev/null";
             let entries = [
                 opcode::OpenAt::new(Fd(libc::AT_FDCWD), path.as_ptr()).build(),
                 opcode::Socket::new(libc::AF_INET, libc::SOCK_STREAM, 0).build(),
                 opcode::Nop::new().build(),
+                opcode::Send::new(Fd(0), path.as_ptr().cast(), 1).build(),
+                opcode::Recv::new(Fd(0), std::ptr::null_mut(), 0).build(),
+                opcode::AsyncCancel::new(0).build(),
                 // Allowed, but not without waiting for others.
                 opcode::Fsync::new(Fd(0))
                     .build()
@@ -156,6 +172,29 @@ mod tests {
             }
             let registered = ring.submitter().register_files(&[0]).unwrap_err();
             assert_eq!(registered.raw_os_error(), Some(libc::EACCES), "step {step}");
+        }
+    }
+
+    #[test]
+    fn a_ring_for_sockets_makes_and_takes_no_connections() {
+        for step in 0..=LAST_STEP {
+            let mut ring = build_step(step, 8).unwrap();
+            let ftruncate = probe(&ring, true).unwrap();
+            enable(&ring, ftruncate, true).unwrap();
+            let entries = [
+                opcode::Socket::new(libc::AF_UNIX, libc::SOCK_STREAM, 0).build(),
+                opcode::Connect::new(Fd(0), std::ptr::null(), 0).build(),
+                opcode::Accept::new(Fd(0), std::ptr::null_mut(), std::ptr::null_mut()).build(),
+                opcode::Shutdown::new(Fd(0), 0).build(),
+                opcode::Close::new(Fd(0)).build(),
+            ];
+            for entry in entries {
+                // SAFETY: they point to nothing.
+                unsafe { ring.submission().push(&entry) }.unwrap();
+                ring.submit_and_wait(1).unwrap();
+                let completion = ring.completion().next().unwrap();
+                assert_eq!(completion.result(), -libc::EACCES, "step {step}: {entry:?}");
+            }
         }
     }
 
