@@ -33,7 +33,8 @@ struct Pending<M> {
     memory: Option<M>,
     /// Operations of a hit that are not over; a task counts as one.
     remaining: u32,
-    error: Option<Error>,
+    /// Apart, as a hit's is never there: this is moved with each request.
+    error: Option<Box<Error>>,
     extents: Vec<Extent>,
     /// What [`QueuePins::begin`] returned.
     epoch: u64,
@@ -318,12 +319,12 @@ impl<S: Storage> Core<S> {
         let core = Rc::clone(self);
         self.worker.reactor.spawn(async move {
             let result = work(Rc::clone(&core)).await;
-            core.part_done(request, result.err());
+            core.part_done(request, result.err().map(Box::new));
         });
     }
 
     /// One part of a request has ended; with the last one the request has.
-    fn part_done(&self, request: usize, error: Option<Error>) {
+    fn part_done(&self, request: usize, error: Option<Box<Error>>) {
         let mut pending = self.pending.borrow_mut();
         let state = &mut pending[request];
         if let Some(error) = error {
@@ -347,7 +348,7 @@ impl<S: Storage> Core<S> {
         let len = memory.len();
         let request = self.insert(token, epoch, Some(memory.clone()));
         if let Err(error) = self.worker.shared.check_range(offset, len as u64) {
-            return self.part_done(request, Some(error));
+            return self.part_done(request, Some(Box::new(error)));
         }
         let mut parts = Parts::new();
         if self.hit_for_read(offset, &memory, &mut parts) {
@@ -448,13 +449,13 @@ impl<S: Storage> Core<S> {
     fn direct_done(&self, mut direct: Direct<S::Memory>, result: io::Result<usize>) {
         let name = if direct.write { "write" } else { "read" };
         let fail = |error: &io::Error| {
-            Some(self.worker.io_error(
+            Some(Box::new(self.worker.io_error(
                 name,
                 direct.file,
                 direct.offset,
                 direct.memory.len() as u64,
                 error,
-            ))
+            )))
         };
         let outcome = match result {
             Ok(bytes) if bytes >= direct.memory.len() => None,
@@ -511,7 +512,7 @@ impl<S: Storage> Core<S> {
             .check_writable()
             .and_then(|()| shared.check_range(offset, len as u64))
         {
-            return self.part_done(request, Some(error));
+            return self.part_done(request, Some(Box::new(error)));
         }
         let mut parts = Parts::new();
         let outlives = self.outlives();
@@ -589,7 +590,7 @@ impl<S: Storage> Core<S> {
             .check_writable()
             .and_then(|()| shared.check_range(range.0, range.1))
         {
-            return self.part_done(request, Some(error));
+            return self.part_done(request, Some(Box::new(error)));
         }
         let align = u64::from(self.worker.reactor.properties(IMAGE).alignment);
         let unaligned = how != Clearing::Discard
@@ -677,7 +678,7 @@ impl<S: Storage> Core<S> {
         };
         let reply = Reply {
             token: request.token,
-            result: Err(Error::Closed),
+            result: Err(Box::new(Error::Closed)),
             memory,
             extents: Vec::new(),
         };

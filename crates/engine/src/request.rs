@@ -86,7 +86,7 @@ pub struct Reply<M> {
     /// The request's token.
     pub token: u64,
     /// How it ended. A failed write may have written any part of its range, and nothing else.
-    pub result: Result<(), Error>,
+    pub result: Result<(), Box<Error>>,
     /// The request's memory.
     pub memory: Option<M>,
     /// The answer to [`RequestKind::BlockStatus`].

@@ -120,7 +120,7 @@ impl Blocking {
         };
         match op.kind {
             OpKind::Read { offset, memory } => {
-                self.transfer(op.file, &memory, offset, Direction::Read)
+                self.transfer(op.file, &memory, offset, Direction::Read { flags: 0 })
             }
             OpKind::Write {
                 offset,
@@ -178,11 +178,10 @@ impl Blocking {
 /// Which way bytes go.
 #[derive(Clone, Copy)]
 pub(crate) enum Direction {
-    Read,
+    /// With RWF_ flags.
+    Read { flags: libc::c_int },
     /// With flags of pwritev2(2).
-    Write {
-        flags: libc::c_int,
-    },
+    Write { flags: libc::c_int },
 }
 
 /// Fills `iovecs` with the first pieces of `memory`, as many as one system call takes. Allocates only to grow.
@@ -215,7 +214,13 @@ pub(crate) unsafe fn transfer_vectored(
     };
     let done = match direction {
         // SAFETY: passed on to the caller.
-        Direction::Read => unsafe { libc::preadv64(fd, iovecs.as_ptr(), count, offset) },
+        Direction::Read { flags: 0 } => unsafe {
+            libc::preadv64(fd, iovecs.as_ptr(), count, offset)
+        },
+        // SAFETY: likewise.
+        Direction::Read { flags } => unsafe {
+            libc::preadv64v2(fd, iovecs.as_ptr(), count, offset, flags)
+        },
         // SAFETY: likewise.
         Direction::Write { flags: 0 } => unsafe {
             libc::pwritev64(fd, iovecs.as_ptr(), count, offset)

@@ -306,7 +306,7 @@ impl Machine {
         match result {
             Err(error) => {
                 self.failed += 1;
-                let expected = match error {
+                let expected = match *error {
                     Error::Io { .. } | Error::OutOfSpace { .. } => true,
                     Error::Poisoned { .. } => self.is_poisoned(),
                     _ => false,

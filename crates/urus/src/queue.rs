@@ -179,7 +179,7 @@ impl Queue {
         let token = self.count(token, result.is_ok());
         Some(Completion {
             token,
-            result: result.map_err(Error::from),
+            result: result.map_err(|error| Error::from(*error)),
             buffer: memory.map(whole_buffer),
             extents,
         })

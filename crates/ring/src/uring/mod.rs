@@ -143,12 +143,35 @@ impl Uring {
                     file: op.file,
                     kind,
                 };
-                if let Some(op) = self.inline.take(op, slot, &self.files) {
-                    self.ring.push(&mut self.slots, op, slot, &self.files);
-                }
+                self.take(op, slot);
             }
         }
         Ok(())
+    }
+
+    #[inline]
+    fn take(&mut self, op: Op<RingMemory>, slot: Slot) {
+        // Nobody waits in the kernel for a caller that watches the eventfd: what this thread does would have to be announced.
+        let is_alone = !self.watched && self.inline.is_empty() && self.ring.is_flushed();
+        let op = match is_alone {
+            true => self.inline.take_read(op, slot, &self.files),
+            false => {
+                self.give_lonely_to_ring();
+                Some(op)
+            }
+        };
+        if let Some(op) = op
+            && let Some(op) = self.inline.take(op, slot, &self.files)
+        {
+            self.ring.push(&mut self.slots, op, slot, &self.files);
+        }
+    }
+
+    #[inline]
+    fn give_lonely_to_ring(&mut self) {
+        if let Some((op, slot)) = self.inline.take_lonely() {
+            self.ring.push(&mut self.slots, op, slot, &self.files);
+        }
     }
 
     #[inline]
@@ -169,6 +192,11 @@ impl Uring {
         if urgent || self.watched || !self.ring.is_flushed() {
             self.push_sockets();
         }
+        if self.ring.is_flushed() {
+            let read = self.inline.try_lonely(&self.files);
+            self.ready.extend(read);
+        }
+        self.give_lonely_to_ring();
         self.ring.flush();
         if self.inline.is_empty() {
             return;
