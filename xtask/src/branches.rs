@@ -65,7 +65,9 @@ pub(crate) fn run(steps: &mut Steps, minutes: u64, seed: u64) {
     build
         .args(["-p", "urus-sim", "--bin", "urus-sim"])
         .env("RUSTFLAGS", "-C instrument-coverage")
-        .env("CARGO_TARGET_DIR", &directory);
+        .env("CARGO_TARGET_DIR", &directory)
+        // Build scripts are built with counters, too.
+        .env("LLVM_PROFILE_FILE", directory.join("built-%p.profraw"));
     steps.run("build with counters", build);
     if steps.failed() {
         return;

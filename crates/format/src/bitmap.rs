@@ -261,8 +261,37 @@ mod tests {
                 other => panic!("{field}: {other:?}"),
             }
         }
-        assert!(parse_directory(&entry(b"", b""), 1, &geometry()).is_err());
-        assert!(parse_directory(&entry(&[b'x'; 1024], b""), 1, &geometry()).is_err());
+        // The shortest and the longest name, and what is beyond them.
+        for (length, valid) in [(0, false), (1, true), (1023, true), (1024, false)] {
+            let parsed = parse_directory(&entry(&vec![b'x'; length], b""), 1, &geometry());
+            assert_eq!(parsed.is_ok(), valid, "a name of {length} bytes");
+        }
+        // The ends of the other ranges.
+        for (at, value) in [(17, 9), (17, 31), (15, 7)] {
+            let mut directory = entry(b"daily", b"");
+            directory[at] = value;
+            assert!(parse_directory(&directory, 1, &geometry()).is_ok());
+        }
+        for (entries, valid) in [(MAX_TABLE_ENTRIES, true), (MAX_TABLE_ENTRIES + 1, false)] {
+            let mut directory = entry(b"daily", b"");
+            directory[8..12].copy_from_slice(&entries.to_be_bytes());
+            assert_eq!(parse_directory(&directory, 1, &geometry()).is_ok(), valid);
+        }
+        // The last place that the table's end leaves room for, and the cluster after it.
+        let last = (i64::MAX.unsigned_abs() - 8) >> 16 << 16;
+        for (offset, valid) in [(last, true), (last + 0x1_0000, false)] {
+            let mut directory = entry(b"daily", b"");
+            directory[..8].copy_from_slice(&offset.to_be_bytes());
+            assert_eq!(parse_directory(&directory, 1, &geometry()).is_ok(), valid);
+        }
+        let too_many = parse_directory(&[], MAX_BITMAPS + 1, &geometry());
+        assert!(matches!(
+            too_many,
+            Err(Error::Invalid {
+                field: "nb_bitmaps",
+                ..
+            })
+        ));
     }
 
     proptest! {

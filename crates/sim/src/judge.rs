@@ -127,6 +127,26 @@ impl Scene {
         Ok((guest, report))
     }
 
+    /// A refcount table that has room for all blocks stays where it is: moving it costs a barrier and clusters.
+    ///
+    /// # Errors
+    /// Where it has moved.
+    pub fn table_stays(&self, before: &[u8], after: &[u8]) -> Result<(), String> {
+        let parse = |bytes: &[u8]| {
+            Header::parse(bytes, bytes.len() as u64).map_err(|error| error.to_string())
+        };
+        let (old, new) = (parse(before)?, parse(after)?);
+        let geometry = old.geometry();
+        let last = geometry.clusters_for(after.len() as u64) >> geometry.refcount_block_bits();
+        let room = (u64::from(old.refcount_table_clusters) << geometry.cluster_bits()) / 8;
+        if last < room && old.refcount_table != new.refcount_table {
+            return Err(format!(
+                "the refcount table has moved, with room for {room} blocks, of which {last} is the last"
+            ));
+        }
+        Ok(())
+    }
+
     /// A machine with these files.
     #[must_use]
     pub fn world(&self, files: &[&[u8]], behaviour: SimConfig, seed: u64) -> SimWorld {

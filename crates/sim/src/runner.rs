@@ -306,6 +306,9 @@ impl Run<'_> {
                 .scene
                 .judge(&files, &view)
                 .map_err(|error| format!("after closing: {error}"))?;
+            if self.depth == 1 && self.injection.is_none() && !self.scene.config.raw {
+                self.scene.table_stays(self.scene.files()[0], files[0])?;
+            }
             if found.leaks > self.leaks {
                 return Err(format!(
                     "after closing: {} clusters have leaked, {} before",
