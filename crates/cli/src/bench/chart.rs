@@ -44,9 +44,10 @@ fn bars(
         .y_label_area_size(230)
         .build_cartesian_2d(0.0..most, (0..count).into_segmented())?;
     let name = |place: &SegmentValue<u32>| match place {
-        // The first on top.
-        SegmentValue::CenterOf(at) => usize::try_from(count - 1 - (*at).min(count - 1))
-            .map_or_else(|_| String::new(), |at| rows[at].0.clone()),
+        // The first on top. The axis has one place more than there are rows.
+        SegmentValue::CenterOf(at) if *at < count => {
+            usize::try_from(count - 1 - at).map_or_else(|_| String::new(), |at| rows[at].0.clone())
+        }
         _ => String::new(),
     };
     chart
