@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use urus::{Device, OpenOptions};
 
+use super::super::control::evict;
 use super::super::wide::{SLICE_SPAN, slices};
 use super::images::{CLUSTER_BYTES, GrowthImages};
 use super::slice::{Slice, Work};
@@ -126,9 +127,8 @@ impl Curve {
         match self {
             Self::QueuesRead | Self::QueuesOverwrite => {
                 let writes = self == Self::QueuesOverwrite;
-                // One that is written to is nobody else's.
                 let path = if writes {
-                    images.shuffled(LARGE_BYTES)?
+                    images.overwritten()?
                 } else {
                     images.in_order(CLUSTER_BYTES)?
                 };
@@ -268,11 +268,19 @@ pub(super) struct Point<'a> {
 }
 
 impl Point<'_> {
-    /// Everything that slices will ask for, once: into the page cache, and as far as it goes into the engine's.
+    /// Everything that slices will ask for, once: into the page cache, and as far as it goes into the engine's. What lies in the page cache
+    /// from before goes first: its pages would be as somebody else's requests have made them.
     pub(super) fn warm(&self) -> Result<(), Failure> {
         let Subject::Open(device) = &self.subject else {
             return Ok(());
         };
+        for layer in device.layers() {
+            let file = std::fs::File::open(&layer.path)
+                .map_err(|error| Failure::new(format!("{}: {error}", layer.path.display())))?;
+            // A disk that cannot be synced shows in the figures.
+            let _ = file.sync_all();
+            evict(&file);
+        }
         let all = Work {
             writes: false,
             in_order: true,

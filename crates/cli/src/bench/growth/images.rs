@@ -32,6 +32,14 @@ impl GrowthImages {
         })
     }
 
+    /// The same for tests that write over it.
+    pub(super) fn overwritten(&self) -> Result<PathBuf, Failure> {
+        let name = format!("overwritten-growth-{}.qcow2", self.size);
+        self.made(&name, |path| {
+            self.fill(path, CLUSTER_BYTES, STEP_BYTES, |n, _| n)
+        })
+    }
+
     /// The same with runs of so many bytes that lie side by side, each run somewhere else.
     pub(super) fn shuffled(&self, run_bytes: u64) -> Result<PathBuf, Failure> {
         let name = format!("shuffled-{run_bytes}-{}.qcow2", self.size);
