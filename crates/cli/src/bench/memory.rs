@@ -67,56 +67,26 @@ impl Test {
         format!("{}-{}.qcow2", self.name(), self.size(unit))
     }
 
-    /// The image, which is made unless it is there.
+    /// The image, which is made unless it is there. (QEMU's programs alone make some of it.)
     fn image(self, images: &Images, unit: u64) -> Result<PathBuf, Missing> {
-        let size = self.size(unit);
-        images.made(
-            &self.file_name(unit),
-            metadata_bytes(size),
-            |path| match self {
-                Self::Mapped => preallocate(path, size),
-                Self::Huge | Self::Uptime => Ok(wide::make(path, size, None)?),
-            },
-        )
+        let (name, size) = (self.file_name(unit), self.size(unit));
+        if self != Self::Mapped {
+            return wide::alone(images, &name, size);
+        }
+        images.made(&name, wide::metadata_bytes(size), |path| {
+            let mut command = Command::new("qemu-img");
+            command
+                .args(["create", "-q", "-f", "qcow2"])
+                .args(["-o", "preallocation=metadata"])
+                .arg(path)
+                .arg(size.to_string());
+            wide::run(&mut command, path)
+        })
     }
 }
 
 /// The unit of the tests' sizes, where none is given.
 const UNIT: u64 = 1 << 30;
-
-/// What the tables of a disk of that size take, in whole: an L2 entry and a refcount for each cluster of 64 KiB, and some room.
-fn metadata_bytes(size: u64) -> u64 {
-    (size >> 16) * 10 + (64 << 20)
-}
-
-/// All that qcow2 keeps of a disk of that size, and no data. (QEMU's programs alone make such images.)
-fn preallocate(path: &Path, size: u64) -> Result<(), Missing> {
-    let output = Command::new("qemu-img")
-        .args([
-            "create",
-            "-q",
-            "-f",
-            "qcow2",
-            "-o",
-            "preallocation=metadata",
-        ])
-        .arg(path)
-        .arg(size.to_string())
-        .stdin(Stdio::null())
-        .output();
-    match output {
-        Ok(output) if output.status.success() => Ok(()),
-        Ok(output) => Err(Failure::new(format!(
-            "qemu-img could not make {}: {}",
-            path.display(),
-            String::from_utf8_lossy(&output.stderr).trim()
-        ))
-        .into()),
-        Err(error) => Err(Missing::Program(format!(
-            "qemu-img, which makes the image, cannot be run: {error}"
-        ))),
-    }
-}
 
 /// What a test found. In MiB, as far as it is memory.
 #[derive(Debug, Deserialize, Serialize)]

@@ -81,7 +81,7 @@ fn lines(svg: &mut String, curve: &Measured) -> Result<(), Box<dyn std::error::E
     chart.draw_secondary_series(costs().map(|at| Circle::new(at, 3, RED.filled())))?;
     chart
         .configure_series_labels()
-        .position(SeriesLabelPosition::LowerLeft)
+        .position(SeriesLabelPosition::UpperMiddle)
         .background_style(WHITE.mix(0.8))
         .border_style(BLACK.mix(0.3))
         .draw()?;

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use urus::{Device, OpenOptions};
 
+use super::super::control::evict;
 use super::super::wide::{SLICE_SPAN, slices};
 use super::images::{CLUSTER_BYTES, GrowthImages};
 use super::slice::{Slice, Work};
@@ -20,7 +21,7 @@ const BLOCK_BYTES: u64 = 4 << 10;
 const LARGE_BYTES: u64 = 1 << 20;
 const LARGE_DEPTH: u32 = 4;
 /// Writes into an empty image, and after how many of them it is flushed.
-const ALLOCATIONS: u64 = 4096;
+const ALLOCATIONS: u64 = 2048;
 const FLUSH_EVERY: u64 = 256;
 
 /// A curve.
@@ -66,12 +67,14 @@ impl Curve {
             Self::QueuesRead => "random reads of 4 KiB",
             Self::QueuesOverwrite => "random writes of 4 KiB over data",
             Self::Chain => "random reads of 4 KiB from the lowest layer of a chain",
-            Self::Size => "reads of 4 KiB, each from any slice of the map, default cache (64 MiB)",
+            Self::Size => "random reads of 4 KiB from all over the disk, default cache (64 MiB)",
             Self::Fragmentation => "reads of 1 MiB one after the other, 4 in flight",
-            Self::Cache => "reads of 4 KiB, each from any slice of a map larger than the cache",
+            Self::Cache => {
+                "random reads of 4 KiB from all over a disk whose map is larger than the cache"
+            }
             Self::ClusterRead => "random reads of 4 KiB",
             Self::ClusterAllocate => {
-                "4096 random writes of 4 KiB into an empty image, a flush every 256"
+                "2048 random writes of 4 KiB into an empty image, a flush every 256"
             }
         }
     }
@@ -124,9 +127,8 @@ impl Curve {
         match self {
             Self::QueuesRead | Self::QueuesOverwrite => {
                 let writes = self == Self::QueuesOverwrite;
-                // One that is written to is nobody else's.
                 let path = if writes {
-                    images.shuffled(LARGE_BYTES)?
+                    images.overwritten()?
                 } else {
                     images.in_order(CLUSTER_BYTES)?
                 };
@@ -218,12 +220,16 @@ const CLUSTERS: [u64; 5] = [64 << 10, 4 << 10, 16 << 10, 256 << 10, 2 << 20];
 const DEFAULT_CACHE_BYTES: u64 = 64 << 20;
 /// The budget is divided among the layers, and the raw file beneath a wide image is one.
 const WIDE_LAYERS: u64 = 2;
+/// Blocks of a wide image that are read: 512 MiB of the page cache, and eight times as many as the default cache holds slices.
+const BLOCKS: u64 = 1 << 17;
 
-/// Reads of the first block of any slice.
+/// Reads from all over the disk, of as many different blocks whatever its size: so the data costs the same at each point, and what is
+/// left is the map's.
 fn scattered(random: Work, size: u64) -> Work {
+    let count = BLOCKS.min(size / BLOCK_BYTES);
     Work {
-        stride: SLICE_SPAN,
-        count: slices(size),
+        stride: size / count,
+        count,
         ..random
     }
 }
@@ -262,11 +268,19 @@ pub(super) struct Point<'a> {
 }
 
 impl Point<'_> {
-    /// Everything that slices will ask for, once: into the page cache, and as far as it goes into the engine's.
+    /// Everything that slices will ask for, once: into the page cache, and as far as it goes into the engine's. What lies in the page cache
+    /// from before goes first: its pages would be as somebody else's requests have made them.
     pub(super) fn warm(&self) -> Result<(), Failure> {
         let Subject::Open(device) = &self.subject else {
             return Ok(());
         };
+        for layer in device.layers() {
+            let file = std::fs::File::open(&layer.path)
+                .map_err(|error| Failure::new(format!("{}: {error}", layer.path.display())))?;
+            // A disk that cannot be synced shows in the figures.
+            let _ = file.sync_all();
+            evict(&file);
+        }
         let all = Work {
             writes: false,
             in_order: true,

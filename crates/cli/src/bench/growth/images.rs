@@ -11,8 +11,6 @@ use crate::failure::Failure;
 /// Bytes written at once where clusters are smaller.
 const STEP_BYTES: u64 = 1 << 20;
 pub(super) const CLUSTER_BYTES: u64 = 64 << 10;
-/// What ext4 takes.
-const LARGEST_FILE: u64 = (16 << 40) - 4096;
 
 /// The directory with them.
 pub(super) struct GrowthImages {
@@ -31,6 +29,14 @@ impl GrowthImages {
         let name = format!("order-{cluster_bytes}-{}.qcow2", self.size);
         self.made(&name, |path| {
             self.fill(path, cluster_bytes, STEP_BYTES.max(cluster_bytes), |n, _| n)
+        })
+    }
+
+    /// The same for tests that write over it.
+    pub(super) fn overwritten(&self) -> Result<PathBuf, Failure> {
+        let name = format!("overwritten-growth-{}.qcow2", self.size);
+        self.made(&name, |path| {
+            self.fill(path, CLUSTER_BYTES, STEP_BYTES, |n, _| n)
         })
     }
 
@@ -70,14 +76,7 @@ impl GrowthImages {
     /// A disk of any size with every slice of its map, over a raw file that is one hole: so each read asks the map, and then reads from
     /// a file.
     pub(super) fn wide(&self, size: u64) -> Result<PathBuf, Failure> {
-        let hole = self.made(&format!("hole-{size}.raw"), |path| {
-            let told = |error| Failure::new(format!("cannot make {}: {error}", path.display()));
-            let file = std::fs::File::create(path).map_err(told)?;
-            file.set_len(size.min(LARGEST_FILE)).map_err(told)
-        })?;
-        self.made(&format!("wide-{size}.qcow2"), |path| {
-            wide::make(path, size, Some(&hole))
-        })
+        wide::over_hole(&self.images, size).map_err(reason)
     }
 
     /// A new and empty image, in place of the last one.
@@ -122,10 +121,15 @@ impl GrowthImages {
         make: impl FnOnce(&Path) -> Result<(), Failure>,
     ) -> Result<PathBuf, Failure> {
         let made = self.images.made(name, self.size, |path| Ok(make(path)?));
-        made.map_err(|missing| match missing {
-            Missing::Failed(failure) => failure,
-            Missing::Program(why) => Failure::new(why),
-        })
+        made.map_err(reason)
+    }
+}
+
+/// None of these needs a program of others.
+fn reason(missing: Missing) -> Failure {
+    match missing {
+        Missing::Failed(failure) => failure,
+        Missing::Program(why) => Failure::new(why),
     }
 }
 
