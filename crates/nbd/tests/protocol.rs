@@ -368,6 +368,43 @@ fn a_client_that_takes_no_replies_blocks_no_other() {
     assert!(start.elapsed() < Duration::from_secs(5));
 }
 
+/// What was asked after reads whose replies the client does not take yet is done nevertheless, and no reply is forgotten.
+#[test]
+fn replies_that_wait_hold_up_no_request() {
+    let fixture = Fixture::new(&Image::raw(64 * MIB));
+    let mut other = fixture.client();
+    let data = pattern(3, 1 << 20);
+    assert_eq!(other.write(0, 0, &data), 0);
+    let mut slow = fixture.client();
+    for cookie in 0..50 {
+        slow.send(&request(0, READ, cookie, 0, 1 << 20));
+    }
+    slow.send(&write_request(0, 50, 32 * MIB, b"after"));
+    let start = std::time::Instant::now();
+    while other.read(32 * MIB, 5).unwrap() != b"after" {
+        assert!(start.elapsed() < Duration::from_secs(20));
+    }
+    let mut open: std::collections::HashSet<u64> = (0..=50).collect();
+    while !open.is_empty() {
+        let reply = slow.reply(0);
+        assert_eq!(reply.error(), 0);
+        assert!(open.remove(&reply.cookie()));
+        if let Reply::Chunk { payload, .. } = reply {
+            assert!(payload[8..] == data);
+        }
+    }
+    // A client that sends no more gets what it has asked for.
+    for cookie in 0..50 {
+        slow.send(&request(0, READ, cookie, 0, 1 << 20));
+    }
+    slow.stream.shutdown(std::net::Shutdown::Write).unwrap();
+    for _ in 0..50 {
+        assert_eq!(slow.reply(0).error(), 0);
+    }
+    assert!(slow.is_closed());
+    fixture.close();
+}
+
 #[test]
 fn names_and_descriptions_are_told() {
     let fixture = Fixture::with(&Image::qcow2(MIB), |builder| {
