@@ -455,6 +455,21 @@ fn extensions_are_judged() {
     );
     let good = parse(&with_extensions(marked, &[bitmaps(1, 0, 8, 0x50000)])).unwrap();
     assert_eq!(good.bitmaps.unwrap().directory, HostOffset(0x50000));
+    // The ends of the ranges are inside.
+    let most = 65_535 * 1024;
+    for (count, bytes, valid) in [
+        (65_535, most, true),
+        (1, 1, true),
+        (1, most + 1, false),
+        (1, 0, false),
+    ] {
+        let parsed = parse(&with_extensions(
+            marked,
+            &[bitmaps(count, 0, bytes, 0x50000)],
+        ));
+        assert_eq!(parsed.is_ok(), valid, "{count} bitmaps, {bytes} bytes");
+    }
+    assert!(parse(&with_extensions(nothing, &[format(&[b'x'; 15])])).is_ok());
     // Nobody vouches for it: kept and not believed.
     let stale = parse(&with_extensions(nothing, &[bitmaps(0, 1, 9, 1)])).unwrap();
     assert_eq!((stale.bitmaps, stale.unknown_extensions.len()), (None, 1));
