@@ -41,7 +41,10 @@ pub(crate) fn open<S: Storage>(
     );
     let mut headers = Vec::with_capacity(specs.len());
     let mut layers = Vec::with_capacity(specs.len());
-    let frame_budget = options.l2_cache_bytes / specs.len() as u64;
+    // Raw files have no tables to cache.
+    let mapped = |spec: &&LayerSpec| matches!(spec.format, LayerFormat::Qcow2(_));
+    let sharers = specs.iter().filter(mapped).count().max(1);
+    let frame_budget = options.l2_cache_bytes / sharers as u64;
     let mut frames = Vec::with_capacity(specs.len());
     for (index, spec) in specs.into_iter().enumerate() {
         let writable = index == 0 && !options.read_only;
