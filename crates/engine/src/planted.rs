@@ -64,11 +64,15 @@ pub enum Bug {
     EarlyHeader = 27,
     /// O23: a write that is to outlive the process completes though its mapping is in memory alone.
     OutlivedByNothing = 28,
+    /// O20: a disk grows before what becomes visible is zero.
+    GrowthShowsBacking = 29,
+    /// O8: the header names a moved L1 table before the table is durable.
+    EarlyL1Table = 30,
 }
 
 impl Bug {
     /// Every planted bug.
-    pub const ALL: [Self; 28] = [
+    pub const ALL: [Self; 30] = [
         Self::RefcountsAfterPointers,
         Self::NoBarrierBeforePointers,
         Self::EarlyL1Entry,
@@ -97,6 +101,8 @@ impl Bug {
         Self::SettleAfterFailure,
         Self::EarlyHeader,
         Self::OutlivedByNothing,
+        Self::GrowthShowsBacking,
+        Self::EarlyL1Table,
     ];
 }
 

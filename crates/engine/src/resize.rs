@@ -5,6 +5,7 @@ use urus_format::HostOffset;
 use crate::error::{Error, Result};
 use crate::limits;
 use crate::maintenance::Device;
+use crate::planted::{self, Bug};
 use crate::shared::{Owner, Removed};
 use crate::storage::{IMAGE, OpKind, Storage};
 use crate::sync::Ordering;
@@ -73,7 +74,7 @@ impl<S: Storage> Device<S> {
             .saturating_mul(geometry.l2_coverage_bytes());
         let backed_to = backing_end.min(size).max(cluster_end);
         let clear_to = mapped_end.min(size).max(backed_to);
-        if clear_to > old {
+        if clear_to > old && !planted::is(Bug::GrowthShowsBacking) {
             self.worker.clear_beyond_size(old, backed_to).await?;
             self.worker.clear_unbacked(backed_to, clear_to).await?;
             self.flush().await?;
@@ -139,8 +140,10 @@ impl<S: Storage> Device<S> {
         }
         let offset = first << geometry.cluster_bits();
         self.write_metadata(offset, &bytes, Owner::L1Table).await?;
-        // The flush makes the refcounts of the new table, and the table itself, durable.
-        self.flush().await?;
+        // O8: the flush makes the refcounts of the new table, and the table itself, durable.
+        if !planted::is(Bug::EarlyL1Table) {
+            self.flush().await?;
+        }
         self.switch_header(|header| {
             header.l1_table = HostOffset(offset);
             header.l1_entries = u32::try_from(entries).expect("checked against the largest table");

@@ -50,6 +50,8 @@ pub struct Config {
     pub refcount_order: u32,
     /// Size of the virtual disk in sectors.
     pub sectors: u64,
+    /// By so many sectors it may grow while it is used.
+    pub grows: u64,
     /// So many in 256 clusters hold something at first.
     pub fill: u32,
     /// Some of them are compressed, so.
@@ -113,6 +115,7 @@ impl Config {
             version: 3,
             refcount_order: 4,
             sectors: 256,
+            grows: 0,
             fill: 0,
             compressed: None,
             snapshot: false,
@@ -618,6 +621,59 @@ pub fn all() -> Vec<Config> {
             alignment: 4096,
             sectors: 512,
             ..c("raw, direct I/O")
+        },
+        // An L1 entry for every 64 sectors: its table moves.
+        Config {
+            grows: 400,
+            fill: 64,
+            queues: 2,
+            ..c("grows")
+        },
+        Config {
+            grows: 500,
+            fill: 64,
+            behaviour: Behaviour::Slow,
+            backing: Backing::Raw(250),
+            ..c("grows over a longer backing file")
+        },
+        Config {
+            grows: 300,
+            fill: 128,
+            cluster_bits: 10,
+            sectors: 333,
+            snapshot: true,
+            backing: Backing::Qcow2(150),
+            ..c("grows, snapshot, backed, 1K")
+        },
+        Config {
+            grows: 700,
+            cache_bytes: 0,
+            sectors: 1600,
+            fill: 24,
+            queues: 3,
+            depth: 16,
+            refcount_order: 6,
+            ..c("grows, tiny cache, 64-bit refcounts")
+        },
+        Config {
+            grows: 300,
+            fill: 64,
+            version: 2,
+            ..c("grows, version 2")
+        },
+        Config {
+            grows: 300,
+            fill: 64,
+            queues: 2,
+            outlives: true,
+            ..c("grows, outlives")
+        },
+        Config {
+            grows: 300,
+            raw: true,
+            fill: 128,
+            queues: 2,
+            ..c("grows, raw")
         },
     ]
 }

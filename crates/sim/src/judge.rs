@@ -71,8 +71,8 @@ impl Scene {
     }
 
     fn judge_marked(&self, files: &[&[u8]], view: &View, marked: bool) -> Result<Found, String> {
-        let size = index(self.config.sectors * 512);
-        let (guest, report) = self.look(files, size)?;
+        let sizes: Vec<u64> = view.sizes().iter().map(|sectors| sectors * 512).collect();
+        let (guest, report) = self.look(files, &sizes)?;
         if !marked && (report.corrupt || report.dirty) {
             return Err("the image is marked dirty or corrupt".to_owned());
         }
@@ -90,14 +90,23 @@ impl Scene {
     /// # Errors
     /// What is wrong.
     pub fn guest(&self, files: &[&[u8]], size: usize) -> Result<(Vec<u8>, u64), String> {
-        let (guest, report) = self.look(files, size)?;
+        let (guest, report) = self.look(files, &[size as u64])?;
         Ok((guest, report.leak_count))
     }
 
-    fn look(&self, files: &[&[u8]], size: usize) -> Result<(Vec<u8>, Report), String> {
+    /// `sizes`: those that the disk may have, in bytes.
+    fn look(&self, files: &[&[u8]], sizes: &[u64]) -> Result<(Vec<u8>, Report), String> {
+        let checked = |size: u64| match sizes.contains(&size) {
+            true => Ok(index(size)),
+            false => Err(format!("the disk has {size} bytes, and may have {sizes:?}")),
+        };
         if self.config.raw {
             let mut guest = files[0].to_vec();
-            guest.resize(size, 0);
+            if self.config.grows == 0 {
+                guest.resize(index(sizes[0]), 0);
+            } else {
+                checked(guest.len() as u64)?;
+            }
             return Ok((guest, Report::default()));
         }
         let report = checker::check(files[0]);
@@ -111,9 +120,7 @@ impl Scene {
         };
         let reader =
             GuestReader::open(files[0], Some(&behind)).map_err(|error| error.to_string())?;
-        if reader.size() != size as u64 {
-            return Err(format!("the disk has {} bytes, not {size}", reader.size()));
-        }
+        let size = checked(reader.size())?;
         let guest = reader.read(0, size).map_err(|error| error.to_string())?;
         if let Some(snapshot) = &self.fixture.snapshot {
             let found = reader

@@ -462,6 +462,48 @@ impl Machine {
         result.map_err(|error| error.to_string())
     }
 
+    /// Makes the disk larger while requests are in flight, to so many sectors; whether it is so now.
+    ///
+    /// # Errors
+    /// As [`step`](Self::step); a failure that nobody expects.
+    pub fn grow(&mut self, sectors: u64) -> Result<bool, String> {
+        let poisoned = self.is_poisoned();
+        self.model.grow(sectors, self.world.tick());
+        self.world.trace(0x96 ^ sectors << 8);
+        let answer = Arc::new(Mutex::new(None));
+        let slot = Arc::clone(&answer);
+        let reply: ControlReply = Box::new(move |result| *slot.lock() = Some(result));
+        self.shared().control(Control::Resize(sectors * 512, reply));
+        self.run_until("growing", |_| answer.lock().is_some())?;
+        let now = self.world.tick();
+        let result = answer.lock().take().unwrap_or(Ok(()));
+        match result {
+            Ok(()) if poisoned => Err("the disk has grown after a sync had failed".to_owned()),
+            Ok(()) => {
+                self.model.grown(now, true);
+                Ok(true)
+            }
+            Err(Error::Unsupported { .. }) => {
+                self.model.refused();
+                Ok(false)
+            }
+            Err(error) => {
+                self.model.grown(now, false);
+                self.failed += 1;
+                let expected = match error {
+                    Error::Io { .. } | Error::OutOfSpace { .. } => true,
+                    Error::Poisoned { .. } => self.is_poisoned(),
+                    _ => false,
+                };
+                if self.driving.errors && expected {
+                    Ok(false)
+                } else {
+                    Err(format!("growing to {sectors} sectors failed: {error}"))
+                }
+            }
+        }
+    }
+
     /// Closes the device.
     ///
     /// # Errors

@@ -40,6 +40,15 @@ impl Request {
     }
 }
 
+/// A change of the disk's size, to so many sectors.
+#[derive(Clone, Copy, Debug)]
+struct Growth {
+    sectors: u64,
+    issued: u64,
+    /// When, and whether with success.
+    completed: Option<(u64, bool)>,
+}
+
 #[derive(Clone, Debug)]
 struct Sector {
     initial: Content,
@@ -50,7 +59,11 @@ struct Sector {
 /// A history of guest requests. Moments come from [`SimWorld::tick`](crate::world::SimWorld::tick).
 #[derive(Clone, Debug)]
 pub struct Model {
+    /// As far as the disk may ever reach.
     sectors: Vec<Sector>,
+    /// Sectors of the disk at first.
+    at_first: u64,
+    growths: Vec<Growth>,
     requests: Vec<Request>,
     next_version: u64,
     /// What a discard may show besides zeroes and the old content: version 2 images cannot hide their backing file.
@@ -90,6 +103,7 @@ impl fmt::Display for Mismatch {
 #[derive(Clone, Debug)]
 pub struct View {
     legal: Vec<Vec<Content>>,
+    sizes: Vec<u64>,
 }
 
 impl Model {
@@ -100,8 +114,10 @@ impl Model {
             initial,
             changes: Vec::new(),
         };
-        let sectors = initial.into_iter().map(sector).collect();
+        let sectors: Vec<Sector> = initial.into_iter().map(sector).collect();
         Self {
+            at_first: sectors.len() as u64,
+            growths: Vec::new(),
             sectors,
             requests: Vec::new(),
             next_version: first_version,
@@ -115,6 +131,18 @@ impl Model {
         Self::new(vec![Content::Zero; index(sectors)], 1)
     }
 
+    /// The disk may grow to so many sectors. What is new is zero (O20).
+    #[must_use]
+    pub fn with_room(mut self, sectors: u64) -> Self {
+        let zero = Sector {
+            initial: Content::Zero,
+            changes: Vec::new(),
+        };
+        let sectors = index(sectors).max(self.sectors.len());
+        self.sectors.resize(sectors, zero);
+        self
+    }
+
     /// Discards may show this (what the backing file holds), as in version 2 images.
     #[must_use]
     pub fn discard_reveals(mut self, backing: Vec<Content>) -> Self {
@@ -125,7 +153,42 @@ impl Model {
     /// Sectors of the disk.
     #[must_use]
     pub fn sectors(&self) -> u64 {
-        self.sectors.len() as u64
+        let grown = |growth: &&Growth| matches!(growth.completed, Some((_, true)));
+        let last = self.growths.iter().rfind(grown);
+        last.map_or(self.at_first, |growth| growth.sectors)
+    }
+
+    /// The disk is to grow, within its [room](Self::with_room). One at a time.
+    pub fn grow(&mut self, sectors: u64, at: u64) {
+        assert!(sectors <= self.sectors.len() as u64, "there is room");
+        self.growths.push(Growth {
+            sectors,
+            issued: at,
+            completed: None,
+        });
+    }
+
+    /// The growth under way has ended. One that failed may still be found after a cut.
+    pub fn grown(&mut self, at: u64, ok: bool) {
+        let last = self.growths.last_mut().expect("it was issued");
+        last.completed = Some((at, ok));
+    }
+
+    /// The growth under way was refused: it never was.
+    pub fn refused(&mut self) {
+        self.growths.pop();
+    }
+
+    /// The sizes that a disk may have, in sectors, when it is found at this moment.
+    fn sizes(&self, now: u64) -> Vec<u64> {
+        let mut sizes = vec![self.at_first];
+        for growth in self.growths.iter().filter(|growth| growth.issued <= now) {
+            if matches!(growth.completed, Some((at, true)) if at <= now) {
+                sizes.clear();
+            }
+            sizes.push(growth.sectors);
+        }
+        sizes
     }
 
     /// The version that the next write will have.
@@ -196,7 +259,9 @@ impl Model {
             (request.what == What::Flush || request.fua)
                 && matches!(request.completed, Some((_, true)))
         };
-        self.requests.iter().filter(promise).count() as u64
+        let grown = |growth: &&Growth| matches!(growth.completed, Some((_, true)));
+        (self.requests.iter().filter(promise).count() + self.growths.iter().filter(grown).count())
+            as u64
     }
 
     /// As [`promises`](Self::promises), of what was acknowledged by `now`.
@@ -205,7 +270,9 @@ impl Model {
         let promise = |request: &&Request| {
             (request.what == What::Flush || request.fua) && request.succeeded_before(now + 1)
         };
-        self.requests.iter().filter(promise).count() as u64
+        let grown = |growth: &&Growth| matches!(growth.completed, Some((at, true)) if at <= now);
+        (self.requests.iter().filter(promise).count() + self.growths.iter().filter(grown).count())
+            as u64
     }
 
     /// What a sector may hold, when the changes that `settled` names have certainly happened and all those issued up
@@ -243,8 +310,9 @@ impl Model {
                 What::Zero => add(Content::Zero),
                 What::Discard => {
                     add(Content::Zero);
-                    if let Some(backing) = &self.reveals {
-                        add(backing[index(lba)]);
+                    let revealed = self.reveals.as_ref();
+                    if let Some(content) = revealed.and_then(|backing| backing.get(index(lba))) {
+                        add(*content);
                     }
                 }
                 What::Flush => {}
@@ -273,9 +341,10 @@ impl Model {
             change.succeeded_before(flushed) || (change.fua && change.succeeded_before(now + 1))
         };
         View {
-            legal: (0..self.sectors())
+            legal: (0..self.sectors.len() as u64)
                 .map(|lba| self.legal(lba, now, settled))
                 .collect(),
+            sizes: self.sizes(now),
         }
     }
 
@@ -284,9 +353,10 @@ impl Model {
     pub fn after_kill(&self, now: u64) -> View {
         let settled = |change: &Request| change.succeeded_before(now + 1);
         View {
-            legal: (0..self.sectors())
+            legal: (0..self.sectors.len() as u64)
                 .map(|lba| self.legal(lba, now, settled))
                 .collect(),
+            sizes: self.sizes(now),
         }
     }
 
@@ -326,13 +396,19 @@ impl Model {
             }
             initial.push(found);
         }
-        let mut model = Self::new(initial, self.next_version);
+        let mut model = Self::new(initial, self.next_version).with_room(self.sectors.len() as u64);
         model.reveals.clone_from(&self.reveals);
         Ok(model)
     }
 }
 
 impl View {
+    /// The sizes that the disk may have, in sectors.
+    #[must_use]
+    pub fn sizes(&self) -> &[u64] {
+        &self.sizes
+    }
+
     /// What a sector may hold.
     #[must_use]
     pub fn legal(&self, lba: u64) -> &[Content] {
@@ -455,6 +531,29 @@ mod tests {
         let (c, _) = model.write(0, 1, false, 10);
         settle(&mut model, c, 11);
         assert_eq!(cut(&model, 20), [Version(2)]);
+    }
+
+    #[test]
+    fn a_disk_has_the_size_that_it_has_grown_to() {
+        let mut model = Model::zeroed(2).with_room(9);
+        let sizes = |model: &Model, now| model.after_cut(now).sizes().to_vec();
+        assert_eq!((model.sectors(), sizes(&model, 5)), (2, vec![2]));
+        model.grow(4, 1);
+        assert_eq!((model.sectors(), sizes(&model, 0)), (2, vec![2]));
+        assert_eq!(sizes(&model, 1), [2, 4]);
+        model.grown(3, true);
+        assert_eq!((model.sectors(), sizes(&model, 2)), (4, vec![2, 4]));
+        assert_eq!(sizes(&model, 3), [4]);
+        assert_eq!((model.promises(), model.promises_at(2)), (1, 0));
+        model.grow(9, 5);
+        model.grown(6, false);
+        assert_eq!((model.sectors(), sizes(&model, 7)), (4, vec![4, 9]));
+        model.grow(8, 8);
+        model.refused();
+        assert_eq!(sizes(&model, 9), [4, 9]);
+        let found = model.adopt(&stamped(0, 5, 3)).unwrap();
+        assert_eq!((found.sectors(), sizes(&found, 0)), (5, vec![5]));
+        assert_eq!(found.after_cut(0).legal(8), [Zero]);
     }
 
     #[test]

@@ -39,6 +39,8 @@ fn homes(bug: Bug) -> &'static [&'static str] {
         Bug::EarlyHeader => &["refcount table grows", "table grows, two queues"],
         Bug::EarlyL1Entry => &["tiny cache", "tiny cache, snapshot"],
         Bug::OutlivedByNothing => &["outlives", "outlives, backed, slow"],
+        Bug::GrowthShowsBacking => &["grows over a longer backing file"],
+        Bug::EarlyL1Table => &["grows", "grows, outlives"],
         Bug::EarlyPunch => &["compressed", "zstd", "4-bit, compressed"],
         _ => &[],
     }

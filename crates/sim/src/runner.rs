@@ -170,7 +170,8 @@ fn attempt(
     let mut rng = Rng::new(seed);
     let scene = Scene::new(config, &mut rng.fork(1));
     let files = scene.files();
-    let model = Model::new(scene.fixture.initial.clone(), FIRST_VERSION);
+    let model = Model::new(scene.fixture.initial.clone(), FIRST_VERSION)
+        .with_room(config.sectors + config.grows);
     let initial = scene
         .judge(&files, &model.after_cut(0))
         .map_err(|error| format!("before the first request: {error}"))?;
@@ -252,7 +253,12 @@ impl Run<'_> {
         outcome: &mut Outcome,
     ) -> Result<(), String> {
         let patience = [1, 8, 40][rng.index(3)];
+        workload.grow_to(machine.model.sectors());
         for _ in 0..requests {
+            // Once or twice in a life.
+            if self.scene.config.grows > 0 && rng.below(requests) < 2 {
+                self.grow(&mut machine, &mut workload, rng)?;
+            }
             machine.ask(workload.next_ask())?;
             for _ in 0..rng.below(patience) {
                 machine.step()?;
@@ -263,6 +269,20 @@ impl Run<'_> {
             self.recover(&mut machine, &mut workload)?;
         }
         self.end(machine, rng, outcome)
+    }
+
+    fn grow(
+        &self,
+        machine: &mut Machine,
+        workload: &mut Workload,
+        rng: &mut Rng,
+    ) -> Result<(), String> {
+        let sectors = machine.model.sectors();
+        let room = (self.scene.config.sectors + self.scene.config.grows) - sectors;
+        if room > 0 && machine.grow(sectors + 1 + rng.below(room))? {
+            workload.grow_to(machine.model.sectors());
+        }
+        Ok(())
     }
 
     fn end(

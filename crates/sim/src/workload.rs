@@ -124,6 +124,11 @@ impl Workload {
         self
     }
 
+    /// The disk has so many sectors now, not fewer than before.
+    pub fn grow_to(&mut self, sectors: u64) {
+        self.sectors = sectors;
+    }
+
     fn move_window(&mut self) {
         let len = (self.cluster_sectors * (1 << self.rng.below(6))).min(self.sectors);
         self.window = (self.rng.below(self.sectors - len + 1), len);
