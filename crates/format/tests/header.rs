@@ -470,6 +470,11 @@ fn extensions_are_judged() {
         assert_eq!(parsed.is_ok(), valid, "{count} bitmaps, {bytes} bytes");
     }
     assert!(parse(&with_extensions(nothing, &[format(&[b'x'; 15])])).is_ok());
+    // What is wrong is told by its place.
+    let endless = [7u32.to_be_bytes(), u32::MAX.to_be_bytes()].concat();
+    let told = parse(&with_extensions(nothing, &[format(b"raw"), endless])).unwrap_err();
+    let place = format!("the extension at byte {}", good.header_bytes + 16);
+    assert!(told.to_string().contains(&place), "{told}");
     // Nobody vouches for it: kept and not believed.
     let stale = parse(&with_extensions(nothing, &[bitmaps(0, 1, 9, 1)])).unwrap();
     assert_eq!((stale.bitmaps, stale.unknown_extensions.len()), (None, 1));
