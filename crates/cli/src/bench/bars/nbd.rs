@@ -70,7 +70,7 @@ fn random_reads(bench: &mut Bench<'_>) -> Result<Vec<Pair>, Missing> {
     warm(bench, &path, bench.size)?;
     let servers = Servers::start(&path)?;
     let blocks = bench.size / BLOCK_BYTES;
-    let step = qemu::scattered_step(blocks) * BLOCK_BYTES;
+    let step = qemu::scattered_step(blocks, BLOCK_BYTES) * BLOCK_BYTES;
     let read = |server: &Server, count: u64| {
         let image = format!(
             "driver=nbd,server.type=unix,server.path={}",
