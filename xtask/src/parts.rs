@@ -87,7 +87,7 @@ const PARTS: &[Part] = &[
     },
     Part {
         name: "fuzz",
-        means: Means::Fuzz(&["--minutes", "0.8"]),
+        means: Means::Fuzz(&["--replay", "true"]),
     },
     Part {
         name: "interleavings",
