@@ -9,51 +9,17 @@ use std::os::unix::net::UnixStream;
 use std::process::{Child, Stdio};
 use std::time::{Duration, Instant};
 
-use common::{Ran, Scratch, urus};
+use common::{Ran, Scratch, Server};
 use rustix::process::{Pid, Signal, kill_process};
 
 const NBD: &str = "'nbd+unix:///?socket=nbd'";
 
-/// `urus serve` that has said that it is ready, with its sockets `nbd` and `ctl`.
-struct Server(Child);
-
-impl Server {
-    fn start(scratch: &Scratch, line: &str) -> Self {
-        let mut child = scratch
-            .command(
-                urus(),
-                &format!("-v serve {line} --nbd unix:nbd --control unix:ctl"),
-            )
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()
-            .expect("urus");
-        let mut lines = BufReader::new(child.stdout.as_mut().expect("piped")).lines();
-        assert!(lines.any(|line| line.expect("text").contains("Ctrl-C")));
-        Self(child)
-    }
-
-    /// SIGTERM; it must end well. Its log.
-    fn end(self) -> String {
-        kill_process(Pid::from_child(&self.0), Signal::TERM).expect("a living server");
-        self.ended()
-    }
-
-    fn ended(mut self) -> String {
-        let status = self.0.wait().expect("waiting");
-        let mut log = String::new();
-        let stderr = self.0.stderr.as_mut().expect("piped");
-        stderr.read_to_string(&mut log).expect("text");
-        assert_eq!(status.code(), Some(0), "{log}");
-        log
-    }
-}
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
+/// `urus serve` with its sockets `nbd` and `ctl`.
+fn start(scratch: &Scratch, line: &str) -> Server {
+    Server::start(
+        scratch,
+        &format!("{line} --nbd unix:nbd --control unix:ctl"),
+    )
 }
 
 fn ctl(scratch: &Scratch, line: &str) -> Ran {
@@ -116,7 +82,7 @@ fn wrote(child: Child) {
 fn commands_on(io: &str) {
     let scratch = Scratch::new();
     scratch.sh("qemu-img create -q -f qcow2 data.qcow2 32M");
-    let server = Server::start(
+    let server = start(
         &scratch,
         &format!("disk.qcow2 --create 64M --image data=data.qcow2 --io {io}"),
     );
@@ -179,7 +145,7 @@ fn commands_do_what_they_say_with_blocking_calls() {
 #[test]
 fn a_pause_holds_requests_and_leaves_a_whole_file() {
     let scratch = Scratch::new();
-    let server = Server::start(&scratch, "disk.qcow2 --create 64M");
+    let server = start(&scratch, "disk.qcow2 --create 64M");
     wrote(writer(&scratch, "write -P 1 0 3M"));
     done(&scratch, "pause ctl");
     // Again: it is so already.
@@ -200,7 +166,7 @@ fn a_pause_holds_requests_and_leaves_a_whole_file() {
 #[test]
 fn a_server_that_is_paused_ends_and_answers_what_has_waited() {
     let scratch = Scratch::new();
-    let server = Server::start(&scratch, "disk.qcow2 --create 64M");
+    let server = start(&scratch, "disk.qcow2 --create 64M");
     done(&scratch, "pause ctl");
     let mut waiting = writer(&scratch, "write -P 3 0 1M");
     assert!(is_waiting(&mut waiting));
@@ -217,7 +183,7 @@ fn a_server_that_is_paused_ends_and_answers_what_has_waited() {
 #[test]
 fn another_process_may_write_between_pause_and_resume() {
     let scratch = Scratch::new();
-    let server = Server::start(&scratch, "disk.qcow2 --create 64M");
+    let server = start(&scratch, "disk.qcow2 --create 64M");
     wrote(writer(&scratch, "write -P 1 0 1M"));
     done(&scratch, "pause --release-locks ctl");
     scratch.sh("qemu-io -c 'write -P 4 512k 4M' disk.qcow2 >/dev/null");
@@ -232,7 +198,7 @@ fn another_process_may_write_between_pause_and_resume() {
 #[test]
 fn a_server_whose_image_another_process_has_taken_ends_and_leaves_it_alone() {
     let scratch = Scratch::new();
-    let server = Server::start(&scratch, "disk.qcow2 --create 64M");
+    let server = start(&scratch, "disk.qcow2 --create 64M");
     wrote(writer(&scratch, "write -P 1 0 1M"));
     done(&scratch, "pause --release-locks ctl");
     let mut waiting = writer(&scratch, "write -P 9 0 64k");
@@ -266,7 +232,7 @@ fn sockets_that_are_none_are_told() {
     refused(&scratch, "flush nowhere", "--control");
     scratch.sh("echo precious >file");
     refused(&scratch, "flush file", "file: ");
-    let server = Server::start(&scratch, "disk.qcow2 --create 1M");
+    let server = start(&scratch, "disk.qcow2 --create 1M");
     // A second server is refused before it has changed anything.
     let ran = scratch.urus("serve other.qcow2 --create 1M --control unix:ctl");
     assert!(
@@ -278,7 +244,7 @@ fn sockets_that_are_none_are_told() {
     refused(&scratch, "flush ctl", "no server listens there");
     // What the killed one left is replaced.
     scratch.sh("rm -f nbd");
-    Server::start(&scratch, "disk.qcow2").end();
+    start(&scratch, "disk.qcow2").end();
     let ran = scratch.urus("serve disk.qcow2 --control 127.0.0.1:1");
     assert!(
         ran.code == Some(2) && ran.stderr.contains("unix:PATH"),
@@ -289,7 +255,7 @@ fn sockets_that_are_none_are_told() {
 #[test]
 fn clients_without_manners_cost_nothing() {
     let scratch = Scratch::new();
-    let server = Server::start(&scratch, "disk.qcow2 --create 1M");
+    let server = start(&scratch, "disk.qcow2 --create 1M");
     let connect = || {
         let stream = UnixStream::connect(scratch.path("ctl")).expect("a server");
         stream

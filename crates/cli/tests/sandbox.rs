@@ -5,60 +5,22 @@
 mod common;
 
 use std::fs;
-use std::io::{BufRead, BufReader, Read};
-use std::process::{Child, Stdio};
 
-use common::{Scratch, urus};
-use rustix::process::{Pid, Signal, kill_process};
+use common::{Scratch, Server};
 
-/// `urus serve` that has said that it is ready.
-struct Server(Child);
-
-impl Server {
-    fn start(scratch: &Scratch, line: &str) -> Self {
-        let mut child = scratch
-            .command(urus(), &format!("-v serve {line}"))
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()
-            .expect("urus");
-        let mut lines = BufReader::new(child.stdout.as_mut().expect("piped")).lines();
-        assert!(lines.any(|line| line.expect("text").contains("Ctrl-C")));
-        Self(child)
-    }
-
-    /// What the kernel says of each thread: (filters, no new privileges).
-    fn threads(&self) -> Vec<(u64, u64)> {
-        let tasks = fs::read_dir(format!("/proc/{}/task", self.0.id())).expect("a process");
-        tasks
-            .map(|task| {
-                let status = task.expect("a thread").path().join("status");
-                let status = fs::read_to_string(status).expect("a thread");
-                (
-                    number(&status, "Seccomp_filters:"),
-                    number(&status, "NoNewPrivs:"),
-                )
-            })
-            .collect()
-    }
-
-    /// SIGTERM; it must end well. Its log.
-    fn end(mut self) -> String {
-        kill_process(Pid::from_child(&self.0), Signal::TERM).expect("a living server");
-        let status = self.0.wait().expect("waiting");
-        let mut log = String::new();
-        let stderr = self.0.stderr.as_mut().expect("piped");
-        stderr.read_to_string(&mut log).expect("text");
-        assert_eq!(status.code(), Some(0), "{log}");
-        log
-    }
-}
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
+/// What the kernel says of each thread: (filters, no new privileges).
+fn threads(server: &Server) -> Vec<(u64, u64)> {
+    let tasks = fs::read_dir(format!("/proc/{}/task", server.0.id())).expect("a process");
+    tasks
+        .map(|task| {
+            let status = task.expect("a thread").path().join("status");
+            let status = fs::read_to_string(status).expect("a thread");
+            (
+                number(&status, "Seccomp_filters:"),
+                number(&status, "NoNewPrivs:"),
+            )
+        })
+        .collect()
 }
 
 fn number(status: &str, name: &str) -> u64 {
@@ -85,11 +47,11 @@ fn confined(io: &str) {
             "disk.qcow2 --io {io} --nbd unix:sockets/nbd --nbd 127.0.0.1:0 --vhost-user sockets/vm"
         ),
     );
-    let threads = server.threads();
-    assert!(threads.len() > 4, "{threads:?}");
-    for (filters, no_new_privileges) in &threads {
-        assert!(*filters > inherited(), "{threads:?}");
-        assert_eq!(*no_new_privileges, 1, "{threads:?}");
+    let seen = threads(&server);
+    assert!(seen.len() > 4, "{seen:?}");
+    for (filters, no_new_privileges) in &seen {
+        assert!(*filters > inherited(), "{seen:?}");
+        assert_eq!(*no_new_privileges, 1, "{seen:?}");
     }
     let nbd = "'nbd+unix:///?socket=sockets/nbd'";
     scratch.sh(&format!("qemu-img compare -f raw -F raw {nbd} plain.raw"));
@@ -103,7 +65,7 @@ fn confined(io: &str) {
         ));
     }
     // Those that have come since as well.
-    for (filters, no_new_privileges) in server.threads() {
+    for (filters, no_new_privileges) in threads(&server) {
         assert!(filters > inherited());
         assert_eq!(no_new_privileges, 1);
     }
@@ -128,7 +90,7 @@ fn a_server_with_blocking_calls_is_confined() {
 fn confinement_can_be_turned_off() {
     let scratch = Scratch::new();
     let server = Server::start(&scratch, "disk.qcow2 --create 1M --no-sandbox");
-    for (filters, _) in server.threads() {
+    for (filters, _) in threads(&server) {
         assert_eq!(filters, inherited());
     }
     server.end();

@@ -10,13 +10,13 @@ mod images;
 mod slice;
 
 use std::fmt::Write as _;
-use std::io::IsTerminal;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use indicatif::ProgressBar;
 use serde::Serialize;
 
+use super::progress::progress;
 use super::report::load_average;
 use super::spread::Spread;
 use super::{Args, INTERRUPTED, check_names, slice_time};
@@ -83,7 +83,8 @@ pub(super) fn run(args: &Args, stop: &mut Stop) -> Outcome {
         .into_iter()
         .filter(|curve| suite.only.is_empty() || suite.only.iter().any(|name| name == curve.name()))
         .collect();
-    let bar = progress(chosen.len(), args.pairs);
+    let curves = u64::try_from(chosen.len()).expect("a few");
+    let bar = progress(curves * u64::from(args.pairs));
     let mut report = Report {
         suite: "growth",
         version: env!("CARGO_PKG_VERSION"),
@@ -219,17 +220,4 @@ impl Report {
         }
         text
     }
-}
-
-/// Drawn on a terminal only.
-fn progress(curves: usize, rounds: u16) -> ProgressBar {
-    let total = u64::try_from(curves).unwrap_or(u64::MAX) * u64::from(rounds);
-    let target = if std::io::stderr().is_terminal() {
-        ProgressDrawTarget::stderr()
-    } else {
-        ProgressDrawTarget::hidden()
-    };
-    let style = ProgressStyle::with_template("{bar:40} {percent:>3} %  {eta} left  {msg}")
-        .expect("a template that is right");
-    ProgressBar::with_draw_target(Some(total), target).with_style(style)
 }

@@ -209,7 +209,7 @@ impl Images {
                 ])
                 .arg(path)
                 .arg(size.to_string());
-            run_qemu_img(command, path)
+            run_qemu_img(&mut command, path)
         })
     }
 
@@ -330,10 +330,11 @@ fn compress(raw: &Path, path: &Path, compression: &str) -> Result<(), Missing> {
         .args(["convert", "-q", "-f", "raw", "-O", "qcow2", "-c", "-o"])
         .arg(format!("compression_type={compression}"))
         .args([raw, path]);
-    run_qemu_img(command, path)
+    run_qemu_img(&mut command, path)
 }
 
-fn run_qemu_img(mut command: Command, path: &Path) -> Result<(), Missing> {
+/// Runs qemu-img where it makes or changes an image.
+pub(super) fn run_qemu_img(command: &mut Command, path: &Path) -> Result<(), Missing> {
     match command.stdin(Stdio::null()).output() {
         Ok(output) if output.status.success() => Ok(()),
         Ok(output) => Err(Failure::new(format!(

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 use urus::OpenOptions;
 
-use super::images::{Images, Missing};
+use super::images::{Images, Missing, run_qemu_img};
 use super::report::load_average;
 use super::{Args, INTERRUPTED, check_names, wide};
 use crate::failure::{Failure, Outcome};
@@ -80,7 +80,7 @@ impl Test {
                 .args(["-o", "preallocation=metadata"])
                 .arg(path)
                 .arg(size.to_string());
-            wide::run(&mut command, path)
+            run_qemu_img(&mut command, path)
         })
     }
 }

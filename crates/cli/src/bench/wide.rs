@@ -3,11 +3,11 @@
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Command;
 
 use urus::{CreateOptions, Format, OpenOptions, Queue, Request};
 
-use super::images::{Images, Missing};
+use super::images::{Images, Missing, run_qemu_img};
 use crate::failure::Failure;
 
 /// Bytes of the disk that a slice of 4 KiB maps, with clusters of 64 KiB.
@@ -46,24 +46,8 @@ pub(super) fn alone(images: &Images, name: &str, size: u64) -> Result<PathBuf, M
         make(path, size, &hole)?;
         let mut command = Command::new("qemu-img");
         command.args(["rebase", "-q", "-u", "-f", "qcow2", "-b", ""]);
-        run(command.arg(path), path)
+        run_qemu_img(command.arg(path), path)
     })
-}
-
-/// Runs a program of QEMU's that makes or changes an image.
-pub(super) fn run(command: &mut Command, path: &Path) -> Result<(), Missing> {
-    match command.stdin(Stdio::null()).output() {
-        Ok(output) if output.status.success() => Ok(()),
-        Ok(output) => Err(Failure::new(format!(
-            "qemu-img could not make {}: {}",
-            path.display(),
-            String::from_utf8_lossy(&output.stderr).trim()
-        ))
-        .into()),
-        Err(error) => Err(Missing::Program(format!(
-            "qemu-img, which makes the image, cannot be run: {error}"
-        ))),
-    }
 }
 
 fn hole(images: &Images, size: u64) -> Result<PathBuf, Missing> {

@@ -2,8 +2,11 @@
 #![allow(dead_code, reason = "each test binary uses a part")]
 
 use std::fs;
+use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::{Child, Command, Output, Stdio};
+
+use rustix::process::{Pid, Signal, kill_process};
 
 /// A directory for one test, gone at its end.
 pub(crate) struct Scratch {
@@ -101,4 +104,39 @@ fn words(line: &str) -> Vec<String> {
         }
     }
     words
+}
+
+/// `urus serve` that has said that it is ready.
+pub(crate) struct Server(pub(crate) Child);
+
+impl Server {
+    pub(crate) fn start(scratch: &Scratch, line: &str) -> Self {
+        let mut child = scratch
+            .command(urus(), &format!("-v serve {line}"))
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("urus");
+        let mut lines = BufReader::new(child.stdout.as_mut().expect("piped")).lines();
+        assert!(lines.any(|line| line.expect("text").contains("Ctrl-C")));
+        Self(child)
+    }
+
+    /// SIGTERM; it must end well. Its log.
+    pub(crate) fn end(mut self) -> String {
+        kill_process(Pid::from_child(&self.0), Signal::TERM).expect("a living server");
+        let status = self.0.wait().expect("waiting");
+        let mut log = String::new();
+        let stderr = self.0.stderr.as_mut().expect("piped");
+        stderr.read_to_string(&mut log).expect("text");
+        assert_eq!(status.code(), Some(0), "{log}");
+        log
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
 }
