@@ -87,7 +87,7 @@ const PARTS: &[Part] = &[
     },
     Part {
         name: "fuzz",
-        means: Means::Fuzz(&["--replay", "true"]),
+        means: Means::Fuzz(&["--minutes", "0.8"]),
     },
     Part {
         name: "interleavings",

@@ -161,6 +161,7 @@ impl<S: Storage> Worker<S> {
                     zero: false,
                 });
             }
+            meta.owners.remove(&first);
             let mark = self.shared.pins.mark();
             meta.removed.push(Removed {
                 first,

@@ -412,7 +412,8 @@ impl<S: Storage> Worker<S> {
                     urus_format::L2Entry::Data { host, .. }
                     | urus_format::L2Entry::ZeroAllocated { host, .. },
                 ) => host,
-                // Compressed clusters are never written in place; invalid entries fail when they are used.
+                // Compressed data is never written in place, and freeing it gives no metadata back (`Device::settle`);
+                // invalid entries fail when they are used.
                 _ => continue,
             };
             if let Some(owner) = owners.get(&qcow2.geometry.host_cluster(host).0) {

@@ -3,7 +3,7 @@
 use urus_engine::request::RequestKind;
 use urus_engine::storage::IMAGE;
 use urus_engine::{Control, Options};
-use urus_format::{Header, refcount};
+use urus_format::{CompressedExtent, Header, HostOffset, L2Entry, refcount};
 use urus_sim::checker::{self, Owner, Violation};
 use urus_sim::config::layers;
 use urus_sim::image;
@@ -88,6 +88,64 @@ fn metadata_with_refcount_0_is_not_handed_out() {
         header.l1_table
     };
     assert_eq!(l1(&whole), l1(&after));
+}
+
+/// Guards against metadata that is given back: a broken compressed entry said that its data lies where the metadata does, and
+/// whoever wrote over that guest cluster freed the header, or a refcount block, which then took a guest's data.
+#[test]
+fn metadata_under_a_compressed_entry_is_not_given_back() {
+    let whole = image(4);
+    let report = checker::check(&whole);
+    let header = Header::parse(&whole, whole.len() as u64).expect("valid");
+    let geometry = header.geometry();
+    let word = |at: u64| {
+        let at = usize::try_from(at).expect("small");
+        u64::from_be_bytes(whole[at..at + 8].try_into().expect("eight bytes"))
+    };
+    let metadata: Vec<u64> = (0..whole.len() as u64 >> 9)
+        .map(|cluster| cluster << 9)
+        .filter(|at| report.owners.at(*at).is_some_and(Owner::is_metadata))
+        .collect();
+    assert!(metadata.len() >= 4, "the image has metadata: {metadata:?}");
+    for target in metadata {
+        let mut damaged = whole.clone();
+        // The first entry of the first table that there is.
+        let table =
+            usize::try_from(word(header.l1_table.0) & 0x00ff_ffff_ffff_fe00).expect("small");
+        let extent = CompressedExtent {
+            offset: HostOffset(target),
+            bytes: 512,
+        };
+        let entry = L2Entry::Compressed(extent).encode(&geometry).entry;
+        damaged[table..table + 8].copy_from_slice(&entry.to_be_bytes());
+        let mut machine = open(&damaged);
+        for round in 0..4u8 {
+            for at in (0..DISK).step_by(8192) {
+                let kind = RequestKind::Write {
+                    offset: at,
+                    memory: SimMemory::from_vec(vec![0xd0 + round; 8192]),
+                    fua: true,
+                };
+                machine.submit_kind(kind).expect("there is room");
+                machine.drain().expect("no hang");
+            }
+        }
+        let _ = machine.close();
+        let after = machine.world.contents(IMAGE).bytes().to_vec();
+        let now = checker::check(&after);
+        let counted =
+            |violation: &&Violation| !matches!(violation, Violation::RefcountTooLow { .. });
+        assert_eq!(
+            now.violations.iter().find(|violation| !counted(violation)),
+            None,
+            "metadata at {target:#x} was given back"
+        );
+        assert_eq!(
+            now.owners.at(target),
+            report.owners.at(target),
+            "{target:#x}"
+        );
+    }
 }
 
 /// Guards against a search without end: the L1 table of a much larger disk needs more adjacent clusters than a refcount

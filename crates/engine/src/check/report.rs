@@ -134,7 +134,8 @@ impl CheckReport {
         }
     }
 
-    /// This report, of the check after a repair, with what the check `before` it had found.
+    /// This report, of the check after a repair, with what the check `before` it had found, and what the repair could not read: it
+    /// then ended early.
     pub(super) fn after(mut self, before: Self) -> Self {
         let complete = self.kept.iter().all(|kept| *kept < MAX_FINDINGS);
         let mut messages = before.messages;
@@ -144,8 +145,10 @@ impl CheckReport {
         });
         for finding in &mut messages {
             // Where findings were left out, nobody can say so.
-            finding.repaired = complete && finding.severity != Severity::Note;
+            finding.repaired =
+                complete && !matches!(finding.severity, Severity::Note | Severity::Error);
         }
+        self.check_errors += before.check_errors;
         messages.append(&mut self.messages);
         self.messages = messages;
         self

@@ -1,13 +1,14 @@
-//! Power cuts inside a repair: at every point, with any part of what was not yet durable, the image is no worse
+//! Power cuts and errors inside a repair: at every point, with any part of what was not yet durable, the image is no worse
 //! than it was, and a second repair makes it whole.
 //!
-//! A cut keeps everything up to the last barrier, and any sectors of the writes after it.
+//! A cut keeps everything up to the last barrier, and any sectors of the writes after it. A repair writes nothing more after a
+//! write or a barrier that failed, so what an error leaves is what a cut at that place leaves.
 
 use std::collections::BTreeSet;
 
-use super::memory::{Event, Memory, write};
+use super::memory::{Event, Failure, Memory, write};
 use super::qemu::{Directory, img, io};
-use super::{Image, LIMITS, check, ready};
+use super::{Image, LIMITS, check, ready, try_check_within};
 use crate::check::entries::{COPIED, OFFSET_MASK};
 use crate::check::walk::walk;
 use crate::check::{Repair, Severity};
@@ -226,10 +227,52 @@ fn assert_cuts_are_harmless(
     tried
 }
 
+/// Repairs with every operation failing in turn, once and for good: the failure is told, nothing is written after a write or a
+/// barrier that failed, and a second repair ends where one without errors does.
+fn assert_errors_are_harmless(image: &Image, repair: Repair, what: &str) -> usize {
+    let whole = Memory::new(&image.bytes);
+    let finished = check(&whole, repair);
+    let before = faults(image);
+    let guest = essence(image);
+    let operations = whole.operations.get();
+    let ways = [(false, false), (false, true), (true, false)];
+    for (at, (for_good, half)) in (0..operations).flat_map(|at| ways.map(|way| (at, way))) {
+        let failure = Failure { at, for_good, half };
+        let memory = Memory::new(&image.bytes);
+        memory.failure.set(Some(failure));
+        let told = match try_check_within(&memory, repair, LIMITS) {
+            Ok(report) => report.check_errors > 0,
+            Err(_) => true,
+        };
+        assert!(told, "{what}: {failure:?} was not told");
+        if let Some(failed) = memory.failed.get() {
+            let after = &memory.log.borrow()[failed + 1..];
+            assert!(after.is_empty(), "{what}: {failure:?}, and then {after:?}");
+        }
+        let left = memory.image();
+        let after = faults(&left);
+        assert!(
+            after.low.is_subset(&before.low)
+                && after.copied.is_subset(&before.copied)
+                && after.others <= before.others,
+            "{what}: {failure:?}: {after:?} {before:?}"
+        );
+        assert_eq!(essence(&left), guest, "{what}: {failure:?}");
+        let report = check(&Memory::new(&left.bytes), repair);
+        assert_eq!(
+            (report.is_sound(), report.is_clean()),
+            (finished.is_sound(), finished.is_clean()),
+            "{what}: {failure:?}: {:#?}",
+            report.messages
+        );
+    }
+    operations * ways.len()
+}
+
 #[test]
-fn power_cuts_in_a_repair() {
+fn power_cuts_and_errors_in_a_repair() {
     let directory = Directory::new();
-    let mut tried = 0;
+    let (mut tried, mut errors) = (0, 0);
     for options in [
         "cluster_size=512,refcount_bits=64",
         "cluster_size=512",
@@ -323,7 +366,9 @@ fn power_cuts_in_a_repair() {
         ] {
             let what = format!("{options}: {name}");
             tried += assert_cuts_are_harmless(&directory, damaged, repair, &what);
+            errors += assert_errors_are_harmless(damaged, repair, &what);
         }
     }
     assert!(tried > 600, "{tried} states");
+    assert!(errors > 600, "{errors} errors");
 }

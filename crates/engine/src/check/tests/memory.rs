@@ -15,6 +15,17 @@ pub(super) enum Event {
     Barrier,
 }
 
+/// An operation that fails.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Failure {
+    /// Which, counted from 0 over reads, writes and barriers.
+    pub(super) at: usize,
+    /// And all that follow.
+    pub(super) for_good: bool,
+    /// A write that fails has been made up to its middle.
+    pub(super) half: bool,
+}
+
 pub(super) struct Memory {
     pub(super) bytes: RefCell<Vec<u8>>,
     /// The file goes on with zeroes up to here.
@@ -26,6 +37,11 @@ pub(super) struct Memory {
     pub(super) failing: Cell<Option<usize>>,
     /// Reads that touch this byte fail.
     pub(super) unreadable: Cell<Option<u64>>,
+    pub(super) failure: Cell<Option<Failure>>,
+    /// Operations so far.
+    pub(super) operations: Cell<usize>,
+    /// The event that failed by [`Self::failure`], as a place in the log.
+    pub(super) failed: Cell<Option<usize>>,
 }
 
 impl Memory {
@@ -37,6 +53,9 @@ impl Memory {
             read: Cell::new(0),
             failing: Cell::new(None),
             unreadable: Cell::new(None),
+            failure: Cell::new(None),
+            operations: Cell::new(0),
+            failed: Cell::new(None),
         }
     }
 
@@ -48,6 +67,13 @@ impl Memory {
         super::Image {
             bytes: self.bytes.borrow().clone(),
         }
+    }
+
+    /// Whether the operation that begins is to fail.
+    fn fails(&self) -> bool {
+        let number = self.operations.replace(self.operations.get() + 1);
+        let failure = self.failure.get();
+        failure.is_some_and(|one| number == one.at || one.for_good && number > one.at)
     }
 
     fn event(&self, event: Event) -> Result<()> {
@@ -82,11 +108,8 @@ pub(super) fn write(bytes: &mut Vec<u8>, offset: u64, data: &[u8]) {
 impl CheckIo for Memory {
     async fn read(&self, offset: u64, len: u64) -> Result<Vec<u8>> {
         self.read.set(self.read.get() + len);
-        if self
-            .unreadable
-            .get()
-            .is_some_and(|bad| (offset..offset + len).contains(&bad))
-        {
+        let bad = self.unreadable.get();
+        if self.fails() || bad.is_some_and(|bad| (offset..offset + len).contains(&bad)) {
             return Err(fault("read", offset));
         }
         let bytes = self.bytes.borrow();
@@ -102,7 +125,17 @@ impl CheckIo for Memory {
             offset.is_multiple_of(512) && bytes.len().is_multiple_of(512),
             "whole sectors"
         );
+        let fails = self.fails();
+        if fails {
+            self.failed.set(Some(self.log.borrow().len()));
+        }
         self.event(Event::Write(offset, bytes.to_vec()))?;
+        if fails {
+            let half = self.failure.get().is_some_and(|failure| failure.half);
+            let done = if half { bytes.len() / 1024 * 512 } else { 0 };
+            write(&mut self.bytes.borrow_mut(), offset, &bytes[..done]);
+            return Err(fault("write", offset));
+        }
         write(&mut self.bytes.borrow_mut(), offset, bytes);
         self.len
             .set(self.len.get().max(offset + bytes.len() as u64));
@@ -110,6 +143,11 @@ impl CheckIo for Memory {
     }
 
     async fn barrier(&self) -> Result<()> {
+        if self.fails() {
+            self.failed.set(Some(self.log.borrow().len()));
+            self.event(Event::Barrier)?;
+            return Err(fault("barrier", 0));
+        }
         self.event(Event::Barrier)
     }
 
