@@ -15,6 +15,7 @@ mod places;
 mod progress;
 mod proposal;
 mod qemu;
+mod raw_writes;
 mod report;
 mod slices;
 mod spread;

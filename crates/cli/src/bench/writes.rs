@@ -10,7 +10,6 @@ use std::time::{Duration, Instant};
 
 use serde::Serialize;
 use urus::{Buffer, CacheMode, Device, OpenOptions, Queue, Request};
-use urus_ring::{RawDirection, RawFile, RawMethod};
 
 use super::images::{Images, Kind, Missing};
 use super::latency::Percentiles;
@@ -25,7 +24,7 @@ use crate::signals::Stop;
 
 /// Each write goes into a cluster of its own.
 pub(super) const STRIDE_BYTES: u64 = 64 << 10;
-const WRITE_BYTES: usize = 4 << 10;
+pub(super) const WRITE_BYTES: usize = 4 << 10;
 /// Everything in flight is waited for, and flushed, after so many writes.
 pub(super) const FLUSH_EVERY: u64 = 256;
 /// Writes of one run, at most.
@@ -245,34 +244,7 @@ fn one_queue(device: &Device, depth: u32, numbers: Range<u64>) -> Result<Duratio
     Ok(begin.elapsed())
 }
 
-/// The same writes into a raw file's holes, with the two fdatasyncs for each flush that a mapping takes.
-pub(super) fn by_raw_file(args: &Args, dir: &Path, writes: u64) -> Result<Slice, Failure> {
-    let fail =
-        |error: std::io::Error| Failure::new(format!("a raw file in {}: {error}", dir.display()));
-    let file = tempfile::tempfile_in(dir).map_err(fail)?;
-    file.set_len(writes * STRIDE_BYTES).map_err(fail)?;
-    // Through the page cache nothing is faster for a file that has to grow its extents.
-    let mut raw = RawFile::open(file, RawMethod::Inline, args.depth, WRITE_BYTES).map_err(fail)?;
-    let cpu = cpu_time();
-    let begin = Instant::now();
-    for number in 0..writes {
-        raw.submit(0, number * STRIDE_BYTES, RawDirection::Write);
-        while let Some((_, result)) = raw.completion() {
-            result.map_err(fail)?;
-        }
-        if (number + 1).is_multiple_of(FLUSH_EVERY) || number + 1 == writes {
-            raw.sync_data().map_err(fail)?;
-            raw.sync_data().map_err(fail)?;
-        }
-    }
-    Ok(slice(
-        writes,
-        begin.elapsed(),
-        cpu_time().saturating_sub(cpu),
-    ))
-}
-
-fn slice(operations: u64, time: Duration, cpu: Duration) -> Slice {
+pub(super) fn slice(operations: u64, time: Duration, cpu: Duration) -> Slice {
     #[allow(clippy::cast_precision_loss, reason = "at most WRITES_MAX")]
     let count = operations as f64;
     Slice {

@@ -2,7 +2,8 @@
 
 use urus::CacheMode;
 
-use super::super::images::Missing;
+use super::super::images::{Kind, Missing};
+use super::super::raw_writes;
 use super::super::report::Pair;
 use super::super::writes::{self, STRIDE_BYTES, Test, in_turn};
 use super::report::Measured;
@@ -43,11 +44,39 @@ pub(super) fn beside_raw(bench: &mut Bench<'_>) -> Result<Measured, Missing> {
             1,
         )?)
     };
-    let raw = || Ok(writes::by_raw_file(args, images.dir(), writes)?);
+    let raw = || Ok(raw_writes::into_holes(args, images.dir(), writes)?);
     let pairs = in_turn(args.pairs, bench.stop, urus, raw)?;
     Ok(ratio_of(
         "qcow2",
         "sparse raw file, pwrite, two fdatasyncs a flush",
+        &whole(pairs)?,
+    ))
+}
+
+/// Copying on write beside the copying alone.
+pub(super) fn beside_raw_copies(
+    bench: &mut Bench<'_>,
+    cache: CacheMode,
+) -> Result<Measured, Missing> {
+    let (writes, args, images) = (count(bench), bench.args, &bench.written);
+    let from = images.get(Kind::Qcow2)?;
+    let urus = || {
+        let overlay = images.fresh(Some(Kind::Qcow2))?;
+        Ok(writes::by_urus(args, cache, &overlay, writes, 1)?)
+    };
+    let raw = || {
+        Ok(raw_writes::copies(
+            args,
+            &from,
+            images.dir(),
+            cache,
+            writes,
+        )?)
+    };
+    let pairs = in_turn(args.pairs, bench.stop, urus, raw)?;
+    Ok(ratio_of(
+        "qcow2 overlay",
+        "clusters read from one file and written to another, two fdatasyncs a flush",
         &whole(pairs)?,
     ))
 }

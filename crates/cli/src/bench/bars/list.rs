@@ -92,6 +92,10 @@ pub(super) const BARS: &[Bar] = bars! {
         |bench| allocation::beside_qemu(bench, writes::Test::of(Some(Kind::Qcow2), Buffered));
     P8 copy_on_write_direct AtLeast(writes::BAR), "the same, O_DIRECT",
         |bench| allocation::beside_qemu(bench, writes::Test::of(Some(Kind::Qcow2), Direct));
+    P8 copy_on_write_beside_raw Nothing, "page cache, beside reading and writing as many whole clusters without any format",
+        |bench| allocation::beside_raw_copies(bench, Buffered);
+    P8 copy_on_write_beside_raw_direct Nothing, "the same, O_DIRECT",
+        |bench| allocation::beside_raw_copies(bench, Direct);
     P9 random_read_beside_writer AtLeast(0.95), "4 KiB random reads while another queue writes and flushes every 256, page cache, beside the same on raw",
         |bench| overwrites::beside_writer(bench, Buffered);
     P9 random_read_beside_writer_direct AtLeast(0.95), "the same, O_DIRECT",
