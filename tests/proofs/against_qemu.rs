@@ -452,7 +452,6 @@ fn crowd(
             ..Weights::MIXED
         },
         may_fill_up: false,
-        reads_need_room: false,
         lies: false,
     };
     let seed = rng.next_u64();

@@ -272,7 +272,6 @@ fn habits(plan: &Plan, rng: &mut Rng) -> Habits {
         longest: (plan.cluster * 3).clamp(8 * KIB, 256 * KIB),
         weights,
         may_fill_up: false,
-        reads_need_room: false,
         lies: false,
     }
 }

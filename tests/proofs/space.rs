@@ -42,7 +42,7 @@ const PLANS: [Plan; 6] = [
 /// The part `space`.
 pub(crate) fn run(arguments: &Arguments) -> Tally {
     let figures = [
-        "fills", "refused", "requests", "kills", "stops", "sectors", "stuck", "late", "unread",
+        "fills", "refused", "requests", "kills", "stops", "sectors", "late",
     ];
     let mut tally = Tally::new("space", arguments.seed, arguments.budget(12), &figures);
     let plans: Vec<&Plan> = PLANS
@@ -106,7 +106,7 @@ fn campaign(
         disk = disk
             .judge_after_kill(&read_all(&served).map_err(context)?)
             .map_err(context)?;
-        fill(plan, &served, &disk, rng, tally).map_err(context)?;
+        fill(plan, &served, &disk, rng).map_err(context)?;
         tally.add("fills", 1);
         tally.add("refused", disk.full());
         tally.add("sectors", plan.size / SECTOR);
@@ -149,13 +149,7 @@ fn campaign(
 }
 
 /// Writes until there is no more room, and on for a while; then everything must still read as it should.
-fn fill(
-    plan: &Plan,
-    served: &Served,
-    disk: &Disk,
-    rng: &mut Rng,
-    tally: &mut Tally,
-) -> Result<(), String> {
+fn fill(plan: &Plan, served: &Served, disk: &Disk, rng: &mut Rng) -> Result<(), String> {
     let habits = Habits {
         connections: 4,
         depth: 1 + rng.index(8),
@@ -163,7 +157,6 @@ fn fill(
         longest: 128 * KIB,
         weights: Weights::FILL,
         may_fill_up: true,
-        reads_need_room: few_slices(plan),
         lies: false,
     };
     let (socket, stop, seed) = (served.socket(), AtomicBool::new(false), rng.next_u64());
@@ -185,25 +178,12 @@ fn fill(
             disk.answered()
         ));
     }
-    match read_all(served) {
-        Err(text) if few_slices(plan) && text.contains("error 28") => {
-            tally.add("unread", 1);
-            Ok(())
-        }
-        found => disk
-            .judge_live(&found?)
-            .map_err(|text| format!("while full: {text}")),
-    }
+    disk.judge_live(&read_all(served)?)
+        .map_err(|text| format!("while full: {text}"))
 }
 
 fn is_full(error: &str) -> bool {
     error.ends_with("error 28")
-}
-
-/// A known gap: where the cache of L2 slices is so small that all of it waits for a commit that has no room, slices that
-/// are not cached cannot be read either. What was there is judged once there is room.
-fn few_slices(plan: &Plan) -> bool {
-    plan.serve.contains("--l2-cache-size")
 }
 
 /// Makes room, by a discard or by removing the other file; the device must go on, without a restart.
@@ -220,30 +200,15 @@ fn freed(
     let io = |error: std::io::Error| format!("connecting: {error}");
     let mut client = Client::connect(&served.socket()).map_err(io)?;
     let sectors = plan.size / SECTOR;
-    let mut by_discard = by_discard;
     if by_discard {
-        // All but the last eighth. Nothing is free before this is committed, and committing it may itself need room: for
-        // tables of writes that were answered before the disk was full. Then only the host can help.
-        let trimmed = disk.ask(&mut client, Command::Trim, 0, sectors / 8 * 7);
-        let full = trimmed.as_ref().is_err_and(|error| is_full(error));
-        if !(full && few_slices(plan)) {
-            trimmed?;
-        }
-        let flushed = disk.ask(&mut client, Command::Flush, 0, 0);
-        let flush_full = flushed.as_ref().is_err_and(|error| is_full(error));
-        if !flush_full {
-            flushed?;
-        }
-        if full || flush_full {
-            tally.add("stuck", 1);
-            by_discard = false;
-        }
-    }
-    if !by_discard {
+        // All but the last eighth. A full disk refuses neither this nor the flush: all that they need has its room already.
+        disk.ask(&mut client, Command::Trim, 0, sectors / 8 * 7)
+            .map_err(|error| format!("the discard while full: {error}"))?;
+    } else {
         std::fs::remove_file(ballast).map_err(|error| format!("the ballast: {error}"))?;
-        disk.ask(&mut client, Command::Flush, 0, 0)
-            .map_err(|error| format!("the flush after making room: {error}"))?;
     }
+    disk.ask(&mut client, Command::Flush, 0, 0)
+        .map_err(|error| format!("the flush after making room: {error}"))?;
     for number in 0..writes {
         let fua = number % 8 == 7;
         let lba = sectors / writes * number;

@@ -33,10 +33,8 @@ pub struct Habits {
     pub longest: u64,
     /// How often, relative to one another.
     pub weights: Weights,
-    /// Changes and flushes may fail for want of space.
+    /// Changes may fail for want of space. (Reads and flushes never do.)
     pub may_fill_up: bool,
-    /// Reads may, too.
-    pub reads_need_room: bool,
     /// The tester's own test: nothing is ever flushed, and the judge is told that it was.
     pub lies: bool,
 }
@@ -103,6 +101,7 @@ struct State {
 #[derive(Clone, Copy, Debug)]
 enum Pending {
     Change(GuestOp),
+    Flush(GuestOp),
     Read { lba: u64, count: u64, issued: u64 },
 }
 
@@ -267,7 +266,7 @@ impl Disk {
                     state.model.complete(op, completed, true);
                     return None;
                 }
-                Pending::Change(op)
+                Pending::Flush(op)
             }
         };
         let cookie = state.enter(command, lba, count);
@@ -289,9 +288,8 @@ impl Disk {
         state.busy.remove(&cookie);
         if error != 0 {
             let going = error == SHUTDOWN && self.ending.load(Ordering::Acquire);
-            let reads = matches!(pending, Pending::Read { .. });
-            let full =
-                error == NO_SPACE && habits.may_fill_up && (!reads || habits.reads_need_room);
+            let changes = matches!(pending, Pending::Change(_));
+            let full = error == NO_SPACE && habits.may_fill_up && changes;
             if full {
                 self.full.fetch_add(1, Ordering::Relaxed);
             } else if !going {
@@ -301,7 +299,9 @@ impl Disk {
             }
         }
         match pending {
-            Pending::Change(op) => state.model.complete(op, completed, error == 0),
+            Pending::Change(op) | Pending::Flush(op) => {
+                state.model.complete(op, completed, error == 0);
+            }
             Pending::Read { lba, issued, .. } if error == 0 => {
                 if let Err(mismatch) = state.model.check_read(lba, bytes, issued, completed) {
                     state.faults.push(format!("under load: {mismatch}"));
@@ -635,7 +635,6 @@ mod tests {
             longest: 512,
             weights: Weights::FILL,
             may_fill_up: false,
-            reads_need_room: false,
             lies: false,
         };
         for (may_fill_up, error, faultless) in [
@@ -646,7 +645,7 @@ mod tests {
             (false, SHUTDOWN, false),
         ] {
             let (disk, _) = history();
-            let op = disk.locked().model.flush(7);
+            let op = disk.locked().model.zero(0, 1, false, 7);
             let habits = Habits {
                 may_fill_up,
                 ..habits.clone()
@@ -654,5 +653,13 @@ mod tests {
             disk.answer(1, Pending::Change(op), error, &[], &habits);
             assert_eq!(disk.faultless().is_ok(), faultless, "error {error}");
         }
+        let habits = Habits {
+            may_fill_up: true,
+            ..habits
+        };
+        let (disk, _) = history();
+        let op = disk.locked().model.flush(7);
+        disk.answer(1, Pending::Flush(op), NO_SPACE, &[], &habits);
+        disk.faultless().expect_err("a flush needs no room");
     }
 }

@@ -38,6 +38,8 @@ pub(crate) struct Allocator {
     grown: Cell<u64>,
     /// The file's length when it was opened.
     opened_bytes: u64,
+    /// Refcount blocks that have their room on the disk.
+    roomy: RefCell<RangeSet>,
     /// Where the refcount table lies on disk.
     place: Cell<TablePlace>,
     /// Where it is to move, as no commit has begun yet.
@@ -71,6 +73,7 @@ impl Allocator {
             end: Cell::new(end),
             grown: Cell::new(file_end),
             opened_bytes: file_bytes,
+            roomy: RefCell::default(),
             place: Cell::new(place),
             next_place: Cell::new(None),
             table_clusters: Cell::new(place.clusters),
@@ -194,6 +197,7 @@ impl Allocator {
             }
             slices += u64::from(self.refcounts.get(start).is_none());
             self.refcounts.load(worker, start).await?;
+            self.room_to_count(worker, block).await?;
             // Another reservation may have gone on meanwhile.
             if self.cursor.get() != start {
                 continue;
@@ -251,10 +255,11 @@ impl Allocator {
             }
             let block = self.refcounts.block_of(first);
             if self.refcounts.block_offset(block) == 0 {
-                self.add_block(worker, block)?;
+                self.add_block(worker, block).await?;
                 continue;
             }
             self.refcounts.load(worker, first).await?;
+            self.room_to_count(worker, block).await?;
             if self.end.get() != first {
                 continue;
             }
@@ -273,6 +278,18 @@ impl Allocator {
             self.end.set(first + taken);
             return Ok(self.hand_out(first, taken, zero));
         }
+    }
+
+    /// Takes room for a refcount block, which may be a hole: what it counts from now on is written by a commit.
+    async fn room_to_count<S: Storage>(&self, worker: &Worker<S>, block: u64) -> Result<()> {
+        if self.roomy.borrow().contains(block) {
+            return Ok(());
+        }
+        let offset = self.refcounts.block_offset(block);
+        let bytes = self.refcounts.geometry.cluster_bytes();
+        worker.take_room(offset, bytes).await?;
+        self.roomy.borrow_mut().insert(block, 1);
+        Ok(())
     }
 
     /// Lengthens the file ahead of the clusters taken at its end, in steps. Writes past the end of a file wait for one another
@@ -382,15 +399,27 @@ impl Allocator {
     }
 
     /// Adds the refcount block that is missing at the end, at the first cluster it covers that is free: so it
-    /// counts itself (O8). Where the table has no room for its entry, the table moves.
-    fn add_block<S: Storage>(&self, worker: &Worker<S>, block: u64) -> Result<()> {
-        let geometry = &self.refcounts.geometry;
+    /// counts itself (O8). Where the table has no room for its entry, the table moves. Nothing is added where another reservation has
+    /// gone on meanwhile: the caller looks again.
+    async fn add_block<S: Storage>(&self, worker: &Worker<S>, block: u64) -> Result<()> {
+        let geometry = self.refcounts.geometry;
         let entries = self.table_clusters.get() << geometry.cluster_bits() >> 3;
         if block >= entries {
-            return self.grow_table(worker, block);
+            return self.grow_table(worker, block).await;
         }
         let cluster = self.end.get();
         self.check_unowned(worker, cluster, 1)?;
+        worker
+            .take_room(cluster << geometry.cluster_bits(), geometry.cluster_bytes())
+            .await?;
+        // A table that is to move, or just moves, has its room.
+        let place = self.place.get();
+        if self.table_clusters.get() == place.clusters {
+            worker.take_room(place.offset + block * 8, 8).await?;
+        }
+        if self.end.get() != cluster || self.refcounts.block_offset(block) != 0 {
+            return Ok(());
+        }
         self.end.set(cluster + 1);
         self.place_block(worker, block, cluster);
         Ok(())
@@ -432,10 +461,15 @@ impl Allocator {
         Shared::count(&worker.shared.stats.allocated_clusters, 1);
     }
 
-    /// Finds a new, larger place for the refcount table at the end, with the blocks that cover it.
-    fn grow_table<S: Storage>(&self, worker: &Worker<S>, block: u64) -> Result<()> {
+    /// Clusters of the blocks, and of the table, that a table moved to `start` takes so that it has room for `block`, for the blocks that
+    /// cover itself, and for what comes later.
+    fn plan_table<S: Storage>(
+        &self,
+        worker: &Worker<S>,
+        start: u64,
+        block: u64,
+    ) -> Result<(u64, u64)> {
         let geometry = self.refcounts.geometry;
-        let start = self.end.get();
         let wanted = (block + 1).max(self.refcounts.table_entries() * 3 / 2);
         // Blocks needed for [start, start + blocks + table), and a table that has room for them: grows to a fixpoint.
         let (mut blocks, mut table) = (1, 1);
@@ -461,7 +495,22 @@ impl Allocator {
                 ),
             });
         }
+        Ok((blocks, table))
+    }
+
+    /// Finds a new, larger place for the refcount table at the end, with the blocks that cover it.
+    async fn grow_table<S: Storage>(&self, worker: &Worker<S>, block: u64) -> Result<()> {
+        let geometry = self.refcounts.geometry;
+        let start = self.end.get();
+        let (blocks, table) = self.plan_table(worker, start, block)?;
         self.check_unowned(worker, start, blocks + table)?;
+        let bits = geometry.cluster_bits();
+        worker
+            .take_room(start << bits, (blocks + table) << bits)
+            .await?;
+        if self.end.get() != start || self.refcounts.block_offset(block) != 0 {
+            return Ok(());
+        }
         for index in 0..blocks {
             self.refcounts
                 .add_block(block + index, (start + index) << geometry.cluster_bits());

@@ -65,7 +65,10 @@ impl<S: Storage> Worker<S> {
             self.shared.check_writable()?;
             let entry = self.shared.l1_entry(0, table)?;
             if entry.is_none_or(|entry| !entry.copied) && table_cluster.is_none() {
-                *table_cluster = Some(self.take_clusters(1).await?);
+                let cluster = self.take_clusters(1).await?;
+                *table_cluster = Some(cluster);
+                let bits = image.geometry.cluster_bits();
+                self.take_room(cluster.first << bits, 1 << bits).await?;
                 continue;
             }
             let mut missing_frame = false;

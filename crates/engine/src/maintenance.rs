@@ -41,6 +41,8 @@ pub(crate) struct Device<S: Storage> {
     pub(crate) header_turn: Turn,
     /// The file system cannot punch.
     pub(crate) no_punch: Cell<bool>,
+    /// All of the L1 table has its room on the disk.
+    l1_has_room: Cell<bool>,
 }
 
 /// The maintenance executor of one device. It belongs to the thread that made it.
@@ -66,6 +68,7 @@ impl<S: Storage> Maintenance<S> {
             settled_waiters: RefCell::default(),
             header_turn: Turn::default(),
             no_punch: Cell::new(false),
+            l1_has_room: Cell::new(false),
         });
         let service = Rc::clone(&device);
         worker
@@ -216,15 +219,28 @@ impl<S: Storage> Device<S> {
                     }
                 }
                 Allocation::Reserve(count, sender) => {
-                    let result = self.image().allocator.reserve(&self.worker, count).await;
-                    if matches!(&result, Err(error) if error.is_out_of_space()) {
-                        // What was freed and not committed may be enough for the next one.
-                        self.shared().request_commit();
-                    }
-                    sender.send(result);
+                    sender.send(self.reserve(count).await);
                 }
             }
         }
+    }
+
+    async fn reserve(&self, count: u64) -> Result<Run> {
+        if !self.l1_has_room.get() {
+            // In a new image it is a hole. One that has moved was written whole.
+            let (offset, bytes) =
+                self.with_header(|header| (header.l1_table.0, u64::from(header.l1_entries) * 8));
+            if bytes > 0 {
+                self.worker.take_room(offset, bytes).await?;
+            }
+            self.l1_has_room.set(true);
+        }
+        let result = self.image().allocator.reserve(&self.worker, count).await;
+        if matches!(&result, Err(error) if error.is_out_of_space()) {
+            // What was freed and not committed may be enough for the next one.
+            self.shared().request_commit();
+        }
+        result
     }
 
     async fn control_forever(&self) {

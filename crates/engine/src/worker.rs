@@ -295,6 +295,29 @@ impl<S: Storage> Worker<S> {
         }
     }
 
+    /// Takes the room that metadata will need once a commit writes it. A full disk then refuses the request that needs it, and not the
+    /// commit, which would let nobody go on: neither flushes nor the discards that could give room back.
+    pub(crate) async fn take_room(&self, offset: u64, len: u64) -> Result<()> {
+        if !self.reactor.properties(IMAGE).regular {
+            return Ok(());
+        }
+        let taken = self
+            .simple("allocate", IMAGE, offset, len, || OpKind::Allocate {
+                offset,
+                len,
+            })
+            .await;
+        match taken {
+            Err(error) if error.is_out_of_space() => {
+                // What was freed and not committed may be enough for the next one.
+                self.shared.request_commit();
+                Err(error)
+            }
+            // A file system that cannot say so beforehand may have the room.
+            _ => Ok(()),
+        }
+    }
+
     /// Brings a slice into the cache. It may be gone again when this returns: the caller looks it up again.
     pub(crate) async fn load(&self, layer: usize, slice: SliceId) -> Result<()> {
         match self.loading.join((layer, slice)).await {

@@ -26,6 +26,7 @@ pub mod qemu;
 pub mod rng;
 pub mod runner;
 pub mod sequences;
+pub mod space;
 pub mod stamp;
 pub mod storage;
 pub mod sweep;

@@ -455,7 +455,11 @@ impl World {
             return Some(errno::EFBIG);
         }
         let takes_space = !matches!(op.kind, OpKind::Punch { .. });
-        (takes_space && end > capacity && end > len).then_some(errno::ENOSPC)
+        if takes_space && end > capacity && end > len {
+            return Some(errno::ENOSPC);
+        }
+        let space = self.files[usize::from(op.file.0)].space.as_mut();
+        space.and_then(|space| (!space.account(&op.kind)).then_some(errno::ENOSPC))
     }
 }
 

@@ -18,6 +18,7 @@ use crate::fault::{Fault, FaultPlan};
 use crate::log::{Event, Log, OpId};
 use crate::op::{Landed, Outcome, Running};
 use crate::rng::{Rng, TraceHash};
+use crate::space::Space;
 use crate::storage::{Flag, SimStorage};
 
 /// What a simulated file is.
@@ -139,6 +140,8 @@ pub(crate) struct File {
     pub(crate) properties: FileProperties,
     pub(crate) writable: bool,
     pub(crate) capacity: u64,
+    /// Room on its disk, where that is counted.
+    pub(crate) space: Option<Space>,
 }
 
 /// One [`SimStorage`]: what it has in flight and what waits to be seen.
@@ -264,6 +267,7 @@ impl SimWorld {
             properties: spec.properties,
             writable: spec.writable,
             capacity: spec.capacity.min(MAX_FILE_BYTES),
+            space: None,
         };
         let files: Vec<File> = files.into_iter().map(file).collect();
         let initial = files.iter().map(|file| file.contents.clone()).collect();
@@ -394,6 +398,13 @@ impl SimWorld {
     /// Limits how far a file can grow (ENOSPC beyond); to lift it again, give a larger limit.
     pub fn limit(&self, file: FileId, capacity: u64) {
         self.0.borrow_mut().files[usize::from(file.0)].capacity = capacity.min(MAX_FILE_BYTES);
+    }
+
+    /// From now on the disk has room for so many more blocks of [`BLOCK`](crate::space::BLOCK) bytes of this file (ENOSPC beyond). What
+    /// is punched, or cut off, comes back.
+    pub fn give_room(&self, file: FileId, blocks: u64) {
+        let file = &mut self.0.borrow_mut().files[usize::from(file.0)];
+        file.space = Some(Space::new(file.contents.bytes(), blocks));
     }
 
     /// Storage operations submitted so far.
