@@ -13,9 +13,11 @@ mod best_raw;
 mod compressed;
 mod list;
 mod lookups;
+mod misses;
 mod nbd;
 mod opening;
 mod overwrites;
+mod qemu_reads;
 mod reads;
 mod report;
 

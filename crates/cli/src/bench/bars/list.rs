@@ -6,7 +6,8 @@ use super::super::images::{Kind, Missing};
 use super::super::writes;
 use super::report::{Asked, Measured};
 use super::{
-    Bench, Pages, allocation, barriers, compressed, lookups, nbd, opening, overwrites, reads,
+    Bench, Pages, allocation, barriers, compressed, lookups, misses, nbd, opening, overwrites,
+    reads,
 };
 
 /// One thing that is asked for.
@@ -128,6 +129,10 @@ pub(super) const BARS: &[Bar] = bars! {
     P14 look_up AtMost(20.0), LOOK_UP, lookups::added;
     P14 look_up_2_queues AtLeast(0.9), "look-ups on two queues of one device, beside two devices that share nothing",
         lookups::sharing;
+    P14 missed_look_ups AtLeast(misses::BAR), "4 KiB random reads, O_DIRECT, 32 in flight, with a cache for an eighth of the mapping, beside qemu-img bench with the same",
+        |bench| misses::random(bench, Direct);
+    P14 missed_look_ups_warm Nothing, "the same from the page cache",
+        |bench| misses::random(bench, Buffered);
     P15 convert_to_qcow2 AtLeast(1.0), "raw to qcow2, beside qemu-img convert -W -m 16", |_| elsewhere(CONVERT);
     P15 convert_to_raw AtLeast(1.0), "qcow2 to raw", |_| elsewhere(CONVERT);
     P15 convert_to_zlib AtLeast(1.5), "raw to compressed qcow2, zlib", |_| elsewhere(CONVERT);
