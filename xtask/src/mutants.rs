@@ -112,7 +112,7 @@ const UNITS: Judge = Judge {
     seconds: 60,
 };
 
-/// The simulator's parts, each at its smallest, and all of the engine's own tests, by the processor time they take.
+/// The simulator's parts, each at its smallest but in all configurations, and all of the engine's own tests.
 const JUDGES: [Judge; 5] = [
     simulator(
         "sequences",
@@ -121,8 +121,24 @@ const JUDGES: [Judge; 5] = [
     ),
     simulator(
         "cuts",
-        &["--part", "cuts", "--states", "15000", "--qemu", "0"],
-        120,
+        &[
+            "--part", "cuts", "--cuts", "3", "--states", "10000", "--qemu", "0",
+        ],
+        60,
+    ),
+    simulator(
+        "errors",
+        &[
+            "--part",
+            "errors",
+            "--injections",
+            "4",
+            "--states",
+            "5000",
+            "--qemu",
+            "0",
+        ],
+        40,
     ),
     simulator(
         "model",
@@ -135,11 +151,6 @@ const JUDGES: [Judge; 5] = [
         run: Run::Tests(&[]),
         seconds: 120,
     },
-    simulator(
-        "errors",
-        &["--part", "errors", "--states", "5000", "--qemu", "0"],
-        80,
-    ),
 ];
 
 /// Judges of a file, in order: first those that know it best.
@@ -339,9 +350,12 @@ impl Laboratory {
 
     /// Seconds that each judge may take: all of them pass where nothing is changed, and how long they take is measured. Plenty, since
     /// others use the machine too; what loops is ended by its processor time.
-    fn limits(&self) -> Result<Vec<(&'static str, u64)>, String> {
+    fn limits(&self, stopped: &AtomicBool) -> Result<Vec<(&'static str, u64)>, String> {
         let mut limits = Vec::new();
         for judge in [&FORMAT, &FORMAT_QEMU, &UNITS].into_iter().chain(&JUDGES) {
+            if stopped.load(Ordering::Relaxed) {
+                return Err("stopped before anything was tried".into());
+            }
             if !self.build(judge)? {
                 return Err(format!("{}: it does not build unchanged", judge.name));
             }
@@ -533,7 +547,8 @@ fn hunt(root: &Path, directory: &Path, budget: Duration, seed: u64) -> Result<Ta
     shuffle(&mut mutants, seed);
     let listed: BTreeSet<Survivor> = survivors::listed(root)?.into_iter().collect();
     let laboratory = Laboratory::copy(root, directory)?;
-    let limits = laboratory.limits()?;
+    let stopped = stop_flag()?;
+    let limits = laboratory.limits(&stopped)?;
     let path = directory.join(format!("seed-{seed}.txt"));
     let told = |error| format!("{}: {error}", path.display());
     let mut record = fs::File::create(&path).map_err(told)?;
@@ -541,7 +556,6 @@ fn hunt(root: &Path, directory: &Path, budget: Duration, seed: u64) -> Result<Ta
         of: mutants.len(),
         ..Tally::default()
     };
-    let stopped = stop_flag()?;
     let start = Instant::now();
     for mutant in &mutants {
         if start.elapsed() >= budget || stopped.load(Ordering::Relaxed) {
