@@ -112,7 +112,15 @@ const UNITS: Judge = Judge {
     seconds: 60,
 };
 
-/// The simulator's parts, each at its smallest but in all configurations, and all of the engine's own tests.
+/// All of the engine's own tests: those of the check read what the format's code wrote.
+const WHOLE_ENGINE: Judge = Judge {
+    name: "engine",
+    build: ENGINE,
+    run: Run::Tests(&[]),
+    seconds: 120,
+};
+
+/// The simulator's parts, each at its smallest but in all configurations, and more of the one that moves the refcount table.
 const JUDGES: [Judge; 5] = [
     simulator(
         "sequences",
@@ -145,23 +153,37 @@ const JUDGES: [Judge; 5] = [
         &["--part", "model", "--states", "5000", "--qemu", "0"],
         40,
     ),
-    Judge {
-        name: "engine",
-        build: ENGINE,
-        run: Run::Tests(&[]),
-        seconds: 120,
-    },
+    simulator(
+        "table",
+        &[
+            "--part",
+            "cuts",
+            "--config",
+            "refcount table grows",
+            "--cuts",
+            "3",
+            "--states",
+            "1500",
+            "--qemu",
+            "0",
+        ],
+        40,
+    ),
 ];
 
-/// Judges of a file, in order: first those that know it best.
+/// Judges of a file, in order: those that know it best come first, those that take longest last.
 fn judges_of(file: &str) -> Vec<&'static Judge> {
-    let (first, last) = match file {
-        _ if file.starts_with("crates/format/") => (Some(&FORMAT), Some(&FORMAT_QEMU)),
-        // They have tests of their own.
-        "crates/engine/src/refcounts.rs" | "crates/engine/src/frames.rs" => (Some(&UNITS), None),
-        _ => (None, None),
-    };
-    first.into_iter().chain(&JUDGES).chain(last).collect()
+    let simulator = JUDGES.iter();
+    if file.starts_with("crates/format/") {
+        let own = std::iter::once(&FORMAT);
+        own.chain(simulator)
+            .chain([&WHOLE_ENGINE, &FORMAT_QEMU])
+            .collect()
+    } else if file.ends_with("/refcounts.rs") || file.ends_with("/frames.rs") {
+        std::iter::once(&UNITS).chain(simulator).collect()
+    } else {
+        simulator.chain([&UNITS]).collect()
+    }
 }
 
 /// A change that can be made.
@@ -352,7 +374,10 @@ impl Laboratory {
     /// others use the machine too; what loops is ended by its processor time.
     fn limits(&self, stopped: &AtomicBool) -> Result<Vec<(&'static str, u64)>, String> {
         let mut limits = Vec::new();
-        for judge in [&FORMAT, &FORMAT_QEMU, &UNITS].into_iter().chain(&JUDGES) {
+        for judge in [&FORMAT, &FORMAT_QEMU, &UNITS, &WHOLE_ENGINE]
+            .into_iter()
+            .chain(&JUDGES)
+        {
             if stopped.load(Ordering::Relaxed) {
                 return Err("stopped before anything was tried".into());
             }
