@@ -2,6 +2,7 @@
 
 mod branches;
 mod instructions;
+mod judges;
 mod leftovers;
 mod licences;
 mod mutants;

@@ -11,10 +11,14 @@ use std::io::Write as _;
 use std::os::unix::process::ExitStatusExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
+use signal_hook::consts::{SIGINT, SIGTERM};
 
+use crate::judges::{self, Judge, Run};
 use crate::steps::{Steps, output};
 use crate::survivors::{self, Survivor};
 
@@ -38,77 +42,6 @@ const SIGKILL: i32 = 9;
 const SIGXCPU: i32 = 24;
 /// A build that takes longer has hung.
 const BUILD_SECONDS: u64 = 900;
-
-/// Something that may notice a mutant.
-struct Judge {
-    name: &'static str,
-    /// What cargo builds for it.
-    build: &'static [&'static str],
-    run: Run,
-    /// Processor time it may take, some times what it needs: a mutant may loop without end.
-    seconds: u64,
-}
-
-enum Run {
-    /// The simulator, built before.
-    Simulator(&'static [&'static str]),
-    /// The tests that were built.
-    Tests,
-}
-
-const SIMULATOR: &[&str] = &["build", "-p", "urus-sim", "--bin", "urus-sim"];
-
-const fn simulator(name: &'static str, arguments: &'static [&'static str], seconds: u64) -> Judge {
-    Judge {
-        name,
-        build: SIMULATOR,
-        run: Run::Simulator(arguments),
-        seconds,
-    }
-}
-
-const FORMAT: Judge = Judge {
-    name: "format",
-    build: &["test", "-p", "urus-format", "--lib", "--tests"],
-    run: Run::Tests,
-    seconds: 60,
-};
-
-/// The simulator's parts, each at its smallest, and the engine's own tests, which take longest to build.
-const JUDGES: [Judge; 5] = [
-    simulator(
-        "sequences",
-        &["--part", "sequences", "--states", "5000", "--qemu", "0"],
-        8,
-    ),
-    simulator(
-        "model",
-        &["--part", "model", "--states", "5000", "--qemu", "0"],
-        40,
-    ),
-    simulator(
-        "cuts",
-        &["--part", "cuts", "--states", "15000", "--qemu", "0"],
-        120,
-    ),
-    Judge {
-        name: "engine",
-        build: &["test", "-p", "urus-engine", "--lib"],
-        run: Run::Tests,
-        seconds: 120,
-    },
-    simulator(
-        "errors",
-        &["--part", "errors", "--states", "5000", "--qemu", "0"],
-        80,
-    ),
-];
-
-/// Judges of a file, in order.
-fn judges_of(file: &str) -> Vec<&'static Judge> {
-    let own = file.starts_with("crates/format/").then_some(&FORMAT);
-    own.into_iter().chain(&JUDGES).collect()
-}
 
 /// A change that can be made.
 struct Mutant {
@@ -271,14 +204,18 @@ impl Laboratory {
     fn build(&self, judge: &Judge) -> Result<bool, String> {
         let more: &[&str] = match judge.run {
             Run::Simulator(_) => &[],
-            Run::Tests => &["--no-run"],
+            Run::Tests(_) => &["--no-run"],
         };
         Ok(self.cargo(judge.build, more, (BUILD_SECONDS, BUILD_SECONDS))? == Ended::Well)
     }
 
+    /// It was built before.
     fn judge(&self, judge: &Judge, seconds: u64) -> Result<Ended, String> {
         match judge.run {
-            Run::Tests => self.cargo(judge.build, &[], (judge.seconds, seconds)),
+            Run::Tests(told) => {
+                let more = [&["--"], told].concat();
+                self.cargo(judge.build, &more, (judge.seconds, seconds))
+            }
             Run::Simulator(arguments) => {
                 let mut run = Command::new("timeout");
                 run.args(["--kill-after=5", &seconds.to_string()])
@@ -291,10 +228,14 @@ impl Laboratory {
         }
     }
 
-    /// Seconds that each judge may take: all of them pass where nothing is changed, and how long they take is measured.
-    fn limits(&self) -> Result<Vec<(&'static str, u64)>, String> {
+    /// Seconds that each judge may take: all of them pass where nothing is changed, and how long they take is measured. Plenty, since
+    /// others use the machine too; what loops is ended by its processor time.
+    fn limits(&self, stopped: &AtomicBool) -> Result<Vec<(&'static str, u64)>, String> {
         let mut limits = Vec::new();
-        for judge in std::iter::once(&FORMAT).chain(&JUDGES) {
+        for judge in judges::all() {
+            if stopped.load(Ordering::Relaxed) {
+                return Err("stopped before anything was tried".into());
+            }
             if !self.build(judge)? {
                 return Err(format!("{}: it does not build unchanged", judge.name));
             }
@@ -304,7 +245,7 @@ impl Laboratory {
             }
             let took = start.elapsed();
             println!("{:<12} {:>6.1} s unchanged", judge.name, took.as_secs_f64());
-            limits.push((judge.name, took.as_secs() * 4 + 20));
+            limits.push((judge.name, took.as_secs() * 8 + 60));
         }
         Ok(limits)
     }
@@ -318,13 +259,13 @@ impl Laboratory {
             .applied(&source)
             .ok_or_else(|| format!("{}: there is no such place", mutant.name))?;
         fs::write(&path, changed).map_err(told)?;
-        let fate = self.shown(&judges_of(&mutant.file), limits);
+        let fate = self.shown(&judges::of(&mutant.file), limits);
         fs::write(&path, source).map_err(told)?;
         fate
     }
 
     fn shown(&self, judges: &[&'static Judge], limits: &[(&str, u64)]) -> Result<Fate, String> {
-        let mut built: Option<&[&str]> = None;
+        let mut built = None;
         for judge in judges {
             if built != Some(judge.build) && !self.build(judge)? {
                 return Ok(Fate::Unviable);
@@ -470,13 +411,24 @@ pub(crate) fn run(steps: &mut Steps, minutes: u64, seed: u64) {
     });
 }
 
+/// Set once somebody asks this to stop: the table is printed first, as soon as the judge at work has ended.
+fn stop_flag() -> Result<Arc<AtomicBool>, String> {
+    let stopped = Arc::new(AtomicBool::new(false));
+    for signal in [SIGINT, SIGTERM] {
+        signal_hook::flag::register(signal, Arc::clone(&stopped))
+            .map_err(|error| format!("signal {signal} cannot be heard: {error}"))?;
+    }
+    Ok(stopped)
+}
+
 fn hunt(root: &Path, directory: &Path, budget: Duration, seed: u64) -> Result<Tally, String> {
     install()?;
     let mut mutants = list(root)?;
     shuffle(&mut mutants, seed);
     let listed: BTreeSet<Survivor> = survivors::listed(root)?.into_iter().collect();
     let laboratory = Laboratory::copy(root, directory)?;
-    let limits = laboratory.limits()?;
+    let stopped = stop_flag()?;
+    let limits = laboratory.limits(&stopped)?;
     let path = directory.join(format!("seed-{seed}.txt"));
     let told = |error| format!("{}: {error}", path.display());
     let mut record = fs::File::create(&path).map_err(told)?;
@@ -486,23 +438,29 @@ fn hunt(root: &Path, directory: &Path, budget: Duration, seed: u64) -> Result<Ta
     };
     let start = Instant::now();
     for mutant in &mutants {
-        if start.elapsed() >= budget {
+        if start.elapsed() >= budget || stopped.load(Ordering::Relaxed) {
             break;
         }
         let source = fs::read_to_string(laboratory.tree.join(&mutant.file))
             .map_err(|error| format!("{}: {error}", mutant.file))?;
         let before = start.elapsed();
-        let fate = laboratory.fate(mutant, &limits)?;
+        let survivor = mutant.survivor(&source);
+        let known = listed.contains(&survivor);
+        // One on the page would take the time of all judges, and is no news: it counts against the tests unseen.
+        let fate = if known {
+            Fate::Survived
+        } else {
+            laboratory.fate(mutant, &limits)?
+        };
+        if stopped.load(Ordering::Relaxed) {
+            // Whoever stopped this may have ended the judge too.
+            break;
+        }
         let took = (start.elapsed() - before).as_secs_f64();
         tally.add(fate);
         writeln!(record, "{fate} after {took:.1} s: {}", mutant.name).map_err(told)?;
         if fate == Fate::Survived {
-            let survivor = mutant.survivor(&source);
-            let word = if listed.contains(&survivor) {
-                "listed"
-            } else {
-                "NOT LISTED"
-            };
+            let word = if known { "listed" } else { "NOT LISTED" };
             println!("{word}: {}\n    {}", mutant.name, survivor.line);
             tally.survivors.push((mutant.name.clone(), survivor));
         }

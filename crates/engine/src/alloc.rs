@@ -6,6 +6,8 @@
 
 use std::cell::{Cell, RefCell};
 
+use urus_format::Geometry;
+
 use crate::error::{Error, Result};
 use crate::limits;
 use crate::ranges::RangeSet;
@@ -471,19 +473,7 @@ impl Allocator {
     ) -> Result<(u64, u64)> {
         let geometry = self.refcounts.geometry;
         let wanted = (block + 1).max(self.refcounts.table_entries() * 3 / 2);
-        // Blocks needed for [start, start + blocks + table), and a table that has room for them: grows to a fixpoint.
-        let (mut blocks, mut table) = (1, 1);
-        loop {
-            let last_block = self.refcounts.block_of(start + blocks + table - 1);
-            let need_table =
-                geometry.clusters_for(wanted.max(last_block + 1).max(block + blocks) * 8);
-            let need_blocks = last_block + 1 - block;
-            if need_table <= table && need_blocks <= blocks {
-                break;
-            }
-            table = table.max(need_table);
-            blocks = blocks.max(need_blocks);
-        }
+        let (blocks, table) = new_table(&geometry, start, block, wanted);
         if table << geometry.cluster_bits() > limits::REFCOUNT_TABLE_BYTES
             || start + blocks + table > self.limit
         {
@@ -533,5 +523,161 @@ impl Allocator {
         }));
         self.table_clusters.set(table);
         Ok(())
+    }
+}
+
+/// Refcount blocks, from `block` on, that cover themselves and a table behind them, all from cluster `start` of that block on; and
+/// clusters of that table, which has room for `wanted` entries and for those blocks.
+fn new_table(geometry: &Geometry, start: u64, block: u64, wanted: u64) -> (u64, u64) {
+    // Grows to a fixpoint.
+    let (mut blocks, mut table) = (1, 1);
+    loop {
+        let last_block = (start + blocks + table - 1) >> geometry.refcount_block_bits();
+        let need_blocks = last_block + 1 - block;
+        let need_table = geometry.clusters_for(wanted.max(block + blocks) * 8);
+        if need_table <= table && need_blocks <= blocks {
+            return (blocks, table);
+        }
+        table = table.max(need_table);
+        blocks = blocks.max(need_blocks);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    //! Guards against clusters that are two things at once, and against a refcount table whose blocks do not count what they have to.
+
+    use super::*;
+
+    const BITS: u32 = 9;
+
+    /// 64-bit refcounts in clusters of 512 bytes: a block has those of 64 clusters. Two blocks, in clusters 2 and 3.
+    fn allocator(file_bytes: u64, regular: bool) -> Allocator {
+        let geometry = Geometry::new(BITS, 6, 8, 3);
+        let refcounts = Refcounts::new(geometry, Vec::new(), 8);
+        refcounts.add_block(0, 2 << BITS);
+        refcounts.add_block(1, 3 << BITS);
+        Allocator::new(refcounts, place(1), file_bytes, regular)
+    }
+
+    fn place(cluster: u64) -> TablePlace {
+        TablePlace {
+            offset: cluster << BITS,
+            clusters: 1,
+        }
+    }
+
+    fn parts(run: Run) -> (u64, u64, bool) {
+        (run.first, run.count, run.zero)
+    }
+
+    #[test]
+    fn what_comes_back_unused_is_handed_out_piece_by_piece() {
+        let allocator = allocator(10 << BITS, true);
+        assert!(allocator.take_recycled(1).is_none());
+        let run = allocator.hand_out(20, 5, true);
+        assert_eq!(parts(run), (20, 5, true));
+        allocator.give_back(run);
+        let taken: Vec<_> = [2, 1, 9, 1]
+            .into_iter()
+            .map_while(|count| allocator.take_recycled(count))
+            .map(parts)
+            .collect();
+        // A write of it may have failed halfway: it is not taken for zero.
+        assert_eq!(taken, [(20, 2, false), (22, 1, false), (23, 2, false)]);
+    }
+
+    #[test]
+    fn only_what_nothing_is_known_of_is_free() {
+        let allocator = allocator(10 << BITS, true);
+        let mut owners = Owners::default();
+        owners.insert(5, Owner::L2Table);
+        allocator.refcounts.set(6, 1);
+        allocator.hand_out(7, 2, false);
+        let free = |owners: &Owners| -> Vec<u64> {
+            (0..11)
+                .filter(|cluster| allocator.is_free(owners, *cluster))
+                .collect()
+        };
+        // The header's cluster never is.
+        assert_eq!(free(&owners), [1, 2, 3, 4, 9, 10]);
+        owners.remove(&5);
+        allocator.refcounts.set(6, 0);
+        assert_eq!(free(&owners), [1, 2, 3, 4, 5, 6, 9, 10]);
+    }
+
+    /// Zero is what was punched or lies past the end of the file, until it is handed out.
+    #[test]
+    fn what_is_known_to_be_zero() {
+        let zero = |allocator: &Allocator| -> Vec<u64> {
+            (0..14)
+                .filter(|cluster| allocator.is_zero(*cluster))
+                .collect()
+        };
+        let file = allocator((10 << BITS) - 1, true);
+        assert_eq!(zero(&file), [10, 11, 12, 13]);
+        file.released(3, 2, true);
+        file.released(6, 1, false);
+        assert_eq!(zero(&file), [3, 4, 10, 11, 12, 13]);
+        file.hand_out(4, 1, true);
+        file.hand_out(10, 2, true);
+        assert_eq!(zero(&file), [3, 12, 13]);
+        // A device that punches holes keeps what was there, or not.
+        let device = allocator(10 << BITS, false);
+        device.released(3, 2, true);
+        assert!(zero(&device).is_empty());
+        device.hand_out(4, 1, false);
+        assert!(zero(&device).is_empty());
+    }
+
+    #[test]
+    fn the_file_has_an_end() {
+        let file = allocator(10 << BITS, true);
+        assert_eq!((file.end.get(), file.limit), (10, 1 << 47));
+        // What no block covers is found by extension.
+        assert_eq!(allocator(200 << BITS, true).end.get(), 128);
+        let device = allocator((200 << BITS) + 511, false);
+        assert_eq!((device.end.get(), device.limit), (128, 200));
+    }
+
+    /// A move that failed is tried again, at the place chosen since where there is one.
+    #[test]
+    fn a_table_that_moves_keeps_its_places_apart() {
+        let allocator = allocator(10 << BITS, true);
+        assert_eq!(allocator.place(), place(1));
+        assert_eq!(allocator.begin_move(), None);
+        allocator.move_failed(place(5));
+        assert!(allocator.superseded.borrow().is_empty());
+        assert_eq!(allocator.begin_move(), Some(place(5)));
+        assert_eq!(allocator.begin_move(), None);
+        allocator.next_place.set(Some(place(7)));
+        allocator.move_failed(place(5));
+        assert_eq!(allocator.begin_move(), Some(place(7)));
+        assert_eq!(*allocator.superseded.borrow(), [place(5)]);
+    }
+
+    #[test]
+    fn a_new_table_counts_itself_and_takes_no_more() {
+        for (bits, order) in [(9, 0), (9, 4), (9, 6), (12, 6), (16, 4), (21, 6)] {
+            let geometry = Geometry::new(bits, order, 8, 3);
+            let per_block = 1 << geometry.refcount_block_bits();
+            let per_cluster = geometry.cluster_bytes() / 8;
+            for (block, more) in [(1, 0), (64, 0), (64, 32), (500, 250), (4096, 9000)] {
+                for at in [0, 1, per_block / 2, per_block - 2, per_block - 1] {
+                    let (start, wanted) = (block * per_block + at, block + 1 + more);
+                    let (blocks, table) = new_table(&geometry, start, block, wanted);
+                    let told = format!("{bits} {order}: {start} {wanted}: {blocks} {table}");
+                    let covered = |blocks: u64, table: u64| {
+                        start + blocks + table <= (block + blocks) * per_block
+                    };
+                    let entries = wanted.max(block + blocks);
+                    assert!(covered(blocks, table), "{told}");
+                    assert!(table * per_cluster >= entries, "{told}");
+                    // One less of either would not do.
+                    assert!(blocks == 1 || !covered(blocks - 1, table), "{told}");
+                    assert!((table - 1) * per_cluster < entries, "{told}");
+                }
+            }
+        }
     }
 }

@@ -239,6 +239,20 @@ mod tests {
             have_bytes,
         };
         assert_eq!(parse_directory(&directory, 3, &geometry()), Err(fault));
+        // Counted from the directory's start, not from the entry's.
+        for (missing, need_bytes) in [(10, have_bytes - 8), (2, have_bytes)] {
+            let have_bytes = have_bytes - missing;
+            let fault = Error::Truncated {
+                structure: "the bitmap directory",
+                need_bytes,
+                have_bytes,
+            };
+            let cut = &directory[..usize::try_from(have_bytes).unwrap()];
+            assert_eq!(parse_directory(cut, 2, &geometry()), Err(fault));
+        }
+        let left_over = parse_directory(&directory, 1, &geometry()).unwrap_err();
+        let expected = format!("{}, the length of 1 entries", entry(b"daily", b"").len());
+        assert!(left_over.to_string().ends_with(&expected), "{left_over}");
     }
 
     #[test]
@@ -284,6 +298,16 @@ mod tests {
             directory[..8].copy_from_slice(&offset.to_be_bytes());
             assert_eq!(parse_directory(&directory, 1, &geometry()).is_ok(), valid);
         }
+        // The same of the largest table.
+        let last = (i64::MAX.unsigned_abs() - u64::from(MAX_TABLE_ENTRIES) * 8) >> 16 << 16;
+        for (offset, valid) in [(last, true), (last + 0x1_0000, false)] {
+            let mut directory = entry(b"daily", b"");
+            directory[..8].copy_from_slice(&offset.to_be_bytes());
+            directory[8..12].copy_from_slice(&MAX_TABLE_ENTRIES.to_be_bytes());
+            assert_eq!(parse_directory(&directory, 1, &geometry()).is_ok(), valid);
+        }
+        let most = parse_directory(&[], MAX_BITMAPS, &geometry());
+        assert!(matches!(most, Err(Error::Truncated { .. })));
         let too_many = parse_directory(&[], MAX_BITMAPS + 1, &geometry());
         assert!(matches!(
             too_many,

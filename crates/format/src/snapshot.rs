@@ -406,6 +406,136 @@ mod tests {
         );
     }
 
+    fn small(id: &[u8], name: &[u8], disk_bytes: Option<u64>) -> Snapshot {
+        Snapshot {
+            id: id.to_vec(),
+            name: name.to_vec(),
+            l1_table: HostOffset(0x1_0000),
+            l1_entries: 1,
+            date_seconds: 2,
+            date_nanoseconds: 3,
+            vm_clock_nanoseconds: 4,
+            vm_state_bytes: 5,
+            disk_bytes,
+            icount: None,
+            unknown_extra: Vec::new(),
+        }
+    }
+
+    /// What is said of a table's length is all that can be known of it, and no more.
+    #[test]
+    fn how_far_to_read_is_exact() {
+        let table = encode_table(&[
+            small(b"1", b"one", None),
+            small(b"2", b"", Some(9)),
+            small(b"", b"three", None),
+        ])
+        .unwrap();
+        // Lengths 44, 65 and 45; the entries start at 0, 48 and 120.
+        assert_eq!(table.len(), 165);
+        for cut in 0..=table.len() {
+            let expected = match cut {
+                0..40 => TableBytes::AtLeast(120),
+                40..44 => TableBytes::AtLeast(44 + 80),
+                44..88 => TableBytes::AtLeast(48 + 40 + 40),
+                88..113 => TableBytes::AtLeast(48 + 65 + 40),
+                113..160 => TableBytes::AtLeast(120 + 40),
+                160..165 => TableBytes::AtLeast(165),
+                _ => TableBytes::Exactly(165),
+            };
+            assert_eq!(table_bytes(&table[..cut], 3), Ok(expected), "{cut}");
+            if cut < table.len() {
+                let need_bytes = match cut {
+                    0..40 => 40,
+                    40..44 => 44,
+                    44..88 => 88,
+                    88..113 => 113,
+                    113..160 => 160,
+                    _ => 165,
+                };
+                let fault = Error::Truncated {
+                    structure: "the snapshot table",
+                    need_bytes,
+                    have_bytes: cut as u64,
+                };
+                assert_eq!(parse_table(&table[..cut], 3), Err(fault));
+            }
+        }
+        assert_eq!(table_bytes(&[], 0), Ok(TableBytes::Exactly(0)));
+        let most = TableBytes::AtLeast(u64::from(MAX_SNAPSHOTS) * 40);
+        assert_eq!(table_bytes(&[], MAX_SNAPSHOTS), Ok(most));
+        assert!(table_bytes(&[], MAX_SNAPSHOTS + 1).is_err());
+    }
+
+    /// The field that a fault names, of the longest that is allowed and of one byte more.
+    #[test]
+    fn lengths_have_ends() {
+        let fault = |snapshots: &[Snapshot]| match encode_table(snapshots) {
+            Ok(table) => {
+                let count = u32::try_from(snapshots.len()).unwrap();
+                assert_eq!(parse_table(&table, count).as_deref(), Ok(snapshots));
+                ""
+            }
+            Err(Error::Invalid { field, .. }) => field,
+            Err(other) => panic!("{other:?}"),
+        };
+        for (bytes, id, name) in [(65_535, "", ""), (65_536, "id_str_size", "name_size")] {
+            let text = vec![b'x'; bytes];
+            assert_eq!(fault(&[small(&text, b"", None)]), id);
+            assert_eq!(fault(&[small(b"", &text, None)]), name);
+        }
+        for (bytes, expected) in [(1000, ""), (1001, "extra_data_size of a snapshot")] {
+            let mut snapshot = small(b"1", b"", Some(1));
+            snapshot.unknown_extra = vec![7; bytes];
+            assert_eq!(fault(&[snapshot]), expected);
+        }
+        // A table of 64 MiB: 511 entries of 131112 bytes, and the rest.
+        let longest = small(&[b'i'; 65_535], &[b'n'; 65_535], None);
+        let longest_bytes = 40 + 2 * 65_535;
+        let padded = u64::next_multiple_of(longest_bytes, 8);
+        let rest = usize::try_from(MAX_TABLE_BYTES - 511 * padded).unwrap() - 40;
+        let id = vec![b'i'; rest.min(65_535)];
+        for (more, expected) in [(0, ""), (1, "length of the snapshot table")] {
+            let name = vec![b'n'; rest - id.len() + more];
+            let mut snapshots = vec![longest.clone(); 511];
+            snapshots.push(small(&id, &name, None));
+            assert_eq!(fault(&snapshots), expected);
+        }
+        let many = vec![small(b"", b"", None); MAX_SNAPSHOTS as usize + 1];
+        assert_eq!(fault(&many), "nb_snapshots");
+        assert_eq!(fault(&many[1..]), "");
+    }
+
+    /// What an old image has no room for: it is written at its shortest, or refused.
+    #[test]
+    fn extra_data_is_written_where_it_is_needed() {
+        let bytes = |change: fn(&mut Snapshot)| {
+            let mut snapshot = small(b"", b"", None);
+            change(&mut snapshot);
+            encode_table(&[snapshot]).map(|table| table.len())
+        };
+        assert_eq!(bytes(|_| {}), Ok(40));
+        let most: fn(&mut Snapshot) = |snapshot| snapshot.vm_state_bytes = u32::MAX.into();
+        assert_eq!(bytes(most), Ok(40));
+        assert_eq!(bytes(|snapshot| snapshot.vm_state_bytes = 1 << 32), Ok(48));
+        assert_eq!(bytes(|snapshot| snapshot.disk_bytes = Some(1)), Ok(64));
+        for change in [
+            (|snapshot| snapshot.icount = Some(1)) as fn(&mut Snapshot),
+            |snapshot| snapshot.unknown_extra = vec![1],
+        ] {
+            let fault = bytes(change).unwrap_err().to_string();
+            assert!(fault.starts_with("extra data of a snapshot"), "{fault}");
+        }
+        let mut large = small(b"7", b"n\xff", None);
+        large.vm_state_bytes = 1 << 32;
+        let table = encode_table(std::slice::from_ref(&large)).unwrap();
+        assert_eq!(parse_table(&table, 1).unwrap(), [large.clone()]);
+        assert_eq!(
+            (large.id_text(), large.name_text()),
+            ("7".into(), "n\u{fffd}".into())
+        );
+    }
+
     #[test]
     fn l1_is_judged_on_demand() {
         let geometry = Geometry::new(16, 4, 8, 3);
@@ -420,5 +550,25 @@ mod tests {
         snapshot.l1_table = HostOffset(0x30000);
         snapshot.l1_entries = u32::MAX;
         assert!(snapshot.check_l1(&geometry).is_err());
+        // The largest table, from the first place where it may lie to the last; what is empty has no place.
+        let cluster = geometry.cluster_bytes();
+        let last = (i64::MAX.unsigned_abs() - MAX_L1_BYTES) / cluster * cluster;
+        let (size, place) = ("l1_size of a snapshot", "l1_table_offset of a snapshot");
+        for (entries, table, expected) in [
+            (0, 0, ""),
+            (1, 0, place),
+            (1 << 22, cluster, ""),
+            ((1 << 22) + 1, cluster, size),
+            (1 << 22, last, ""),
+            (1 << 22, last + cluster, place),
+            (1, 1 << 63, place),
+        ] {
+            (snapshot.l1_entries, snapshot.l1_table) = (entries, HostOffset(table));
+            let found = match snapshot.check_l1(&geometry) {
+                Err(Error::Invalid { field, .. }) => field,
+                _ => "",
+            };
+            assert_eq!(found, expected, "{entries} entries at {table:#x}");
+        }
     }
 }

@@ -59,6 +59,13 @@ fn what_does_not_shrink_is_not_encoded() {
     }
 }
 
+/// What a log shows of them is their name, not their contents.
+#[test]
+fn contexts_show_no_data() {
+    assert_eq!(format!("{:?}", Decoder::new()), "Decoder { .. }");
+    assert_eq!(format!("{:?}", Encoder::new()), "Encoder { .. }");
+}
+
 /// A reader's window of 4 KiB must be enough.
 #[test]
 fn deflate_refers_at_most_4_kib_back() {

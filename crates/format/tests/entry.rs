@@ -54,6 +54,55 @@ fn known_entries() {
     );
 }
 
+#[test]
+fn known_l1_entries() {
+    let table = HostOffset(0x5_0000);
+    let entry = |copied| Ok(Some(L1Entry { table, copied }));
+    for (raw, expected) in [
+        (0, Ok(None)),
+        (0x5_0000, entry(false)),
+        (COPIED | 0x5_0000, entry(true)),
+        (COPIED, Err(EntryError::NoOffset(COPIED))),
+        (0x5_0200, Err(EntryError::Unaligned(0x5_0200))),
+        (0x5_0001, Err(EntryError::ReservedBits(0x5_0001))),
+        (0x5_0100, Err(EntryError::ReservedBits(0x5_0100))),
+        (1 << 62, Err(EntryError::ReservedBits(1 << 62))),
+        (1 << 56, Err(EntryError::ReservedBits(1 << 56))),
+    ] {
+        assert_eq!(L1Entry::decode(raw, &geometry()), expected, "{raw:#x}");
+    }
+    let last = L1Entry {
+        table: HostOffset(0x00ff_ffff_ffff_0000),
+        copied: true,
+    };
+    assert_eq!(last.encode(), 0x80ff_ffff_ffff_0000);
+    assert_eq!(L1Entry::decode(last.encode(), &geometry()), Ok(Some(last)));
+}
+
+#[test]
+fn faults_show_the_entry() {
+    for (fault, expected) in [
+        (
+            EntryError::ReservedBits(2),
+            "reserved bits set in entry 0x0000000000000002",
+        ),
+        (
+            EntryError::Unaligned(0x200),
+            "offset of entry 0x0000000000000200 is not cluster-aligned",
+        ),
+        (
+            EntryError::ZeroFlag(1),
+            "zero flag in entry 0x0000000000000001 of a version 2 image",
+        ),
+        (
+            EntryError::NoOffset(COPIED),
+            "entry 0x8000000000000000 has flags but no offset",
+        ),
+    ] {
+        assert_eq!(fault.to_string(), expected);
+    }
+}
+
 /// The sector count is of *additional* sectors, counted from the one the offset lies in.
 #[test]
 fn compressed_extents() {

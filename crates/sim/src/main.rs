@@ -1,7 +1,7 @@
 //! Runs the simulator and prints what it saw.
 //!
 //! `urus-sim [--part cuts|sequences|errors|model|plants|trace]... [--seed S] [--states N] [--minutes M] [--threads T]
-//! [--config NAME|NUMBER] [--plant NAME] [--hunts N] [--qemu N] [--exact SEED [--inject K]]`
+//! [--config NAME|NUMBER] [--plant NAME] [--hunts N] [--qemu N] [--cuts N] [--injections N] [--exact SEED [--inject K]]`
 //!
 //! One state in `--qemu` (1000) after a cut goes through qemu-img too; 0: none. Without `--part` it runs all parts, each with the budget of `--states`. It exits with 1 where something is wrong.
 
@@ -24,6 +24,8 @@ struct Arguments {
     plant: Option<Bug>,
     hunts: u64,
     qemu: u64,
+    cuts: u64,
+    injections: Option<usize>,
     exact: Option<u64>,
     inject: Option<usize>,
 }
@@ -39,6 +41,8 @@ fn arguments() -> Result<Arguments, String> {
         plant: None,
         hunts: 3,
         qemu: 1000,
+        cuts: Effort::QUICK.cuts,
+        injections: None,
         exact: None,
         inject: None,
     };
@@ -55,6 +59,8 @@ fn arguments() -> Result<Arguments, String> {
             "--minutes" => arguments.minutes = Some(value.parse().map_err(|_| wrong())?),
             "--threads" => arguments.threads = value.parse().map_err(|_| wrong())?,
             "--qemu" => arguments.qemu = value.parse().map_err(|_| wrong())?,
+            "--cuts" => arguments.cuts = value.parse().map_err(|_| wrong())?,
+            "--injections" => arguments.injections = Some(value.parse().map_err(|_| wrong())?),
             "--hunts" => arguments.hunts = value.parse().map_err(|_| wrong())?,
             "--exact" => arguments.exact = Some(value.parse().map_err(|_| wrong())?),
             "--inject" => arguments.inject = Some(value.parse().map_err(|_| wrong())?),
@@ -71,10 +77,12 @@ fn arguments() -> Result<Arguments, String> {
 
 const USAGE: &str = "\
 urus-sim [--part cuts|sequences|errors|model|plants|trace]... [--seed S] [--states N | --minutes M] [--threads T]
-         [--config NAME|NUMBER] [--plant NAME] [--hunts N] [--qemu N] [--exact SEED [--inject K]]
+         [--config NAME|NUMBER] [--plant NAME] [--hunts N] [--qemu N] [--cuts N] [--injections N]
+         [--exact SEED [--inject K]]
 
 Without --part: all of them. A violation comes with the --exact (and --inject) that shows it again.
 --qemu N: one in N states after a cut also goes through qemu-img; 0: none.
+--cuts N: cut points of a workload (24); --injections N: so many of a workload's errors, by lot. Few of them show all configurations quickly.
 --plant NAME: hunts one planted bug; --hunts: so often.";
 
 fn main() -> ExitCode {
@@ -147,6 +155,8 @@ fn sweep_part(part: Part, arguments: &Arguments) -> bool {
         }),
         threads: arguments.threads,
         qemu: arguments.qemu,
+        cuts: arguments.cuts,
+        injections: arguments.injections,
     };
     let tally = sweep::run(part, arguments.seed, arguments.config.as_ref(), &budget);
     println!("{tally}");

@@ -14,7 +14,7 @@ use crate::contents::index;
 use crate::errors::{self, Injection};
 use crate::flat;
 use crate::plants;
-use crate::rng::{TraceHash, mix};
+use crate::rng::{Rng, TraceHash, mix};
 use crate::runner::{self, Effort, Outcome};
 use crate::sequences;
 
@@ -58,6 +58,10 @@ pub struct Budget {
     pub threads: usize,
     /// One in so many states after a cut is also judged by QEMU; 0: none.
     pub qemu: u64,
+    /// Cut points of each workload, at most: with few of them, many configurations cost few states.
+    pub cuts: u64,
+    /// Of the errors at every operation of a workload, so many by lot; none: all of them.
+    pub injections: Option<usize>,
 }
 
 /// What a sweep gave.
@@ -239,6 +243,7 @@ pub fn run(part: Part, seed: u64, only: Option<&Config>, budget: &Budget) -> Tal
                 let (config, seed) = (config(number), seed_of(seed, number));
                 let effort = Effort {
                     qemu: budget.qemu,
+                    cuts: budget.cuts,
                     ..Effort::QUICK
                 };
                 let mut outcome = runner::run(config, seed, &effort);
@@ -254,7 +259,7 @@ pub fn run(part: Part, seed: u64, only: Option<&Config>, budget: &Budget) -> Tal
         }
         Part::Errors => sweep("errors", seed, budget, (4, u64::MAX), &|number| {
             let (config, seed) = (config(number), seed_of(seed, number));
-            every_error(config, seed)
+            every_error(config, seed, budget.injections)
         }),
         Part::Model => sweep(
             "model",
@@ -273,13 +278,14 @@ pub fn run(part: Part, seed: u64, only: Option<&Config>, budget: &Budget) -> Tal
     }
 }
 
-/// Workloads between two looks at the budget: each gives some 1,250 states.
+/// Workloads between two looks at the budget: each gives some 52 states at each cut. At most a round of all configurations.
 fn cuts_at_once(budget: &Budget) -> u64 {
-    (budget.states / 1_250).clamp(4, 50)
+    let round = config::all().len() as u64;
+    (budget.states / (52 * budget.cuts.max(1))).clamp(4, round)
 }
 
-/// One workload with every error at every operation.
-fn every_error(config: &Config, seed: u64) -> Outcome {
+/// One workload with every error at every operation, or with some of them.
+fn every_error(config: &Config, seed: u64, most: Option<usize>) -> Outcome {
     let effort = Effort::ERRORS;
     let mut sum = Outcome::default();
     let (ops, syncs) = match errors::measure(config, seed, &effort) {
@@ -290,7 +296,15 @@ fn every_error(config: &Config, seed: u64) -> Outcome {
             return sum;
         }
     };
-    for (number, injection) in (0..).zip(Injection::every(ops, syncs)) {
+    let mut injections: Vec<(usize, Injection)> = (0..).zip(Injection::every(ops, syncs)).collect();
+    if let Some(most) = most {
+        let mut rng = Rng::new(seed ^ 0x0066_6577);
+        while injections.len() > most {
+            let at = rng.index(injections.len());
+            injections.swap_remove(at);
+        }
+    }
+    for (number, injection) in injections {
         let mut outcome = runner::run_with(config, seed, &effort, Some(injection));
         sum.workloads += 1;
         sum.cuts += outcome.cuts;

@@ -1,0 +1,205 @@
+//! Images whose tables contradict one another. Guards against writing into them on a guess: each is refused, or the request that
+//! meets the contradiction is, with the place told; and nothing that was there changes.
+
+use urus_engine::Options;
+use urus_engine::request::RequestKind;
+use urus_engine::storage::IMAGE;
+use urus_format::Header;
+use urus_sim::config::layers;
+use urus_sim::image;
+use urus_sim::machine::{Driving, Machine};
+use urus_sim::memory::SimMemory;
+use urus_sim::model::Model;
+use urus_sim::rng::Rng;
+use urus_sim::world::{FileSpec, SimConfig, SimWorld};
+
+const DISK: u64 = 128 << 10;
+const COPIED: u64 = 1 << 63;
+
+/// Four L2 tables, a snapshot that shares some of them with the active L1 table, one refcount block.
+struct Image {
+    bytes: Vec<u8>,
+    header: Header,
+}
+
+fn place(offset: u64) -> usize {
+    usize::try_from(offset).expect("small")
+}
+
+impl Image {
+    fn new(snapshot: bool) -> Self {
+        let mut plan = image::plan(DISK, 9, 3, 4);
+        plan.fill = 200;
+        plan.snapshot = snapshot;
+        let bytes = image::build(&plan, &mut Rng::new(1)).bytes;
+        let header = Header::parse(&bytes, bytes.len() as u64).expect("valid");
+        Self { bytes, header }
+    }
+
+    fn get(&self, at: u64) -> u64 {
+        u64::from_be_bytes(
+            self.bytes[place(at)..][..8]
+                .try_into()
+                .expect("eight bytes"),
+        )
+    }
+
+    fn put(&mut self, at: u64, value: u64) {
+        self.bytes[place(at)..][..8].copy_from_slice(&value.to_be_bytes());
+    }
+
+    fn l1(&self, index: u64) -> u64 {
+        self.header.l1_table.0 + index * 8
+    }
+
+    /// Where the entry of a guest cluster lies.
+    fn l2(&self, cluster: u64) -> u64 {
+        (self.get(self.l1(cluster / 64)) & !COPIED) + cluster % 64 * 8
+    }
+
+    fn world(&self) -> SimWorld {
+        let files = vec![FileSpec::new(self.bytes.clone())];
+        SimWorld::new(1, SimConfig::default(), files)
+    }
+
+    fn open(&self, world: &SimWorld) -> Result<Machine, String> {
+        let driving = Driving {
+            queues: 1,
+            depth: 8,
+            spurious: false,
+            errors: true,
+            outlives: false,
+        };
+        let layers = layers(&[&self.bytes], &[false])?;
+        let model = Model::new(Vec::new(), 1);
+        Machine::open(
+            world,
+            layers,
+            Options::default(),
+            model,
+            driving,
+            Rng::new(1),
+        )
+    }
+}
+
+type Damage = fn(&mut Image);
+
+#[test]
+fn tables_that_contradict_one_another_are_not_opened() {
+    let cases: [(&str, &str, Damage); 12] = [
+        ("is invalid", "refcount table entry 0", |image| {
+            let at = image.header.refcount_table.0;
+            image.put(at, image.get(at) | 1);
+        }),
+        ("and a refcount block", "refcount table entry 1", |image| {
+            let at = image.header.refcount_table.0;
+            image.put(at + 8, image.get(at));
+        }),
+        ("holds", "refcount table entry 0", |image| {
+            image.put(image.header.refcount_table.0, image.header.l1_table.0);
+        }),
+        (
+            "past the end of the file",
+            "refcount table entry 0",
+            |image| {
+                image.put(image.header.refcount_table.0, 1 << 40);
+            },
+        ),
+        ("holds", "the header's refcount table", |image| {
+            image.put(48, image.header.l1_table.0);
+        }),
+        ("reserved bits", "L1 table, entry 0", |image| {
+            image.put(image.l1(0), image.get(image.l1(0)) | 2);
+        }),
+        ("holds", "L1 table entry 0", |image| {
+            image.put(image.l1(0), COPIED | image.header.refcount_table.0);
+        }),
+        ("holds", "L1 table entry 2", |image| {
+            image.put(image.l1(2), image.get(image.l1(1)));
+        }),
+        ("past the end of the file", "L1 table entry 3", |image| {
+            image.put(image.l1(3), COPIED | 1 << 40);
+        }),
+        ("the snapshot table is cut off", "", |image| {
+            let at = place(image.header.snapshot_table.0);
+            image.bytes[at + 12..at + 16].fill(0xff);
+        }),
+        ("l1_table_offset of a snapshot", "", |image| {
+            let at = image.header.snapshot_table.0;
+            image.put(at, image.get(at) + 8);
+        }),
+        ("holds", "L1 table of snapshot 0", |image| {
+            image.put(image.header.snapshot_table.0, image.header.l1_table.0);
+        }),
+    ];
+    let whole = Image::new(true);
+    assert!(whole.open(&whole.world()).is_ok());
+    for (what, at, damage) in cases {
+        let mut image = Image::new(true);
+        damage(&mut image);
+        let world = image.world();
+        match image.open(&world) {
+            Err(told) => assert!(told.contains(what) && told.contains(at), "{what}: {told}"),
+            Ok(_) => panic!("{what}, {at}: it opens"),
+        }
+        assert!(
+            world.contents(IMAGE).bytes() == image.bytes,
+            "{what}, {at}: something was written"
+        );
+    }
+}
+
+/// A write of one guest cluster: what it says.
+fn write(machine: &mut Machine, cluster: u64) -> Result<(), String> {
+    machine.submit_kind(RequestKind::Write {
+        offset: cluster * 512,
+        memory: SimMemory::from_vec(vec![0xd1; 512]),
+        fua: true,
+    });
+    machine.drain().expect("no hang");
+    let (_, result, _) = machine.replies.pop().expect("one reply");
+    result.map_err(|error| error.to_string())
+}
+
+#[test]
+fn entries_that_contradict_the_tables_are_not_followed() {
+    let cases: [(&str, Damage); 4] = [
+        ("reserved bits set", |image| {
+            image.put(image.l2(70), image.get(image.l2(70)) | 2);
+        }),
+        ("which holds an L1 table", |image| {
+            image.put(image.l2(70), COPIED | image.header.l1_table.0);
+        }),
+        ("which holds a refcount block", |image| {
+            let block = image.get(image.header.refcount_table.0);
+            image.put(image.l2(70), COPIED | block);
+        }),
+        ("which holds the refcount table", |image| {
+            image.put(image.l2(70), COPIED | image.header.refcount_table.0);
+        }),
+    ];
+    for (what, damage) in cases {
+        let mut image = Image::new(false);
+        damage(&mut image);
+        let world = image.world();
+        let mut machine = image.open(&world).expect("the tables are sound");
+        let told = write(&mut machine, 70).expect_err(what);
+        assert!(told.contains(what), "{what}: {told}");
+        // Another table's clusters are as good as before.
+        assert_eq!(write(&mut machine, 0), Ok(()));
+        machine.close().expect("it closes");
+        let after = world.contents(IMAGE).bytes().to_vec();
+        let table = place(image.l2(64));
+        assert!(
+            after[table..table + 512] == image.bytes[table..table + 512],
+            "{what}: the table was written"
+        );
+        let named = place(image.get(image.l2(70)) & !COPIED & !511);
+        let metadata = !what.contains("reserved");
+        assert!(
+            !metadata || after[named..named + 512].iter().any(|byte| *byte != 0xd1),
+            "{what}: the guest wrote there"
+        );
+    }
+}
