@@ -5,30 +5,14 @@
 
 mod common;
 
-use std::io;
-use std::os::fd::AsFd;
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use common::{Bench, DEPTH, LONG, directory, next, submit};
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use urus_engine::storage::{FileId, IMAGE, Memory, Op, OpKind, Slot, Storage};
-use urus_ring::{Buffer, Driver, DriverKind, FileSet, OpenFile, RingMemory};
-
-/// Makes each test of the list once per driver.
-macro_rules! for_both_drivers {
-    ($($name:ident),* $(,)?) => {
-        mod uring {
-            $(#[test] fn $name() { super::$name(urus_ring::DriverKind::IoUring); })*
-        }
-        mod blocking {
-            $(#[test] fn $name() { super::$name(urus_ring::DriverKind::Blocking); })*
-        }
-    };
-}
+use common::{Bench, DEPTH, bytes, directory, for_both_drivers, memory, next, pattern, submit};
+use urus_engine::storage::{FileId, IMAGE, Memory, Op, OpKind, Storage};
+use urus_ring::{Driver, DriverKind, FileSet, OpenFile, RingMemory};
 
 for_both_drivers![
     round_trip,
@@ -41,38 +25,14 @@ for_both_drivers![
     many_operations_in_one_kick,
     a_full_driver_gives_the_operation_back,
     dropping_with_operations_in_flight,
-    notify_wakes_a_wait,
-    a_notification_before_the_wait_is_not_missed,
-    wait_ends_when_the_time_is_over,
-    no_notification_is_lost,
     jobs_run_elsewhere,
     direct_io,
     direct_io_refuses_unaligned_memory,
-    event_fd_announces,
-    event_fd_loses_nothing,
     errors_reach_their_slot,
     properties_and_lengths,
     slots_may_be_sparse,
     a_slot_in_flight_twice_panics,
 ];
-
-fn pattern(len: usize, seed: usize) -> Vec<u8> {
-    (0..len)
-        .map(|i| u8::try_from((i * 31 + seed * 7 + i / 256) % 251).unwrap())
-        .collect()
-}
-
-fn memory(bytes: &[u8]) -> RingMemory {
-    let mut buffer = Buffer::new(bytes.len());
-    buffer.as_mut_slice().copy_from_slice(bytes);
-    buffer.into_memory()
-}
-
-fn bytes(memory: &RingMemory) -> Vec<u8> {
-    let mut bytes = vec![0; memory.len()];
-    memory.read(0, &mut bytes);
-    bytes
-}
 
 fn round_trip(kind: DriverKind) {
     let mut bench = Bench::new(kind);
@@ -415,84 +375,6 @@ fn dropping_with_operations_in_flight(kind: DriverKind) {
     }
 }
 
-fn notify_wakes_a_wait(kind: DriverKind) {
-    let mut bench = Bench::new(kind);
-    let notifier = bench.driver.notifier();
-    let rung = Arc::new(AtomicBool::new(false));
-    let ringer = thread::spawn({
-        let rung = Arc::clone(&rung);
-        move || {
-            thread::sleep(Duration::from_millis(50));
-            rung.store(true, Ordering::Relaxed);
-            notifier.notify();
-        }
-    });
-    let start = Instant::now();
-    while !rung.load(Ordering::Relaxed) {
-        bench.driver.wait(None);
-        assert!(start.elapsed() < LONG);
-    }
-    ringer.join().unwrap();
-    assert!(bench.driver.complete().is_none());
-}
-
-fn a_notification_before_the_wait_is_not_missed(kind: DriverKind) {
-    let mut bench = Bench::new(kind);
-    let notifier = bench.driver.notifier();
-    for round in 0..100 {
-        notifier.notify();
-        notifier.notify();
-        if round % 2 == 0 {
-            // Looking for completions must not swallow it.
-            assert!(bench.driver.complete().is_none());
-            bench.driver.kick();
-        }
-        let start = Instant::now();
-        bench.driver.wait(Some(LONG));
-        assert!(start.elapsed() < LONG / 2);
-    }
-}
-
-fn wait_ends_when_the_time_is_over(kind: DriverKind) {
-    let mut bench = Bench::new(kind);
-    let start = Instant::now();
-    bench.driver.wait(Some(Duration::ZERO));
-    bench.driver.wait(Some(Duration::from_millis(30)));
-    assert!(start.elapsed() >= Duration::from_millis(30) && start.elapsed() < LONG);
-}
-
-/// A ping-pong with no time limit: one lost wake-up and it hangs.
-fn no_notification_is_lost(kind: DriverKind) {
-    let mut bench = Bench::new(kind);
-    let notifier = bench.driver.notifier();
-    let (to_ringer, ringer_inbox) = std::sync::mpsc::channel::<u32>();
-    let (to_driver, inbox) = std::sync::mpsc::channel::<u32>();
-    let ringer = thread::spawn(move || {
-        for round in ringer_inbox {
-            if round % 3 == 0 {
-                thread::yield_now();
-            }
-            to_driver.send(round).unwrap();
-            notifier.notify();
-        }
-    });
-    for round in 0..20_000 {
-        to_ringer.send(round).unwrap();
-        loop {
-            if let Ok(answer) = inbox.try_recv() {
-                assert_eq!(answer, round);
-                break;
-            }
-            bench.driver.wait(None);
-            if round % 5 == 0 {
-                assert!(bench.driver.complete().is_none());
-            }
-        }
-    }
-    drop(to_ringer);
-    ringer.join().unwrap();
-}
-
 fn jobs_run_elsewhere(kind: DriverKind) {
     let mut bench = Bench::new(kind);
     let here = thread::current().id();
@@ -576,123 +458,6 @@ fn direct_io_refuses_unaligned_memory(kind: DriverKind) {
         Some(22),
         "EINVAL"
     );
-}
-
-fn is_readable(driver: &mut Driver, wait: bool) -> bool {
-    let event = driver.event_fd().unwrap();
-    let timeout = if wait {
-        Timespec {
-            tv_sec: 20,
-            tv_nsec: 0,
-        }
-    } else {
-        Timespec {
-            tv_sec: 0,
-            tv_nsec: 0,
-        }
-    };
-    poll(
-        &mut [PollFd::new(&event.as_fd(), PollFlags::IN)],
-        Some(&timeout),
-    )
-    .unwrap()
-        == 1
-}
-
-fn event_fd_announces(kind: DriverKind) {
-    let mut bench = Bench::with(kind, DEPTH, true, &pattern(1 << 20, 11));
-    let driver = &mut bench.driver;
-    assert!(is_readable(driver, false), "once after the first call");
-    driver.consume_event();
-    assert!(driver.complete().is_none());
-    assert!(!is_readable(driver, false));
-
-    // A read, in one system call or later.
-    let memory = driver.allocate(512);
-    submit(driver, IMAGE, OpKind::Read { offset: 0, memory }, 0);
-    driver.kick();
-    assert!(is_readable(driver, true));
-    driver.consume_event();
-    assert!(driver.complete().is_some() && driver.complete().is_none());
-    assert!(!is_readable(driver, false));
-
-    // A job.
-    submit(
-        driver,
-        IMAGE,
-        OpKind::Job(Box::new(|| thread::sleep(Duration::from_millis(20)))),
-        0,
-    );
-    driver.kick();
-    assert!(is_readable(driver, true));
-    driver.consume_event();
-    assert!(driver.complete().is_some() && driver.complete().is_none());
-
-    // A notification.
-    let notifier = driver.notifier();
-    for _ in 0..10 {
-        while is_readable(driver, false) {
-            driver.consume_event();
-            assert!(driver.complete().is_none());
-        }
-        let notifier = Arc::clone(&notifier);
-        let ringer = thread::spawn(move || {
-            thread::sleep(Duration::from_millis(5));
-            notifier.notify();
-        });
-        assert!(is_readable(driver, true));
-        ringer.join().unwrap();
-    }
-    driver.consume_event();
-    assert!(driver.complete().is_none());
-}
-
-/// The event loop of an embedding program, with reads, jobs and notifications at once.
-fn event_fd_loses_nothing(kind: DriverKind) {
-    let mut bench = Bench::with(kind, 8, true, &pattern(1 << 20, 12));
-    let driver = &mut bench.driver;
-    let notifier = driver.notifier();
-    let (sender, inbox) = std::sync::mpsc::channel::<u32>();
-    let ringer = thread::spawn(move || {
-        for message in 0..2000 {
-            if message % 7 == 0 {
-                thread::sleep(Duration::from_micros(200));
-            }
-            sender.send(message).unwrap();
-            notifier.notify();
-        }
-    });
-    let mut free = (0..8).collect::<Vec<Slot>>();
-    let (mut started, mut ended, mut received) = (0_u64, 0, 0);
-    let target = driver.allocate(4096 * 8);
-    while ended < 2000 || received < 2000 {
-        while started < 2000
-            && let Some(slot) = free.pop()
-        {
-            let kind = match started % 8 {
-                0 => OpKind::Job(Box::new(|| ())),
-                _ => OpKind::Read {
-                    offset: started % 256 * 4096,
-                    memory: target.slice(slot * 4096, 4096),
-                },
-            };
-            submit(driver, IMAGE, kind, slot);
-            started += 1;
-        }
-        driver.kick();
-        assert!(
-            is_readable(driver, true),
-            "{started} started, {ended} ended, {received} received: nothing more comes"
-        );
-        driver.consume_event();
-        received += inbox.try_iter().count();
-        while let Some(completion) = driver.complete() {
-            completion.result.unwrap();
-            free.push(completion.slot);
-            ended += 1;
-        }
-    }
-    ringer.join().unwrap();
 }
 
 fn errors_reach_their_slot(kind: DriverKind) {
@@ -815,93 +580,4 @@ fn a_slot_in_flight_twice_panics(kind: DriverKind) {
         }
     });
     assert!(result.is_err());
-}
-
-/// Files that are no images, names that lead out of a directory.
-#[test]
-fn only_files_and_disks_are_opened() {
-    let directory = directory();
-    let inside = directory.path().join("inside");
-    std::fs::create_dir(&inside).unwrap();
-    std::fs::write(directory.path().join("secret"), b"secret").unwrap();
-    std::fs::write(inside.join("base"), b"base").unwrap();
-    std::os::unix::fs::symlink("../secret", inside.join("out")).unwrap();
-    std::os::unix::fs::symlink("base", inside.join("link")).unwrap();
-    std::os::unix::fs::symlink(directory.path().join("secret"), inside.join("absolute")).unwrap();
-    let fifo = inside.join("fifo");
-    rustix::fs::mknodat(
-        rustix::fs::CWD,
-        &fifo,
-        rustix::fs::FileType::Fifo,
-        rustix::fs::Mode::RUSR,
-        0,
-    )
-    .unwrap();
-
-    let start = Instant::now();
-    for path in [fifo.as_path(), inside.as_path(), Path::new("/dev/null")] {
-        let error = OpenFile::open_image(path, true, false).unwrap_err();
-        assert_eq!(
-            error.kind(),
-            io::ErrorKind::InvalidInput,
-            "{}: {error}",
-            path.display()
-        );
-    }
-    let dir = std::fs::File::open(&inside).unwrap().into();
-    for name in ["base", "link", "./base"] {
-        let file = OpenFile::open_beneath(&dir, Path::new(name), false).unwrap();
-        assert_eq!(file.read_prefix(100).unwrap(), b"base");
-        assert!(!file.is_writable());
-    }
-    for name in [
-        "out",
-        "absolute",
-        "../secret",
-        "/etc/passwd",
-        "../inside/base",
-    ] {
-        let error = OpenFile::open_beneath(&dir, Path::new(name), false).unwrap_err();
-        assert_eq!(
-            error.kind(),
-            io::ErrorKind::CrossesDevices,
-            "{name}: {error}"
-        );
-    }
-    let error = OpenFile::open_beneath(&dir, Path::new("fifo"), false).unwrap_err();
-    assert_eq!(error.kind(), io::ErrorKind::InvalidInput);
-    assert!(start.elapsed() < LONG, "a FIFO did not make it hang");
-
-    let append = std::fs::OpenOptions::new()
-        .append(true)
-        .read(true)
-        .open(inside.join("base"))
-        .unwrap();
-    assert!(OpenFile::from_fd(append.into(), "appended".into()).is_err());
-    let write_only = std::fs::OpenOptions::new()
-        .write(true)
-        .open(inside.join("base"))
-        .unwrap();
-    assert!(OpenFile::from_fd(write_only.into(), "write-only".into()).is_err());
-    let error = OpenFile::create_image(&inside.join("base"), false).unwrap_err();
-    assert_eq!(error.kind(), io::ErrorKind::AlreadyExists);
-    let created = OpenFile::create_image(&inside.join("new"), false).unwrap();
-    assert!(created.is_writable() && created.file_len().unwrap() == 0);
-    let error = created.read_exact_at(0, 1).unwrap_err();
-    assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof);
-    assert_eq!(
-        OpenFile::open_image(&inside.join("base"), true, false)
-            .unwrap()
-            .read_at(3, 10)
-            .unwrap(),
-        b"e"
-    );
-}
-
-/// procfs has no O_DIRECT: the error must say what to do.
-#[test]
-fn a_refused_o_direct_is_named() {
-    let error = OpenFile::open_image(Path::new("/proc/self/status"), true, true).unwrap_err();
-    assert_eq!(error.kind(), io::ErrorKind::Unsupported);
-    assert!(error.to_string().contains("O_DIRECT"), "{error}");
 }

@@ -1,12 +1,17 @@
 //! A driver on a real file, for the suites of this crate.
-#![allow(dead_code, reason = "each test binary uses a part")]
+#![allow(
+    dead_code,
+    unused_imports,
+    unused_macros,
+    reason = "each test binary uses a part"
+)]
 
 use std::io;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use urus_engine::storage::{Completion, FileId, IMAGE, Op, OpKind, Slot, Storage};
-use urus_ring::{Driver, DriverKind, FileSet, OpenFile, RingMemory};
+use urus_engine::storage::{Completion, FileId, IMAGE, Memory, Op, OpKind, Slot, Storage};
+use urus_ring::{Buffer, Driver, DriverKind, FileSet, OpenFile, RingMemory};
 
 pub(crate) const DEPTH: u32 = 64;
 pub(crate) const LONG: Duration = Duration::from_secs(20);
@@ -73,4 +78,35 @@ pub(crate) fn next(driver: &mut Driver) -> Completion {
         assert!(start.elapsed() < LONG, "nothing completes");
         driver.wait(Some(LONG));
     }
+}
+
+/// Makes each test of the list once per driver.
+macro_rules! for_both_drivers {
+    ($($name:ident),* $(,)?) => {
+        mod uring {
+            $(#[test] fn $name() { super::$name(urus_ring::DriverKind::IoUring); })*
+        }
+        mod blocking {
+            $(#[test] fn $name() { super::$name(urus_ring::DriverKind::Blocking); })*
+        }
+    };
+}
+pub(crate) use for_both_drivers;
+
+pub(crate) fn pattern(len: usize, seed: usize) -> Vec<u8> {
+    (0..len)
+        .map(|i| u8::try_from((i * 31 + seed * 7 + i / 256) % 251).unwrap())
+        .collect()
+}
+
+pub(crate) fn memory(bytes: &[u8]) -> RingMemory {
+    let mut buffer = Buffer::new(bytes.len());
+    buffer.as_mut_slice().copy_from_slice(bytes);
+    buffer.into_memory()
+}
+
+pub(crate) fn bytes(memory: &RingMemory) -> Vec<u8> {
+    let mut bytes = vec![0; memory.len()];
+    memory.read(0, &mut bytes);
+    bytes
 }
