@@ -202,6 +202,7 @@ pub(crate) fn fill_iovecs(iovecs: &mut Vec<libc::iovec>, memory: &RingMemory) {
 ///
 /// # Safety
 /// The iovecs must be valid for writes (of a read) or reads (of a write) during the call.
+#[inline]
 pub(crate) unsafe fn transfer_vectored(
     fd: RawFd,
     iovecs: &[libc::iovec],

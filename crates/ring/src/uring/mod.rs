@@ -30,7 +30,7 @@ use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
 
 use io_uring::{IoUring, cqueue};
-use urus_engine::storage::{Completion, Op, OpKind, Slot};
+use urus_engine::storage::{Completion, FileId, Op, OpKind, Slot};
 use urus_engine::sync::Arc;
 
 use crate::bell::Bell;
@@ -149,9 +149,16 @@ impl Uring {
         Ok(())
     }
 
+    /// Reads what the page cache has, for an engine that has nothing else to start.
+    #[inline]
+    pub(crate) fn read_now(&mut self, file: FileId, offset: u64, memory: &RingMemory) -> bool {
+        // Nobody waits in the kernel for a caller that watches the eventfd: what this thread does would have to be announced.
+        !self.watched && self.inline.read_now(file, offset, memory, &self.files)
+    }
+
     #[inline]
     fn take(&mut self, op: Op<RingMemory>, slot: Slot) {
-        // Nobody waits in the kernel for a caller that watches the eventfd: what this thread does would have to be announced.
+        // As in `read_now`.
         let is_alone = !self.watched && self.inline.is_empty() && self.ring.is_flushed();
         let op = match is_alone {
             true => self.inline.take_read(op, slot, &self.files),
