@@ -181,6 +181,12 @@ impl Ring {
         self.uring.submission().is_empty()
     }
 
+    /// Entries that the kernel has not taken yet.
+    #[inline]
+    pub(super) fn unsubmitted(&mut self) -> usize {
+        self.uring.submission().len()
+    }
+
     /// Submits everything, in one system call as a rule. What the kernel has no room for stays in the queue for the
     /// next time: it makes room as completions are taken.
     #[inline]
