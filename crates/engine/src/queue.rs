@@ -154,16 +154,25 @@ impl<S: Storage> Queue<S> {
             return;
         }
         self.core.start_alone();
-        self.core.worker.reactor.kick();
-        if self.core.replies.borrow().is_empty() {
-            self.core.worker.reactor.wait(timeout);
+        if !self.core.replies.borrow().is_empty() {
+            // It was alone, so nothing else waits to be started.
+            return;
         }
+        self.core.worker.reactor.kick();
+        self.core.worker.reactor.wait(timeout);
     }
 
     /// Requests taken whose reply was not handed out yet.
     #[must_use]
     pub fn in_flight(&self) -> usize {
         self.core.in_flight.get()
+    }
+
+    /// Whether nothing is under way: then [`complete`](Self::complete) has nothing to do or to find, before something is submitted.
+    #[must_use]
+    #[inline]
+    pub fn is_idle(&self) -> bool {
+        self.core.in_flight.get() == 0 && self.core.worker.reactor.is_idle()
     }
 
     /// Whether a reply waits to be taken.

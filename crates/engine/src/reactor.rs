@@ -127,6 +127,7 @@ impl<S: Storage, D> Reactor<S, D> {
         &self.inbox
     }
 
+    #[inline]
     pub(crate) fn with_storage<R>(&self, f: impl FnOnce(&mut S) -> R) -> R {
         f(&mut self.storage.borrow_mut())
     }
@@ -151,6 +152,12 @@ impl<S: Storage, D> Reactor<S, D> {
         entry.insert((Some(Box::pin(task)), waker));
         drop(tasks);
         self.inbox.push(id);
+    }
+
+    /// Nothing is under way: no operation, and no task.
+    #[inline]
+    pub(crate) fn is_idle(&self) -> bool {
+        self.slots.borrow().is_empty() && self.tasks.borrow().is_empty()
     }
 
     pub(crate) fn task_count(&self) -> usize {
