@@ -153,7 +153,7 @@ fn splitting(criterion: &mut Criterion) {
     }
     let len = usize::try_from(pieces * CLUSTER_BYTES).expect("half a MiB");
     criterion.bench_function("read of 8 places in the file", |bench| {
-        bench.iter(|| disk.hits([read(0, len)].into_iter()));
+        bench.iter(|| disk.hits(1, [read(0, len)].into_iter()));
     });
     let scattered = RingMemory::chain((0..64).map(|_| RingMemory::new(4096)).collect());
     criterion.bench_function("part of 16 of 64 pieces of memory", |bench| {

@@ -69,14 +69,14 @@ impl Disk {
         &mut self.maintenance
     }
 
-    /// Requests that need nobody but the queue: as many at once as it is deep, until all are answered.
+    /// Requests that need nobody but the queue: so many at once, until all are answered.
     ///
     /// # Panics
     /// Where one of them fails or is not answered.
-    pub fn hits(&mut self, requests: impl Iterator<Item = RequestKind<Bytes>>) {
+    pub fn hits(&mut self, depth: usize, requests: impl Iterator<Item = RequestKind<Bytes>>) {
         let mut requests = requests.zip(0..).peekable();
         while requests.peek().is_some() {
-            for (kind, token) in requests.by_ref().take(DEPTH) {
+            for (kind, token) in requests.by_ref().take(depth) {
                 let taken = self.queue.submit(Request { token, kind });
                 assert!(taken.is_ok(), "the queue has room");
             }

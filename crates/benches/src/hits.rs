@@ -3,7 +3,7 @@
 use urus_engine::Options;
 use urus_engine::request::RequestKind;
 
-use crate::disk::{CLUSTER_BYTES, Disk, new_file, read, write};
+use crate::disk::{CLUSTER_BYTES, DEPTH, Disk, new_file, read, write};
 use crate::memory::Bytes;
 
 /// Bytes of a request.
@@ -20,6 +20,8 @@ const LAYERS: usize = 10;
 pub enum Case {
     /// A read of a cluster of the image itself.
     Read,
+    /// The same, one after the other.
+    ReadAlone,
     /// A write over one.
     Overwrite,
     /// A read of a cluster that the image says is zero.
@@ -32,8 +34,9 @@ pub enum Case {
 
 impl Case {
     /// All of them.
-    pub const ALL: [Self; 5] = [
+    pub const ALL: [Self; 6] = [
         Self::Read,
+        Self::ReadAlone,
         Self::Overwrite,
         Self::Zeroes,
         Self::Chain,
@@ -45,6 +48,7 @@ impl Case {
     pub fn name(self) -> &'static str {
         match self {
             Self::Read => "read_4k",
+            Self::ReadAlone => "read_4k_alone",
             Self::Overwrite => "overwrite_4k",
             Self::Zeroes => "read_zeroes_4k",
             Self::Chain => "read_4k_chain_10",
@@ -61,7 +65,7 @@ impl Case {
     fn request(self, number: u64) -> RequestKind<Bytes> {
         let place = place(number);
         match self {
-            Self::Read | Self::Zeroes | Self::Chain => read(place, REQUEST_BYTES),
+            Self::Read | Self::ReadAlone | Self::Zeroes | Self::Chain => read(place, REQUEST_BYTES),
             Self::Overwrite => write(place, REQUEST_BYTES),
             Self::Unallocated => read(place + 2 * CLUSTER_BYTES, REQUEST_BYTES),
         }
@@ -130,8 +134,9 @@ impl Hits {
     pub fn run(&mut self, count: u64) {
         let mut before = self.disk.shared().counters();
         let (case, first) = (self.case, self.next);
-        self.disk
-            .hits((first..first + count).map(|number| case.request(number)));
+        let depth = if case == Case::ReadAlone { 1 } else { DEPTH };
+        let requests = (first..first + count).map(|number| case.request(number));
+        self.disk.hits(depth, requests);
         self.next += count;
         let after = self.disk.shared().counters();
         // That the mapping cache answers is what makes it a hit.

@@ -30,6 +30,7 @@ mod counters;
 mod decoded;
 mod frames;
 mod header;
+mod hit;
 #[cfg(all(test, feature = "loom"))]
 mod interleavings;
 mod maintenance;

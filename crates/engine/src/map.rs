@@ -54,6 +54,8 @@ struct Frame {
 pub(crate) struct Map {
     geometry: Geometry,
     slice_bits: u32,
+    /// log2 of the slices of a table.
+    table_bits: u32,
     directory: Box<[OnceLock<Box<[TableSlot]>>]>,
     frames: Box<[OnceLock<Box<[Frame]>>]>,
 }
@@ -67,6 +69,7 @@ impl Map {
         Self {
             geometry,
             slice_bits,
+            table_bits: geometry.l2_bits() - slice_bits,
             directory: (0..lots(to_usize(max_tables), CHUNK))
                 .map(|_| OnceLock::new())
                 .collect(),
@@ -87,7 +90,7 @@ impl Map {
     }
 
     pub(crate) fn slices_per_table(&self) -> u64 {
-        self.geometry.l2_entries() >> self.slice_bits
+        1 << self.table_bits
     }
 
     pub(crate) fn max_tables(&self) -> u64 {
@@ -99,14 +102,20 @@ impl Map {
     }
 
     pub(crate) fn table_of(&self, slice: SliceId) -> u64 {
-        slice.0 / self.slices_per_table()
+        slice.0 >> self.table_bits
     }
 
     /// Bytes from the start of the slice's table to the slice.
     pub(crate) fn offset_in_table(&self, slice: SliceId) -> u64 {
-        (slice.0 % self.slices_per_table()) * self.slice_bytes()
+        self.slice_in_table(slice) as u64 * self.slice_bytes()
     }
 
+    #[inline]
+    fn slice_in_table(&self, slice: SliceId) -> usize {
+        to_usize(slice.0 & (self.slices_per_table() - 1))
+    }
+
+    #[inline]
     fn slot(&self, l1_index: u64) -> Option<&TableSlot> {
         let index = to_usize(l1_index);
         self.directory
@@ -139,9 +148,20 @@ impl Map {
         self.slot_or_new(l1_index).l1.store(raw, Ordering::Release);
     }
 
+    #[inline]
     fn frame(&self, number: u32) -> &Frame {
         let index = number as usize;
-        let chunk = self.frames[index / FRAME_CHUNK].get_or_init(|| {
+        let chunk = &self.frames[index / FRAME_CHUNK];
+        let chunk = match chunk.get() {
+            Some(chunk) => chunk,
+            None => self.make_frames(chunk),
+        };
+        &chunk[index % FRAME_CHUNK]
+    }
+
+    #[cold]
+    fn make_frames<'a>(&self, chunk: &'a OnceLock<Box<[Frame]>>) -> &'a [Frame] {
+        chunk.get_or_init(|| {
             let words = to_usize(self.slice_bytes() / 8);
             (0..FRAME_CHUNK)
                 .map(|_| Frame {
@@ -151,65 +171,81 @@ impl Map {
                     words: (0..words).map(|_| AtomicU64::new(0)).collect(),
                 })
                 .collect()
-        });
-        &chunk[index % FRAME_CHUNK]
+        })
     }
 
     /// Finds the entry of a guest cluster. Lock-free; a few nanoseconds on a hit.
+    #[inline]
     pub(crate) fn lookup(&self, cluster: GuestCluster) -> Lookup {
-        let l1_index = self.geometry.l1_index(cluster);
-        let Some(slot) = self.slot(l1_index) else {
+        let slice = self.slice_of(cluster);
+        let Some(slot) = self.slot(self.table_of(slice)) else {
             return Lookup::NoTable;
         };
         if slot.l1.load(Ordering::Acquire) == 0 {
             return Lookup::NoTable;
         }
-        let slice = self.slice_of(cluster);
         let Some(frames) = slot.frames.get() else {
             return Lookup::Miss(slice);
         };
-        let slice_in_table = to_usize(slice.0 % self.slices_per_table());
+        let place = &frames[self.slice_in_table(slice)];
+        match self.try_lookup(place, cluster) {
+            Some(found) => found,
+            None => self.lookup_again(place, cluster),
+        }
+    }
+
+    /// Looks into the frame that a directory's place names; `None` where it is just changing.
+    #[inline]
+    fn try_lookup(&self, place: &AtomicU32, cluster: GuestCluster) -> Option<Lookup> {
+        let slice = self.slice_of(cluster);
+        let number = place.load(Ordering::Acquire);
+        let Some(frame) = number.checked_sub(1).map(|number| self.frame(number)) else {
+            return Some(Lookup::Miss(slice));
+        };
+        let version = frame.version.load(Ordering::Acquire);
+        if version & 1 != 0 || frame.owner.load(Ordering::Acquire) != slice.0 + 1 {
+            // The frame changes hands, or has done so since the directory was read.
+            return None;
+        }
         let index = to_usize(cluster.0 & (self.slice_entries() - 1));
-        for _ in 0..LOOKUP_TRIES {
-            let number = frames[slice_in_table].load(Ordering::Acquire);
-            if number == 0 {
-                return Lookup::Miss(slice);
+        let raw = if self.geometry.l2_entry_bytes() == 8 {
+            L2Raw {
+                entry: frame.words[index].load(Ordering::Acquire),
+                subclusters: 0,
             }
-            let frame = self.frame(number - 1);
-            let version = frame.version.load(Ordering::Acquire);
-            if version & 1 != 0 || frame.owner.load(Ordering::Acquire) != slice.0 + 1 {
-                // The frame changes hands, or has done so since the directory was read.
-                spin_loop();
-                continue;
+        } else {
+            L2Raw {
+                entry: frame.words[index * 2].load(Ordering::Acquire),
+                subclusters: frame.words[index * 2 + 1].load(Ordering::Acquire),
             }
-            let raw = if self.geometry.l2_entry_bytes() == 8 {
-                L2Raw {
-                    entry: frame.words[index].load(Ordering::Acquire),
-                    subclusters: 0,
-                }
-            } else {
-                L2Raw {
-                    entry: frame.words[index * 2].load(Ordering::Acquire),
-                    subclusters: frame.words[index * 2 + 1].load(Ordering::Acquire),
-                }
-            };
-            fence(Ordering::Acquire);
-            if frame.version.load(Ordering::Relaxed) == version {
-                // Stored only when clear: a hit writes no shared line.
-                if !frame.used.load(Ordering::Relaxed) {
-                    frame.used.store(true, Ordering::Relaxed);
-                }
-                return Lookup::Entry(raw);
+        };
+        fence(Ordering::Acquire);
+        if frame.version.load(Ordering::Relaxed) != version {
+            return None;
+        }
+        // Stored only when clear: a hit writes no shared line.
+        if !frame.used.load(Ordering::Relaxed) {
+            frame.used.store(true, Ordering::Relaxed);
+        }
+        Some(Lookup::Entry(raw))
+    }
+
+    #[cold]
+    fn lookup_again(&self, place: &AtomicU32, cluster: GuestCluster) -> Lookup {
+        for _ in 1..LOOKUP_TRIES {
+            spin_loop();
+            if let Some(found) = self.try_lookup(place, cluster) {
+                return found;
             }
         }
         // Whoever changes the frame was interrupted in the middle: the slow way waits for the lock instead.
-        Lookup::Miss(slice)
+        Lookup::Miss(self.slice_of(cluster))
     }
 
     /// The frame that holds a slice. Under the `meta` lock.
     pub(crate) fn frame_of(&self, slice: SliceId) -> Option<u32> {
         let frames = self.slot(self.table_of(slice))?.frames.get()?;
-        let number = frames[to_usize(slice.0 % self.slices_per_table())].load(Ordering::Acquire);
+        let number = frames[self.slice_in_table(slice)].load(Ordering::Acquire);
         number.checked_sub(1)
     }
 
@@ -232,8 +268,7 @@ impl Map {
                 .map(|_| AtomicU32::new(0))
                 .collect()
         });
-        frames[to_usize(slice.0 % self.slices_per_table())]
-            .store(frame_number + 1, Ordering::Release);
+        frames[self.slice_in_table(slice)].store(frame_number + 1, Ordering::Release);
     }
 
     /// Takes a frame away from the slice that it holds. Under the `meta` lock.
@@ -247,7 +282,7 @@ impl Map {
             .slot(self.table_of(slice))
             .and_then(|slot| slot.frames.get())
         {
-            frames[to_usize(slice.0 % self.slices_per_table())].store(0, Ordering::Release);
+            frames[self.slice_in_table(slice)].store(0, Ordering::Release);
         }
         let version = frame.version.load(Ordering::Relaxed);
         frame.version.store(version + 1, Ordering::Relaxed);

@@ -86,8 +86,10 @@ impl Pins {
 pub(crate) struct QueuePins {
     pins: Arc<Pins>,
     seat: Arc<Seat>,
-    /// Requests in flight by the epoch they began in, oldest first.
-    counts: RefCell<VecDeque<(u64, u32)>>,
+    /// The epoch of the request that began last, and how many in flight began in it.
+    latest: Cell<(u64, u32)>,
+    /// The same of the epochs before that, oldest first.
+    older: RefCell<VecDeque<(u64, u32)>>,
     published: Cell<u64>,
 }
 
@@ -101,18 +103,24 @@ impl QueuePins {
         Self {
             pins,
             seat,
-            counts: RefCell::new(VecDeque::with_capacity(64)),
+            latest: Cell::new((0, 0)),
+            older: RefCell::new(VecDeque::with_capacity(64)),
             published: Cell::new(OFFLINE),
         }
     }
 
     /// A request begins, before its first look-up. Returns what to end it with.
+    #[inline]
     pub(crate) fn begin(&self) -> u64 {
         let epoch = self.pins.epoch.load(Ordering::SeqCst);
-        let mut counts = self.counts.borrow_mut();
-        match counts.back_mut() {
-            Some((last, count)) if *last == epoch => *count += 1,
-            _ => counts.push_back((epoch, 1)),
+        let (latest, count) = self.latest.get();
+        if epoch == latest {
+            self.latest.set((epoch, count + 1));
+        } else {
+            if count > 0 {
+                self.older.borrow_mut().push_back((latest, count));
+            }
+            self.latest.set((epoch, 1));
         }
         if self.published.get() == OFFLINE {
             self.publish(epoch);
@@ -122,17 +130,36 @@ impl QueuePins {
     }
 
     /// A request has ended: the kernel is done with everything it submitted.
+    #[inline]
     pub(crate) fn end(&self, epoch: u64) {
-        let mut counts = self.counts.borrow_mut();
-        let entry = counts
+        let (latest, count) = self.latest.get();
+        if epoch != latest {
+            return self.end_older(epoch);
+        }
+        let left = count.checked_sub(1).expect("the request has begun");
+        self.latest.set((latest, left));
+        if left == 0 && self.older.borrow().is_empty() {
+            self.publish(OFFLINE);
+            self.tell();
+        }
+    }
+
+    #[cold]
+    fn end_older(&self, epoch: u64) {
+        let mut older = self.older.borrow_mut();
+        let entry = older
             .iter_mut()
             .find(|(began, _)| *began == epoch)
             .expect("the request has begun");
         entry.1 -= 1;
-        while counts.front().is_some_and(|(_, count)| *count == 0) {
-            counts.pop_front();
+        while older.front().is_some_and(|(_, count)| *count == 0) {
+            older.pop_front();
         }
-        let oldest = counts.front().map_or(OFFLINE, |(began, _)| *began);
+        let oldest = match (older.front(), self.latest.get()) {
+            (Some((began, _)), _) => *began,
+            (None, (_, 0)) => OFFLINE,
+            (None, (latest, _)) => latest,
+        };
         if oldest != self.published.get() {
             self.publish(oldest);
             self.tell();
@@ -141,7 +168,8 @@ impl QueuePins {
 
     fn publish(&self, oldest: u64) {
         self.published.set(oldest);
-        self.seat.oldest.store(oldest, Ordering::SeqCst);
+        // Release: what requests have done is over for who sees that they have ended. A fence follows, which orders it with all else.
+        self.seat.oldest.store(oldest, Ordering::Release);
     }
 
     /// Tells who waits for requests to end.

@@ -6,33 +6,28 @@
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::future::Future;
-use std::io;
 use std::rc::Rc;
 use std::time::Duration;
 
 use slab::Slab;
-use urus_format::L2Entry;
 
 use crate::error::{Error, Result};
-use crate::limits;
+use crate::hit::Direct;
 use crate::pins::QueuePins;
 use crate::planted::{self, Bug};
 use crate::request::{Extent, Reply, Request, RequestKind};
-use crate::resolve::{LayerEntry, Piece};
-use crate::shared::{LayerKind, Shared};
-use crate::storage::{FileId, IMAGE, Memory, Op, OpKind, Storage};
+use crate::shared::Shared;
+use crate::storage::{IMAGE, Memory, Storage};
 use crate::sync::{Arc, Ordering};
-use crate::to_usize;
-use crate::worker::{Direct, Worker, interrupted};
-use crate::write::writable_in_place;
+use crate::worker::Worker;
 use crate::zero::Clearing;
 
-/// A request in flight.
-struct Pending<M> {
+/// A request in flight that its operation alone does not keep.
+pub(crate) struct Pending<M> {
     token: u64,
     memory: Option<M>,
     /// Operations of a hit that are not over; a task counts as one.
-    remaining: u32,
+    pub(crate) remaining: u32,
     /// Apart, as a hit's is never there: this is moved with each request.
     error: Option<Box<Error>>,
     extents: Vec<Extent>,
@@ -40,66 +35,18 @@ struct Pending<M> {
     epoch: u64,
 }
 
-/// A part of a hit: one operation on adjacent bytes of one file.
-#[derive(Clone, Copy)]
-struct Part {
-    file: FileId,
-    host: u64,
-    start: usize,
-    len: usize,
-}
-
-/// Parts of a hit, without allocation.
-struct Parts {
-    parts: [Part; limits::DIRECT_PIECES],
-    count: usize,
-}
-
-impl Parts {
-    fn new() -> Self {
-        Self {
-            parts: [Part {
-                file: IMAGE,
-                host: 0,
-                start: 0,
-                len: 0,
-            }; limits::DIRECT_PIECES],
-            count: 0,
-        }
-    }
-
-    /// Adds a part, joined to the last where both are adjacent; `false` when there are too many.
-    fn push(&mut self, part: Part) -> bool {
-        if let Some(last) = self.count.checked_sub(1).map(|last| &mut self.parts[last]) {
-            let adjacent = last.file == part.file
-                && last.host + last.len as u64 == part.host
-                && last.start + last.len == part.start;
-            if adjacent {
-                last.len += part.len;
-                return true;
-            }
-        }
-        if self.count == self.parts.len() {
-            return false;
-        }
-        self.parts[self.count] = part;
-        self.count += 1;
-        true
-    }
-
-    fn as_slice(&self) -> &[Part] {
-        &self.parts[..self.count]
-    }
-}
-
-struct Core<S: Storage> {
-    worker: Rc<Worker<S>>,
+pub(crate) struct Core<S: Storage> {
+    pub(crate) worker: Rc<Worker<S>>,
     pins: QueuePins,
-    pending: RefCell<Slab<Pending<S::Memory>>>,
+    /// Requests of several parts, and tasks.
+    pub(crate) pending: RefCell<Slab<Pending<S::Memory>>>,
     replies: RefCell<VecDeque<Reply<S::Memory>>>,
     /// Requests that wait for the gate to open.
     held: RefCell<VecDeque<Request<S::Memory>>>,
-    held_count: Cell<usize>,
+    /// A hit to be read that came when nothing else waited to be started.
+    pub(crate) alone: RefCell<Option<Direct<S::Memory>>>,
+    /// Requests taken whose reply was not handed out yet.
+    in_flight: Cell<usize>,
     /// O23: completed changes outlive the process.
     outlives: Cell<bool>,
 }
@@ -123,7 +70,8 @@ impl<S: Storage> Queue<S> {
             pending: RefCell::new(Slab::with_capacity(depth)),
             replies: RefCell::new(VecDeque::with_capacity(depth)),
             held: RefCell::new(VecDeque::new()),
-            held_count: Cell::new(0),
+            alone: RefCell::new(None),
+            in_flight: Cell::new(0),
             outlives: Cell::new(false),
         };
         Self {
@@ -147,24 +95,31 @@ impl<S: Storage> Queue<S> {
         if self.in_flight() >= self.depth {
             return Err(request);
         }
-        self.core.begin(request);
+        let core = &self.core;
+        core.in_flight.set(core.in_flight.get() + 1);
+        core.begin(request);
         Ok(())
     }
 
     /// Starts everything submitted: one system call for all of it.
     pub fn kick(&mut self) {
+        self.core.start_alone();
         self.core.worker.reactor.kick();
     }
 
     /// The next reply, without waiting. Does the queue's work: to be called until it returns `None`, whenever
     /// the storage's notifier or a completion says so.
     pub fn complete(&mut self) -> Option<Reply<S::Memory>> {
-        if let Some(reply) = self.core.replies.borrow_mut().pop_front() {
+        if let Some(reply) = self.core.take_reply() {
+            return Some(reply);
+        }
+        self.core.start_alone();
+        if let Some(reply) = self.core.take_reply() {
             return Some(reply);
         }
         loop {
             self.turn();
-            if let Some(reply) = self.core.replies.borrow_mut().pop_front() {
+            if let Some(reply) = self.core.take_reply() {
                 return Some(reply);
             }
             // From here on whoever wakes the queue notifies its thread.
@@ -180,7 +135,7 @@ impl<S: Storage> Queue<S> {
             .reactor
             .turn(|direct, result| core.direct_done(direct, result));
         let shared = &core.worker.shared;
-        if core.held_count.get() == 0 {
+        if core.held.borrow().is_empty() {
             return;
         }
         if shared.closed.load(Ordering::SeqCst) {
@@ -198,6 +153,11 @@ impl<S: Storage> Queue<S> {
         if !self.core.replies.borrow().is_empty() {
             return;
         }
+        self.core.start_alone();
+        if !self.core.replies.borrow().is_empty() {
+            // It was alone, so nothing else waits to be started.
+            return;
+        }
         self.core.worker.reactor.kick();
         self.core.worker.reactor.wait(timeout);
     }
@@ -205,9 +165,14 @@ impl<S: Storage> Queue<S> {
     /// Requests taken whose reply was not handed out yet.
     #[must_use]
     pub fn in_flight(&self) -> usize {
-        self.core.pending.borrow().len()
-            + self.core.held_count.get()
-            + self.core.replies.borrow().len()
+        self.core.in_flight.get()
+    }
+
+    /// Whether nothing is under way: then [`complete`](Self::complete) has nothing to do or to find, before something is submitted.
+    #[must_use]
+    #[inline]
+    pub fn is_idle(&self) -> bool {
+        self.core.in_flight.get() == 0 && self.core.worker.reactor.is_idle()
     }
 
     /// Whether a reply waits to be taken.
@@ -231,7 +196,10 @@ impl<S: Storage> Queue<S> {
 impl<S: Storage> Drop for Queue<S> {
     fn drop(&mut self) {
         self.core.reject_held();
-        while !self.core.pending.borrow().is_empty() || self.core.worker.reactor.task_count() > 0 {
+        self.core.join_alone();
+        while self.core.in_flight.get() > self.core.replies.borrow().len()
+            || self.core.worker.reactor.task_count() > 0
+        {
             let core = Rc::clone(&self.core);
             if !core
                 .worker
@@ -247,6 +215,7 @@ impl<S: Storage> Drop for Queue<S> {
 
 impl<S: Storage> Core<S> {
     fn begin(self: &Rc<Self>, request: Request<S::Memory>) {
+        self.join_alone();
         let shared = &self.worker.shared;
         // O7: the pin is set before the gate is looked at and before the first look-up.
         let epoch = self.pins.begin();
@@ -255,7 +224,6 @@ impl<S: Storage> Core<S> {
             if shared.closed.load(Ordering::SeqCst) {
                 self.reject(request);
             } else {
-                self.held_count.set(self.held_count.get() + 1);
                 self.held.borrow_mut().push_back(request);
             }
             return;
@@ -300,7 +268,7 @@ impl<S: Storage> Core<S> {
         }
     }
 
-    fn insert(&self, token: u64, epoch: u64, memory: Option<S::Memory>) -> usize {
+    pub(crate) fn insert(&self, token: u64, epoch: u64, memory: Option<S::Memory>) -> usize {
         self.pending.borrow_mut().insert(Pending {
             token,
             memory,
@@ -312,8 +280,11 @@ impl<S: Storage> Core<S> {
     }
 
     /// Runs a request as a task.
-    fn spawn<F>(self: &Rc<Self>, request: usize, work: impl FnOnce(Rc<Self>) -> F + 'static)
-    where
+    pub(crate) fn spawn<F>(
+        self: &Rc<Self>,
+        request: usize,
+        work: impl FnOnce(Rc<Self>) -> F + 'static,
+    ) where
         F: Future<Output = Result<()>> + 'static,
     {
         let core = Rc::clone(self);
@@ -323,8 +294,33 @@ impl<S: Storage> Core<S> {
         });
     }
 
+    /// A request that nothing else was kept of has ended: the kernel is done with all that it submitted.
+    #[inline]
+    pub(crate) fn reply(
+        &self,
+        token: u64,
+        epoch: u64,
+        result: Result<(), Box<Error>>,
+        memory: Option<S::Memory>,
+    ) {
+        self.pins.end(epoch);
+        self.replies.borrow_mut().push_back(Reply {
+            token,
+            result,
+            memory,
+            extents: Vec::new(),
+        });
+    }
+
+    #[inline]
+    fn take_reply(&self) -> Option<Reply<S::Memory>> {
+        let reply = self.replies.borrow_mut().pop_front()?;
+        self.in_flight.set(self.in_flight.get() - 1);
+        Some(reply)
+    }
+
     /// One part of a request has ended; with the last one the request has.
-    fn part_done(&self, request: usize, error: Option<Box<Error>>) {
+    pub(crate) fn part_done(&self, request: usize, error: Option<Box<Error>>) {
         let mut pending = self.pending.borrow_mut();
         let state = &mut pending[request];
         if let Some(error) = error {
@@ -344,159 +340,6 @@ impl<S: Storage> Core<S> {
         }
     }
 
-    fn begin_read(self: &Rc<Self>, token: u64, epoch: u64, offset: u64, memory: S::Memory) {
-        let len = memory.len();
-        let request = self.insert(token, epoch, Some(memory.clone()));
-        if let Err(error) = self.worker.shared.check_range(offset, len as u64) {
-            return self.part_done(request, Some(Box::new(error)));
-        }
-        let mut parts = Parts::new();
-        if self.hit_for_read(offset, &memory, &mut parts) {
-            self.submit_parts(request, &memory, &parts, false);
-        } else {
-            self.spawn(request, move |core| async move {
-                core.worker.read_guest(0, offset, memory).await
-            });
-        }
-    }
-
-    /// Whether a read is a hit. Zeroes are filled in at once.
-    fn hit_for_read(&self, offset: u64, memory: &S::Memory, parts: &mut Parts) -> bool {
-        let len = memory.len();
-        let mut done = 0;
-        while done < len {
-            let (piece, bytes) = self
-                .worker
-                .resolve(0, offset + done as u64, (len - done) as u64);
-            let bytes = to_usize(bytes);
-            match piece {
-                Piece::Data { file, offset: host } => {
-                    let part = Part {
-                        file,
-                        host,
-                        start: done,
-                        len: bytes,
-                    };
-                    if !parts.push(part) {
-                        return false;
-                    }
-                }
-                Piece::Zero => memory.zero(done, bytes),
-                Piece::Compressed { .. } | Piece::Miss { .. } | Piece::Bad(_) => return false,
-            }
-            done += bytes;
-        }
-        self.aligned(parts, memory)
-    }
-
-    fn aligned(&self, parts: &Parts, memory: &S::Memory) -> bool {
-        parts.as_slice().iter().all(|part| {
-            let properties = self.worker.reactor.properties(part.file);
-            let align = u64::from(properties.alignment);
-            align == 1
-                || (part.host % align == 0
-                    && (part.len as u64).is_multiple_of(align)
-                    && memory
-                        .slice(part.start, part.len)
-                        .is_aligned(properties.memory_alignment as usize))
-        })
-    }
-
-    fn submit_parts(&self, request: usize, memory: &S::Memory, parts: &Parts, write: bool) {
-        if parts.count == 0 {
-            return self.part_done(request, None);
-        }
-        // At most DIRECT_PIECES.
-        self.pending.borrow_mut()[request].remaining =
-            u32::try_from(parts.count).unwrap_or(u32::MAX);
-        for part in parts.as_slice() {
-            let direct = Direct {
-                request,
-                file: part.file,
-                offset: part.host,
-                memory: memory.slice(part.start, part.len),
-                write,
-                retries: 0,
-            };
-            self.submit_one(direct);
-        }
-    }
-
-    fn submit_one(&self, direct: Direct<S::Memory>) {
-        let memory = direct.memory.clone();
-        let kind = if direct.write {
-            OpKind::Write {
-                offset: direct.offset,
-                memory,
-                sync: false,
-            }
-        } else {
-            OpKind::Read {
-                offset: direct.offset,
-                memory,
-            }
-        };
-        self.worker.reactor.submit_direct(
-            Op {
-                file: direct.file,
-                kind,
-            },
-            direct,
-        );
-    }
-
-    /// An operation of a hit has completed: whole, short, interrupted or failed.
-    fn direct_done(&self, mut direct: Direct<S::Memory>, result: io::Result<usize>) {
-        let name = if direct.write { "write" } else { "read" };
-        let fail = |error: &io::Error| {
-            Some(Box::new(self.worker.io_error(
-                name,
-                direct.file,
-                direct.offset,
-                direct.memory.len() as u64,
-                error,
-            )))
-        };
-        let outcome = match result {
-            Ok(bytes) if bytes >= direct.memory.len() => None,
-            Ok(0) if direct.write => fail(&io::Error::from_raw_os_error(28)),
-            Ok(0) if self.worker.is_past_end(direct.file, direct.offset) => {
-                // The end of the file: the rest reads as zeroes.
-                direct.memory.zero(0, direct.memory.len());
-                None
-            }
-            Ok(0) if direct.retries < limits::RETRIES => {
-                // The file has grown meanwhile; or it is broken, and then its bytes are no zeroes.
-                direct.retries += 1;
-                return self.submit_one(direct);
-            }
-            Ok(bytes)
-                if !direct.write
-                    && self
-                        .worker
-                        .ends_file(direct.file, direct.offset + bytes as u64) =>
-            {
-                direct.memory.zero(bytes, direct.memory.len() - bytes);
-                None
-            }
-            Ok(bytes) if direct.retries < limits::RETRIES => {
-                // Short: from the last whole sector on. Bounded, as less than one makes no progress.
-                let whole = self.worker.whole_blocks(direct.file, direct.offset, bytes);
-                direct.retries += u32::from(whole < bytes);
-                direct.offset += whole as u64;
-                direct.memory = direct.memory.slice(whole, direct.memory.len() - whole);
-                return self.submit_one(direct);
-            }
-            Ok(_) => fail(&io::Error::from_raw_os_error(5)),
-            Err(error) if interrupted(&error) && direct.retries < limits::RETRIES => {
-                direct.retries += 1;
-                return self.submit_one(direct);
-            }
-            Err(error) => fail(&error),
-        };
-        self.part_done(direct.request, outcome);
-    }
-
     fn begin_write(
         self: &Rc<Self>,
         token: u64,
@@ -506,23 +349,23 @@ impl<S: Storage> Core<S> {
         fua: bool,
     ) {
         let len = memory.len();
-        let request = self.insert(token, epoch, Some(memory.clone()));
         let shared = &self.worker.shared;
         if let Err(error) = shared
             .check_writable()
             .and_then(|()| shared.check_range(offset, len as u64))
         {
-            return self.part_done(request, Some(Box::new(error)));
+            return self.reply(token, epoch, Err(Box::new(error)), Some(memory));
         }
-        let mut parts = Parts::new();
         let outlives = self.outlives();
-        if !fua
-            && !shared.serialize_writes.load(Ordering::SeqCst)
-            && self.hit_for_write(offset, &memory, &mut parts)
-            && (!outlives || shared.is_settled(offset, len as u64))
-        {
-            return self.submit_parts(request, &memory, &parts, true);
-        }
+        let memory = if fua || shared.serialize_writes.load(Ordering::SeqCst) {
+            memory
+        } else {
+            match self.write_hit((token, epoch), offset, memory, outlives) {
+                Some(memory) => memory,
+                None => return,
+            }
+        };
+        let request = self.insert(token, epoch, Some(memory.clone()));
         let align = u64::from(self.worker.reactor.properties(IMAGE).alignment);
         let unaligned = !offset.is_multiple_of(align) || !(len as u64).is_multiple_of(align);
         self.spawn(request, move |core| async move {
@@ -533,47 +376,6 @@ impl<S: Storage> Core<S> {
             let fua = fua && !planted::is(Bug::FuaWithoutCommit);
             core.secure(offset, len as u64, fua, outlives).await
         });
-    }
-
-    /// Whether a write is a hit: every cluster the image's own, nothing to change but data.
-    fn hit_for_write(&self, offset: u64, memory: &S::Memory, parts: &mut Parts) -> bool {
-        let shared = &self.worker.shared;
-        let len = memory.len();
-        let mut done = 0;
-        let fits = match &shared.layers[0].kind {
-            LayerKind::Raw => parts.push(Part {
-                file: IMAGE,
-                host: offset,
-                start: 0,
-                len,
-            }),
-            LayerKind::Qcow2(image) => loop {
-                if done == len {
-                    break true;
-                }
-                let at = offset + done as u64;
-                let within = image.geometry.in_cluster(at);
-                let bytes = to_usize(image.geometry.cluster_bytes() - within).min(len - done);
-                match self.worker.layer_entry(0, at) {
-                    LayerEntry::Entry(L2Entry::Data { host, copied })
-                        if writable_in_place(copied) =>
-                    {
-                        let part = Part {
-                            file: IMAGE,
-                            host: host.0 + within,
-                            start: done,
-                            len: bytes,
-                        };
-                        if !parts.push(part) {
-                            break false;
-                        }
-                    }
-                    _ => break false,
-                }
-                done += bytes;
-            },
-        };
-        fits && self.aligned(parts, memory)
     }
 
     fn begin_clear(
@@ -657,15 +459,14 @@ impl<S: Storage> Core<S> {
 
     fn release_held(self: &Rc<Self>) {
         let held = std::mem::take(&mut *self.held.borrow_mut());
-        self.held_count.set(0);
         for request in held {
             self.begin(request);
         }
+        self.start_alone();
     }
 
     fn reject_held(&self) {
         let held = std::mem::take(&mut *self.held.borrow_mut());
-        self.held_count.set(0);
         for request in held {
             self.reject(request);
         }

@@ -1,6 +1,6 @@
 //! One thread's executor: tasks, the operations they wait for, and the inbox that other threads wake it by.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::future::Future;
 use std::io;
@@ -52,6 +52,20 @@ impl Inbox {
         true
     }
 
+    /// The owner does not sleep. (Who has not seen it yet notifies for nothing.)
+    #[inline]
+    fn awake(&self) {
+        if self.sleeping.load(Ordering::Relaxed) {
+            self.sleeping.store(false, Ordering::Relaxed);
+        }
+    }
+
+    /// Whether something was put in since this was last asked. What is not seen yet is seen by `prepare_sleep`.
+    #[inline]
+    fn take_filled(&self) -> bool {
+        self.filled.load(Ordering::Relaxed) && self.filled.swap(false, Ordering::SeqCst)
+    }
+
     /// Makes the owner look again.
     pub(crate) fn nudge(&self) {
         self.filled.store(true, Ordering::Release);
@@ -91,6 +105,8 @@ pub(crate) struct Reactor<S: Storage, D = ()> {
     /// Operations the driver had no room for, in order.
     deferred: RefCell<VecDeque<(Slot, Op<S::Memory>)>>,
     tasks: RefCell<Slab<(Option<Task>, Waker)>>,
+    /// Whether operations were submitted since the storage was last told to start them.
+    unstarted: Cell<bool>,
     inbox: Arc<Inbox>,
 }
 
@@ -102,6 +118,7 @@ impl<S: Storage, D> Reactor<S, D> {
             slots: RefCell::new(Slab::new()),
             deferred: RefCell::new(VecDeque::new()),
             tasks: RefCell::new(Slab::new()),
+            unstarted: Cell::new(false),
             inbox,
         }
     }
@@ -110,6 +127,7 @@ impl<S: Storage, D> Reactor<S, D> {
         &self.inbox
     }
 
+    #[inline]
     pub(crate) fn with_storage<R>(&self, f: impl FnOnce(&mut S) -> R) -> R {
         f(&mut self.storage.borrow_mut())
     }
@@ -136,6 +154,12 @@ impl<S: Storage, D> Reactor<S, D> {
         self.inbox.push(id);
     }
 
+    /// Nothing is under way: no operation, and no task.
+    #[inline]
+    pub(crate) fn is_idle(&self) -> bool {
+        self.slots.borrow().is_empty() && self.tasks.borrow().is_empty()
+    }
+
     pub(crate) fn task_count(&self) -> usize {
         self.tasks.borrow().len()
     }
@@ -152,7 +176,15 @@ impl<S: Storage, D> Reactor<S, D> {
         self.start(op, SlotState::Direct(what));
     }
 
+    /// Whether operations wait for the next [`kick`](Self::kick).
+    #[inline]
+    pub(crate) fn has_unstarted(&self) -> bool {
+        self.unstarted.get()
+    }
+
+    #[inline]
     fn start(&self, op: Op<S::Memory>, state: SlotState<D>) -> Slot {
+        self.unstarted.set(true);
         let slot = self.slots.borrow_mut().insert(state);
         let mut deferred = self.deferred.borrow_mut();
         if deferred.is_empty() {
@@ -177,7 +209,7 @@ impl<S: Storage, D> Reactor<S, D> {
     /// Hands completions to tasks and to `direct`, runs what became ready, starts what was submitted. Never
     /// blocks. Returns whether anything happened.
     pub(crate) fn turn(&self, mut direct: impl FnMut(D, io::Result<usize>)) -> bool {
-        self.inbox.sleeping.store(false, Ordering::SeqCst);
+        self.inbox.awake();
         let mut progress = false;
         loop {
             let mut round = false;
@@ -187,45 +219,53 @@ impl<S: Storage, D> Reactor<S, D> {
                     break;
                 };
                 round = true;
-                if let Some((what, result)) = self.settle(slot, result) {
-                    direct(what, result);
-                }
+                self.settle(slot, result, &mut direct);
             }
-            round |= self.resubmit();
+            round |= self.has_deferred() && self.resubmit();
             round |= self.run_ready();
             if !round {
                 break;
             }
             progress = true;
         }
-        self.storage.borrow_mut().kick();
+        self.kick();
         progress
     }
 
-    fn settle(&self, slot: Slot, result: io::Result<usize>) -> Option<(D, io::Result<usize>)> {
+    #[inline]
+    fn settle(
+        &self,
+        slot: Slot,
+        result: io::Result<usize>,
+        direct: &mut impl FnMut(D, io::Result<usize>),
+    ) {
         let mut slots = self.slots.borrow_mut();
         let state = slots
             .get_mut(slot)
             .expect("completion of a slot that is not in flight");
-        match std::mem::replace(state, SlotState::Abandoned) {
+        match state {
+            SlotState::Direct(_) | SlotState::Abandoned => {
+                let state = slots.remove(slot);
+                drop(slots);
+                if let SlotState::Direct(what) = state {
+                    direct(what, result);
+                }
+            }
             SlotState::Waiting(waker) => {
+                let waker = waker.take();
                 *state = SlotState::Done(result);
                 drop(slots);
                 if let Some(waker) = waker {
                     waker.wake();
                 }
-                None
-            }
-            SlotState::Abandoned => {
-                slots.remove(slot);
-                None
-            }
-            SlotState::Direct(what) => {
-                slots.remove(slot);
-                Some((what, result))
             }
             SlotState::Done(_) => panic!("operation in slot {slot} completed twice"),
         }
+    }
+
+    #[inline]
+    fn has_deferred(&self) -> bool {
+        !self.deferred.borrow().is_empty()
     }
 
     fn resubmit(&self) -> bool {
@@ -242,40 +282,48 @@ impl<S: Storage, D> Reactor<S, D> {
         }
     }
 
+    #[inline]
     fn run_ready(&self) -> bool {
         let mut any = false;
-        while self.inbox.filled.swap(false, Ordering::SeqCst) {
-            loop {
-                let Some(id) = self.inbox.ready.lock().pop_front() else {
-                    break;
-                };
-                any = true;
-                let taken = {
-                    let mut tasks = self.tasks.borrow_mut();
-                    tasks
-                        .get_mut(id)
-                        .and_then(|(task, waker)| task.take().map(|task| (task, waker.clone())))
-                };
-                // A wake for a task that has ended meanwhile.
-                let Some((mut task, waker)) = taken else {
-                    continue;
-                };
-                match task.as_mut().poll(&mut Context::from_waker(&waker)) {
-                    Poll::Ready(()) => {
-                        self.tasks.borrow_mut().remove(id);
-                    }
-                    Poll::Pending => {
-                        if let Some(entry) = self.tasks.borrow_mut().get_mut(id) {
-                            entry.0 = Some(task);
-                        }
-                    }
-                }
-            }
+        while self.inbox.take_filled() {
+            any |= self.run_listed();
         }
         any
     }
 
+    /// Polls the tasks on the list, and those that come onto it meanwhile.
+    fn run_listed(&self) -> bool {
+        let mut any = false;
+        loop {
+            let Some(id) = self.inbox.ready.lock().pop_front() else {
+                return any;
+            };
+            any = true;
+            let taken = {
+                let mut tasks = self.tasks.borrow_mut();
+                tasks
+                    .get_mut(id)
+                    .and_then(|(task, waker)| task.take().map(|task| (task, waker.clone())))
+            };
+            // A wake for a task that has ended meanwhile.
+            let Some((mut task, waker)) = taken else {
+                continue;
+            };
+            match task.as_mut().poll(&mut Context::from_waker(&waker)) {
+                Poll::Ready(()) => {
+                    self.tasks.borrow_mut().remove(id);
+                }
+                Poll::Pending => {
+                    if let Some(entry) = self.tasks.borrow_mut().get_mut(id) {
+                        entry.0 = Some(task);
+                    }
+                }
+            }
+        }
+    }
+
     pub(crate) fn kick(&self) {
+        self.unstarted.set(false);
         self.storage.borrow_mut().kick();
     }
 
@@ -288,7 +336,7 @@ impl<S: Storage, D> Reactor<S, D> {
     pub(crate) fn wait(&self, timeout: Option<Duration>) {
         if self.prepare_sleep() {
             self.storage.borrow_mut().wait(timeout);
-            self.inbox.sleeping.store(false, Ordering::SeqCst);
+            self.inbox.awake();
         }
     }
 

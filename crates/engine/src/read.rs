@@ -62,7 +62,7 @@ impl<S: Storage> Worker<S> {
                     continue;
                 }
                 Piece::Bad(error) => {
-                    failed = Some(error);
+                    failed = Some(*error);
                     break;
                 }
             }
@@ -163,7 +163,7 @@ impl<S: Storage> Worker<S> {
                 Piece::Zero => done += bytes,
                 Piece::Data { .. } | Piece::Compressed { .. } => return Ok(false),
                 Piece::Miss { layer, slice } => self.load(layer, slice).await?,
-                Piece::Bad(error) => return Err(error),
+                Piece::Bad(error) => return Err(*error),
             }
         }
         Ok(true)

@@ -1,10 +1,10 @@
 //! Where a range of the virtual disk comes from: the walk down the chain, without waiting for anything.
 
-use urus_format::{CompressedExtent, GuestOffset, L2Entry};
+use urus_format::{CompressedExtent, EntryError, GuestCluster, GuestOffset, L2Entry};
 
 use crate::error::Error;
 use crate::map::{Lookup, SliceId};
-use crate::shared::LayerKind;
+use crate::shared::{Layer, LayerKind, Qcow2Layer};
 use crate::storage::{FileId, Storage};
 use crate::worker::Worker;
 
@@ -24,15 +24,25 @@ pub(crate) enum Piece {
     },
     /// Not known until this slice is cached.
     Miss { layer: usize, slice: SliceId },
-    /// The metadata is invalid here.
-    Bad(Error),
+    /// The metadata is invalid here. (Apart, as this is moved with each look-up.)
+    Bad(Box<Error>),
 }
 
 /// What a layer's own metadata says of a range inside one of its clusters.
 pub(crate) enum LayerEntry {
     Entry(L2Entry),
     Miss(SliceId),
-    Bad(Error),
+    Bad(Box<Error>),
+}
+
+#[cold]
+fn bad_entry(layer: &Layer, cluster: GuestCluster, entry: EntryError) -> LayerEntry {
+    LayerEntry::Bad(Box::new(Error::BadEntry {
+        file: layer.name.clone(),
+        table: "L2 entry of guest cluster",
+        index: cluster.0,
+        entry,
+    }))
 }
 
 impl<S: Storage> Worker<S> {
@@ -40,6 +50,12 @@ impl<S: Storage> Worker<S> {
     pub(crate) fn layer_entry(&self, layer_index: usize, offset: u64) -> LayerEntry {
         let layer = &self.shared.layers[layer_index];
         let qcow2 = layer.qcow2().expect("only qcow2 layers have entries");
+        self.entry(layer, qcow2, offset)
+    }
+
+    /// The same of a layer that is at hand.
+    #[inline(always)]
+    fn entry(&self, layer: &Layer, qcow2: &Qcow2Layer, offset: u64) -> LayerEntry {
         let cluster = qcow2.geometry.guest_cluster(GuestOffset(offset));
         match qcow2.map.lookup(cluster) {
             Lookup::NoTable => LayerEntry::Entry(L2Entry::Unallocated),
@@ -48,12 +64,7 @@ impl<S: Storage> Worker<S> {
                 self.hits.add();
                 match L2Entry::decode(raw, &qcow2.geometry) {
                     Ok(entry) => LayerEntry::Entry(entry),
-                    Err(entry) => LayerEntry::Bad(Error::BadEntry {
-                        file: layer.name.clone(),
-                        table: "L2 entry of guest cluster",
-                        index: cluster.0,
-                        entry,
-                    }),
+                    Err(entry) => bad_entry(layer, cluster, entry),
                 }
             }
         }
@@ -63,7 +74,8 @@ impl<S: Storage> Worker<S> {
     /// number of bytes, at least 1, at most one cluster of any layer that was asked.
     pub(crate) fn resolve(&self, from_layer: usize, offset: u64, len: u64) -> (Piece, u64) {
         let mut len = len;
-        for (index, layer) in self.shared.layers.iter().enumerate().skip(from_layer) {
+        let mut index = from_layer;
+        while let Some(layer) = self.shared.layers.get(index) {
             let size = layer.size();
             if offset >= size {
                 // A shorter backing file reads as zeroes past its end, whatever lies beneath it.
@@ -84,7 +96,7 @@ impl<S: Storage> Worker<S> {
             };
             let within = qcow2.geometry.in_cluster(offset);
             let rest = qcow2.geometry.cluster_bytes() - within;
-            let entry = match self.layer_entry(index, offset) {
+            let entry = match self.entry(layer, qcow2, offset) {
                 LayerEntry::Entry(entry) => entry,
                 LayerEntry::Miss(slice) => {
                     return (
@@ -99,7 +111,7 @@ impl<S: Storage> Worker<S> {
             };
             len = len.min(rest);
             match entry {
-                L2Entry::Unallocated => {}
+                L2Entry::Unallocated => index += 1,
                 L2Entry::Zero | L2Entry::ZeroAllocated { .. } => return (Piece::Zero, len),
                 L2Entry::Data { host, .. } => {
                     return (

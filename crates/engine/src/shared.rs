@@ -85,10 +85,12 @@ pub(crate) struct Qcow2Layer {
 }
 
 impl Layer {
+    #[inline]
     pub(crate) fn size(&self) -> u64 {
         self.size.load(Ordering::Acquire)
     }
 
+    #[inline]
     pub(crate) fn qcow2(&self) -> Option<&Qcow2Layer> {
         match &self.kind {
             LayerKind::Raw => None,
@@ -233,6 +235,7 @@ pub struct Shared {
 impl Shared {
     /// Bytes of the virtual disk.
     #[must_use]
+    #[inline]
     pub fn size(&self) -> u64 {
         self.layers[0].size()
     }
@@ -381,12 +384,13 @@ impl Shared {
             .all(|slice| frames.is_settled(&image.map, SliceId(slice)))
     }
 
+    #[inline]
     pub(crate) fn check_range(&self, offset: u64, len: u64) -> Result<()> {
         let size = self.size();
-        if offset.checked_add(len).is_none_or(|end| end > size) {
-            return Err(Error::OutOfRange { offset, len, size });
+        match offset.checked_add(len) {
+            Some(end) if end <= size => Ok(()),
+            _ => Err(Error::OutOfRange { offset, len, size }),
         }
-        Ok(())
     }
 
     /// The L1 entry of a layer's table.

@@ -79,7 +79,7 @@ impl<S: Storage> Worker<S> {
                 match self.layer_entry(index, offset) {
                     LayerEntry::Entry(entry) => break entry,
                     LayerEntry::Miss(slice) => self.load(index, slice).await?,
-                    LayerEntry::Bad(error) => return Err(error),
+                    LayerEntry::Bad(error) => return Err(*error),
                 }
             };
             match entry {

@@ -163,6 +163,14 @@ pub trait Storage: 'static {
     /// The operation itself, when there is no room.
     fn submit(&mut self, op: Op<Self::Memory>, slot: Slot) -> Result<(), Op<Self::Memory>>;
 
+    /// Reads all of `memory` at `offset` if that can be done at once, without waiting for anything (from a page cache); else returns
+    /// false, nothing is known of the memory's content, and the read is to be submitted. For a read that has come alone, which then
+    /// is no operation: what does not know, or would rather have it submitted, says false.
+    fn read_now(&mut self, file: FileId, offset: u64, memory: &Self::Memory) -> bool {
+        let _ = (file, offset, memory);
+        false
+    }
+
     /// Starts everything submitted: one system call for all of it.
     fn kick(&mut self);
 

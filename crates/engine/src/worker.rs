@@ -10,6 +10,7 @@ use std::task::Poll;
 use crate::counters::HitCount;
 use crate::error::{Error, Result};
 use crate::frames::{Install, NoCleanFrame};
+use crate::hit::Direct;
 use crate::limits;
 use crate::map::SliceId;
 use crate::reactor::Reactor;
@@ -19,22 +20,13 @@ use crate::sync::{Arc, Ordering};
 use crate::to_usize;
 use crate::wake::{Flights, WaitList};
 
-/// An operation of a request that needs no task.
-pub(crate) struct Direct<M> {
-    /// Index of the request in its queue.
-    pub(crate) request: usize,
-    pub(crate) file: FileId,
-    pub(crate) offset: u64,
-    pub(crate) memory: M,
-    pub(crate) write: bool,
-    pub(crate) retries: u32,
-}
-
 /// One thread's way to do the engine's work.
 pub(crate) struct Worker<S: Storage> {
     pub(crate) shared: Arc<Shared>,
     pub(crate) hits: HitCount,
     pub(crate) reactor: Reactor<S, Direct<S::Memory>>,
+    /// By file: what offsets and lengths, and what memory, have to be multiples of.
+    alignments: Box<[(u64, usize)]>,
     /// Clusters reserved for this worker, and not used yet.
     runs: RefCell<Vec<Run>>,
     /// The device's generation when they were reserved.
@@ -56,7 +48,16 @@ pub(crate) fn interrupted(error: &io::Error) -> bool {
 
 impl<S: Storage> Worker<S> {
     pub(crate) fn new(shared: Arc<Shared>, storage: S) -> Rc<Self> {
+        let files = shared.layers.iter().map(|layer| layer.file.0);
+        let alignments = (0..=files.max().unwrap_or(0))
+            .map(|file| {
+                let properties = storage.properties(FileId(file));
+                let memory = to_usize(u64::from(properties.memory_alignment));
+                (u64::from(properties.alignment), memory)
+            })
+            .collect();
         Rc::new(Self {
+            alignments,
             hits: HitCount::new(Arc::clone(&shared)),
             shared,
             reactor: Reactor::new(storage),
@@ -66,6 +67,12 @@ impl<S: Storage> Worker<S> {
             loading: Flights::default(),
             decoding: Flights::default(),
         })
+    }
+
+    /// What offsets and lengths of operations on a file, and what their memory, have to be multiples of.
+    #[inline]
+    pub(crate) fn alignments(&self, file: FileId) -> (u64, usize) {
+        self.alignments[usize::from(file.0)]
     }
 
     pub(crate) fn io_error(

@@ -57,7 +57,7 @@ impl<S: Storage> Worker<S> {
             let in_cluster = (geometry.cluster_bytes() - geometry.in_cluster(at)).min(total - done);
             match self.layer_entry(0, at) {
                 LayerEntry::Bad(error) => {
-                    failed = Some(error);
+                    failed = Some(*error);
                     break;
                 }
                 LayerEntry::Miss(slice) => {
@@ -189,7 +189,7 @@ impl<S: Storage> Worker<S> {
             match self.layer_entry(0, offset) {
                 LayerEntry::Entry(entry) => return Ok(entry),
                 LayerEntry::Miss(slice) => self.load(0, slice).await?,
-                LayerEntry::Bad(error) => return Err(error),
+                LayerEntry::Bad(error) => return Err(*error),
             }
         }
     }

@@ -186,7 +186,7 @@ impl<S: Storage> Worker<S> {
                     }
                     LayerEntry::Entry(_) => break,
                     LayerEntry::Miss(slice) => self.load(0, slice).await?,
-                    LayerEntry::Bad(error) => return Err(error),
+                    LayerEntry::Bad(error) => return Err(*error),
                 }
             }
             if index > start {

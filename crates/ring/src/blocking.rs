@@ -202,6 +202,7 @@ pub(crate) fn fill_iovecs(iovecs: &mut Vec<libc::iovec>, memory: &RingMemory) {
 ///
 /// # Safety
 /// The iovecs must be valid for writes (of a read) or reads (of a write) during the call.
+#[inline]
 pub(crate) unsafe fn transfer_vectored(
     fd: RawFd,
     iovecs: &[libc::iovec],
@@ -217,9 +218,20 @@ pub(crate) unsafe fn transfer_vectored(
         Direction::Read { flags: 0 } => unsafe {
             libc::preadv64(fd, iovecs.as_ptr(), count, offset)
         },
-        // SAFETY: likewise.
+        // SAFETY: passed on to the caller; the types are those that preadv2(2) gives the system call, whose offset comes in two halves of
+        // which a 64-bit kernel takes the first whole. Not by libc's wrapper: that is a point of cancellation, and what it does for
+        // this costs as much as a look-up.
         Direction::Read { flags } => unsafe {
-            libc::preadv64v2(fd, iovecs.as_ptr(), count, offset, flags)
+            let done = libc::syscall(
+                libc::SYS_preadv2,
+                libc::c_long::from(fd),
+                iovecs.as_ptr(),
+                libc::c_long::from(count),
+                offset,
+                libc::c_long::from(0_u8),
+                libc::c_long::from(flags),
+            );
+            libc::ssize_t::try_from(done).unwrap_or(-1)
         },
         // SAFETY: likewise.
         Direction::Write { flags: 0 } => unsafe {

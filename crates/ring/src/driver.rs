@@ -196,6 +196,15 @@ impl Storage for Driver {
     }
 
     #[inline]
+    fn read_now(&mut self, file: FileId, offset: u64, memory: &RingMemory) -> bool {
+        match &mut self.0 {
+            Inner::Uring(uring) => uring.read_now(file, offset, memory),
+            // Its calls wait.
+            Inner::Blocking(_) => false,
+        }
+    }
+
+    #[inline]
     fn kick(&mut self) {
         each!(&mut self.0, inner => inner.kick());
     }

@@ -253,6 +253,12 @@ impl OpenFile {
         self.can_zero_range.store(false, Ordering::Relaxed);
     }
 
+    /// Whether its data goes past the page cache.
+    #[inline]
+    pub(crate) fn is_direct(&self) -> bool {
+        self.alignment > 1
+    }
+
     /// Whether it is a regular file whose data goes through the page cache.
     pub(crate) fn is_buffered_regular(&self) -> bool {
         self.alignment == 1 && self.kind == FileKind::Regular

@@ -336,6 +336,7 @@ impl RingMemory {
     }
 
     /// Start and length when the view lies in one piece (always so for an empty one).
+    #[inline]
     pub(crate) fn contiguous(&self) -> Option<(NonNull<u8>, usize)> {
         if self.block.pieces.is_empty() {
             // SAFETY: `start <= block.len` (the view's invariant), so the result stays in, or one past, the one piece.

@@ -8,9 +8,11 @@ mod common;
 use std::path::Path;
 use std::sync::Arc;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use common::{Bench, DEPTH, bytes, directory, for_both_drivers, memory, next, pattern, submit};
+use common::{
+    Bench, DEPTH, LONG, bytes, directory, for_both_drivers, memory, next, pattern, submit,
+};
 use urus_engine::storage::{FileId, IMAGE, Memory, Op, OpKind, Storage};
 use urus_ring::{Driver, DriverKind, FileSet, OpenFile, RingMemory};
 
@@ -458,6 +460,40 @@ fn direct_io_refuses_unaligned_memory(kind: DriverKind) {
         Some(22),
         "EINVAL"
     );
+}
+
+/// What a disk has to do must not wait for the end of a long batch: after a few reads past the page cache they are under way, untold.
+#[test]
+fn direct_reads_start_before_the_kick() {
+    let content = pattern(8 * 4096, 3);
+    let mut bench = Bench::with(DriverKind::IoUring, 16, true, &content);
+    let read = |driver: &mut Driver, slot: usize| {
+        let memory = RingMemory::new(4096);
+        let kind = OpKind::Read {
+            offset: 4096 * slot as u64,
+            memory: memory.clone(),
+        };
+        submit(driver, IMAGE, kind, slot);
+        memory
+    };
+    let mut memories = Vec::new();
+    let start = Instant::now();
+    let mut seen = 0;
+    while seen == 0 {
+        assert!(start.elapsed() < LONG, "nothing completes without a kick");
+        if memories.len() < 8 {
+            memories.push(read(&mut bench.driver, memories.len()));
+        }
+        seen += usize::from(bench.driver.complete().is_some());
+    }
+    assert!(memories.len() >= 2, "one read is no batch");
+    while seen < memories.len() {
+        assert_eq!(next(&mut bench.driver).result.unwrap(), 4096);
+        seen += 1;
+    }
+    for (block, memory) in content.chunks(4096).zip(&memories) {
+        assert_eq!(bytes(memory), block);
+    }
 }
 
 fn errors_reach_their_slot(kind: DriverKind) {

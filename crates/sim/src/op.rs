@@ -11,7 +11,7 @@ use crate::fault::{Action, errno, error};
 use crate::log::{Event, OpId};
 use crate::memory::SimMemory;
 use crate::storage::bytes_of;
-use crate::world::{MAX_FILE_BYTES, STUCK_STEPS_BITS, World};
+use crate::world::{File, MAX_FILE_BYTES, STUCK_STEPS_BITS, World};
 
 pub(crate) type Job = Box<dyn FnOnce() + Send>;
 
@@ -194,6 +194,41 @@ impl World {
             most: u64::MAX,
         });
         Ok(())
+    }
+
+    /// A read that is no operation, made by lot. Never where errors are planned: those are for operations.
+    pub(crate) fn read_now(&mut self, file: FileId, offset: u64, memory: &SimMemory) -> bool {
+        let plan = &self.faults;
+        if !plan.faults.is_empty() || plan.touches.is_some() || self.rng.chance(128) {
+            return false;
+        }
+        let File {
+            contents,
+            properties,
+            ..
+        } = &self.files[usize::from(file.0)];
+        let len = bytes_of(memory);
+        let alignment = u64::from(properties.alignment);
+        let bad = !offset.is_multiple_of(alignment)
+            || !len.is_multiple_of(alignment)
+            || !memory.is_aligned(properties.memory_alignment as usize);
+        if !bad && offset + len <= contents.len() {
+            let bytes = &contents.bytes()[index(offset)..index(offset + len)];
+            memory.write(0, bytes);
+            self.idle_waits = 0;
+            for value in [0x9e, u64::from(file.0), offset, len] {
+                self.trace.add(value);
+            }
+            return true;
+        }
+        if bad {
+            self.complain(format!(
+                "{file:?}: a read at {offset}, {len} bytes, is not aligned to {alignment}"
+            ));
+        }
+        // Nobody may take this for what was read.
+        memory.write(0, &vec![JUNK; memory.len()]);
+        false
     }
 
     /// An operation takes effect, wholly or in part.

@@ -63,6 +63,10 @@ impl Storage for SimStorage {
         self.world.0.borrow_mut().submit(self.number, op, slot)
     }
 
+    fn read_now(&mut self, file: FileId, offset: u64, memory: &SimMemory) -> bool {
+        self.world.0.borrow_mut().read_now(file, offset, memory)
+    }
+
     fn kick(&mut self) {
         let mut world = self.world.0.borrow_mut();
         for op in world

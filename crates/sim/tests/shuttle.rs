@@ -124,6 +124,21 @@ impl Storage for Handle {
         Ok(())
     }
 
+    fn read_now(&mut self, file: FileId, offset: u64, memory: &SimMemory) -> bool {
+        if thread_rng().gen_range(0..2) == 0 {
+            return false;
+        }
+        let bytes = self.disk.0[usize::from(file.0)].lock().unwrap();
+        let start = usize::try_from(offset).unwrap();
+        match bytes.get(start..start + memory.len()) {
+            Some(found) => {
+                memory.write(0, found);
+                true
+            }
+            None => false,
+        }
+    }
+
     fn kick(&mut self) {
         while !self.submitted.is_empty() {
             let next = thread_rng().gen_range(0..self.submitted.len());

@@ -165,6 +165,10 @@ impl Queue {
 
     /// The next completion, without waiting.
     pub fn completion(&mut self) -> Option<Completion> {
+        // (What sockets do goes on in the engine's storage.)
+        if self.engine.is_idle() && !self.sockets {
+            return None;
+        }
         if !self.engine.has_reply() {
             // The engine starts what was submitted, and looks for replies.
             self.begun = None;

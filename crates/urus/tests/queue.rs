@@ -417,6 +417,72 @@ fn requests_wait_while_paused() {
     }
 }
 
+/// A read that has come alone is no operation, yet it is in flight: whoever waits for requests to end waits for it (O7), whatever starts
+/// requests makes it, and its buffer comes back.
+#[test]
+fn a_read_that_came_alone_is_in_flight() {
+    for io in DRIVERS {
+        let scratch = Scratch::new();
+        let device = disk(&scratch, &raw(io));
+        let mut alone = queue(&device);
+        let submit = |queue: &mut Queue, token| {
+            let read = Request::read(token, 4096, Buffer::new(4096));
+            queue.submit(read).unwrap();
+        };
+        let is_read = |completion: urus::Completion, token| {
+            completion.result.unwrap();
+            assert_eq!(completion.token, token);
+            let buffer = completion.buffer.unwrap();
+            assert!(buffer.len() == 4096 && buffer.as_slice().iter().all(|&byte| byte == 3));
+        };
+        submit(&mut alone, 1);
+        assert_eq!(alone.in_flight(), 1);
+        is_read(next(&mut alone), 1);
+        submit(&mut alone, 2);
+        alone.kick();
+        is_read(next(&mut alone), 2);
+        assert!(alone.in_flight() == 0 && alone.completion().is_none());
+
+        submit(&mut alone, 3);
+        let (ended, end) = mpsc::channel();
+        let pausing = {
+            let device = device.clone();
+            thread::spawn(move || {
+                device.pause(PauseOptions::new()).unwrap();
+                ended.send(()).unwrap();
+            })
+        };
+        assert!(
+            end.recv_timeout(Duration::from_millis(100)).is_err(),
+            "a pause did not wait for it"
+        );
+        is_read(next(&mut alone), 3);
+        end.recv_timeout(Duration::from_secs(10)).unwrap();
+        pausing.join().unwrap();
+
+        // Let go by the end of a pause, it is started by nobody else.
+        alone.event_fd().unwrap();
+        submit(&mut alone, 4);
+        alone.kick();
+        assert!(alone.completion().is_none());
+        device.resume().unwrap();
+        let completion = loop {
+            if let Some(completion) = alone.completion() {
+                break completion;
+            }
+            assert!(is_readable(
+                alone.event_fd().unwrap(),
+                Duration::from_secs(10)
+            ));
+            alone.consume_event();
+        };
+        is_read(completion, 4);
+        submit(&mut alone, 5);
+        drop(alone);
+        device.close().unwrap();
+    }
+}
+
 /// A server that is told to stop while it is paused closes its image all the same, and nobody waits for an answer for ever.
 #[test]
 fn a_paused_device_closes() {

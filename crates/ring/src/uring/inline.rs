@@ -2,7 +2,8 @@
 //!
 //! # Reads
 //! A read that goes alone costs a preadv2(2) less than an entering of the ring, where the page cache has what it wants. It is tried with
-//! RWF_NOWAIT, which never waits for a disk; what it does not find is the ring's, and after misses the next reads are not tried.
+//! RWF_NOWAIT, which never waits for a disk; what it does not find is the ring's, and after misses the next reads are not tried. A hit of
+//! the engine comes by [`Inline::read_now`] and never is an operation; what a task of the engine reads is one, and waits here to be started.
 //!
 //! # Writes
 //! Where a file system cannot take a buffered write without blocking (ext4, tmpfs, overlayfs), io_uring hands each one to a
@@ -73,6 +74,25 @@ impl Inline {
         }
     }
 
+    /// Reads all of `memory` where the page cache has it; false where that is not known, or not tried now.
+    #[inline]
+    pub(super) fn read_now(
+        &mut self,
+        file: FileId,
+        offset: u64,
+        memory: &RingMemory,
+        files: &FileSet,
+    ) -> bool {
+        // One that is left to the ring counts when it comes as an operation.
+        if self.untried > 1 || !is_for_page_cache(file, memory, files) {
+            return false;
+        }
+        let whole = self.read_whole(file, offset, memory, files);
+        // As does one that missed.
+        self.untried = if whole { 0 } else { self.untried + 1 };
+        whole
+    }
+
     /// Takes a read that may be tried here as long as no other operation comes: nothing else waits to be started. Everything else is
     /// given back.
     #[inline]
@@ -84,9 +104,7 @@ impl Inline {
     ) -> Option<Op<RingMemory>> {
         match op.kind {
             OpKind::Read { offset, memory }
-                if memory.len() <= READ_BYTES_MAX
-                    && files.file(op.file).is_buffered_regular()
-                    && self.is_tried() =>
+                if is_for_page_cache(op.file, &memory, files) && self.is_tried() =>
             {
                 self.lonely = Some(Queued {
                     slot,
@@ -127,34 +145,53 @@ impl Inline {
     #[inline]
     pub(super) fn try_lonely(&mut self, files: &FileSet) -> Option<Completion> {
         let read = self.lonely.take()?;
-        fill_iovecs(&mut self.iovecs, &read.memory);
-        let flags = libc::RWF_NOWAIT;
-        // SAFETY: `transfer_vectored` wants iovecs that are valid for writes: they were made from the memory that `read` holds for
-        // longer than this call, and whose bytes nobody holds as a slice (contract of `RingMemory`).
-        let result = unsafe {
-            transfer_vectored(
-                files.raw_fd(read.file),
-                &self.iovecs,
-                read.offset,
-                Direction::Read { flags },
-            )
-        };
-        match result {
-            Ok(bytes) if bytes == read.memory.len() => {
-                self.misses = 1;
-                Some(Completion {
-                    slot: read.slot,
-                    result: Ok(bytes),
-                })
-            }
-            // A part, the end of the file, an error: the ring's to find out.
-            _ => {
-                self.untried = self.misses;
-                self.misses = (self.misses * 2).min(MISSES_MAX);
-                self.lonely = Some(read);
-                None
-            }
+        if self.read_whole(read.file, read.offset, &read.memory, files) {
+            return Some(Completion {
+                slot: read.slot,
+                result: Ok(read.memory.len()),
+            });
         }
+        self.lonely = Some(read);
+        None
+    }
+
+    /// Reads without waiting. After a miss (a part, the end of the file, an error: the ring's to find out) the next reads are not tried.
+    #[inline]
+    fn read_whole(
+        &mut self,
+        file: FileId,
+        offset: u64,
+        memory: &RingMemory,
+        files: &FileSet,
+    ) -> bool {
+        let fd = files.raw_fd(file);
+        let flags = libc::RWF_NOWAIT;
+        let mut only = libc::iovec {
+            iov_base: std::ptr::null_mut(),
+            iov_len: 0,
+        };
+        let iovecs = match memory.contiguous() {
+            Some((base, len)) => {
+                only.iov_base = base.as_ptr().cast();
+                only.iov_len = len;
+                std::slice::from_ref(&only)
+            }
+            None => {
+                fill_iovecs(&mut self.iovecs, memory);
+                &self.iovecs[..]
+            }
+        };
+        // SAFETY: `transfer_vectored` wants iovecs that are valid for writes: they were made from `memory`, which is borrowed for longer
+        // than this call, and whose bytes nobody holds as a slice (contract of `RingMemory`).
+        let result = unsafe { transfer_vectored(fd, iovecs, offset, Direction::Read { flags }) };
+        let whole = result.is_ok_and(|bytes| bytes == memory.len());
+        if whole {
+            self.misses = 1;
+        } else {
+            self.untried = self.misses;
+            self.misses = (self.misses * 2).min(MISSES_MAX);
+        }
+        whole
     }
 
     /// Takes a write that is better made by this thread; everything else is given back, for the ring.
@@ -290,6 +327,12 @@ impl Inline {
     }
 }
 
+/// Whether a read is one to look for in the page cache first.
+#[inline]
+fn is_for_page_cache(file: FileId, memory: &RingMemory, files: &FileSet) -> bool {
+    memory.len() <= READ_BYTES_MAX && files.file(file).is_buffered_regular()
+}
+
 #[cfg(test)]
 mod tests {
     //! Guards the choice between this thread and the ring: what is taken here must be written once and answered once, and what may
@@ -356,6 +399,44 @@ mod tests {
         }
         let tried: Vec<_> = (0..100).filter(|slot| !left.contains(slot)).collect();
         assert_eq!(tried, [0, 1, 3, 7, 15, 31, 63]);
+    }
+
+    /// The same for what never is an operation: what is not read at once comes as one, and is the ring's then.
+    #[test]
+    fn a_read_that_is_not_made_at_once_is_the_rings() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), [9; 8192]).unwrap();
+        let open = OpenFile::open_image(file.path(), true, false).unwrap();
+        let files = FileSet::new(vec![open]);
+        let mut inline = Inline::new(8);
+        let whole = RingMemory::new(4096);
+        for _ in 0..3 {
+            whole.write(0, &[0; 4096]);
+            assert!(inline.read_now(IMAGE, 4096, &whole, &files));
+            let mut bytes = [0; 4096];
+            whole.read(0, &mut bytes);
+            assert_eq!(bytes, [9; 4096]);
+        }
+        let scattered = RingMemory::chain(vec![whole.slice(0, 512), RingMemory::new(512)]);
+        assert!(inline.read_now(IMAGE, 0, &scattered, &files));
+        let long = RingMemory::new(READ_BYTES_MAX + 1);
+        assert!(!inline.read_now(IMAGE, 0, &long, &files) && inline.untried == 0);
+        // Past the end of the file, so each try misses.
+        let part = RingMemory::new(12_288);
+        let mut tried = Vec::new();
+        for number in 0..100 {
+            let misses = inline.misses;
+            assert!(!inline.read_now(IMAGE, 0, &part, &files));
+            if inline.misses != misses || inline.untried == MISSES_MAX + 1 {
+                tried.push(number);
+            }
+            assert!(
+                inline.take_read(read(12_288), number, &files).is_some(),
+                "the ring's"
+            );
+        }
+        assert_eq!(tried, [0, 1, 3, 7, 15, 31, 63]);
+        assert!(inline.is_empty());
     }
 
     #[test]

@@ -30,7 +30,7 @@ use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
 
 use io_uring::{IoUring, cqueue};
-use urus_engine::storage::{Completion, Op, OpKind, Slot};
+use urus_engine::storage::{Completion, FileId, Op, OpKind, Slot};
 use urus_engine::sync::Arc;
 
 use crate::bell::Bell;
@@ -54,6 +54,10 @@ const CANCELLATION: u64 = u64::MAX - 2;
 
 /// Entries of the submission queue for operations on sockets, at least.
 const SOCKET_ENTRIES: u32 = 64;
+/// Reads past the page cache that go to the kernel together, before they are told to start: a disk that waits for the last of a long batch
+/// is idle meanwhile. (At depth 32, 4 and 6 did 1.15 times as many reads as whole batches, for no more CPU time; one by one costs
+/// a fifth more of it.)
+const DIRECT_READS: usize = 4;
 /// How long a wait lasts while the kernel has no room for an operation.
 const CROWDED: Duration = Duration::from_millis(1);
 
@@ -149,9 +153,23 @@ impl Uring {
         Ok(())
     }
 
+    /// Reads what the page cache has, for an engine that has nothing else to start.
+    #[inline]
+    pub(crate) fn read_now(&mut self, file: FileId, offset: u64, memory: &RingMemory) -> bool {
+        // Nobody waits in the kernel for a caller that watches the eventfd: what this thread does would have to be announced.
+        !self.watched && self.inline.read_now(file, offset, memory, &self.files)
+    }
+
     #[inline]
     fn take(&mut self, op: Op<RingMemory>, slot: Slot) {
-        // Nobody waits in the kernel for a caller that watches the eventfd: what this thread does would have to be announced.
+        if !matches!(op.kind, OpKind::Read { .. }) {
+            self.give_lonely_to_ring();
+            if let Some(op) = self.inline.take(op, slot, &self.files) {
+                self.ring.push(&mut self.slots, op, slot, &self.files);
+            }
+            return;
+        }
+        // As in `read_now`.
         let is_alone = !self.watched && self.inline.is_empty() && self.ring.is_flushed();
         let op = match is_alone {
             true => self.inline.take_read(op, slot, &self.files),
@@ -160,10 +178,12 @@ impl Uring {
                 Some(op)
             }
         };
-        if let Some(op) = op
-            && let Some(op) = self.inline.take(op, slot, &self.files)
-        {
+        if let Some(op) = op {
+            let is_direct = self.files.file(op.file).is_direct();
             self.ring.push(&mut self.slots, op, slot, &self.files);
+            if is_direct && self.ring.unsubmitted() >= DIRECT_READS {
+                self.ring.flush();
+            }
         }
     }
 

@@ -176,18 +176,22 @@ impl Ring {
     }
 
     /// Whether the kernel has taken everything off the submission queue.
+    #[inline]
     pub(super) fn is_flushed(&mut self) -> bool {
-        let mut submission = self.uring.submission();
-        submission.sync();
-        submission.is_empty()
+        self.uring.submission().is_empty()
+    }
+
+    /// Entries that the kernel has not taken yet.
+    #[inline]
+    pub(super) fn unsubmitted(&mut self) -> usize {
+        self.uring.submission().len()
     }
 
     /// Submits everything, in one system call as a rule. What the kernel has no room for stays in the queue for the
     /// next time: it makes room as completions are taken.
     #[inline]
     pub(super) fn flush(&mut self) {
-        let mut submission = self.uring.submission();
-        submission.sync();
+        let submission = self.uring.submission();
         if submission.is_empty() && !submission.taskrun() {
             return;
         }
