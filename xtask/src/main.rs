@@ -7,6 +7,7 @@ mod licences;
 mod mutants;
 mod packages;
 mod parts;
+mod service;
 mod spdx;
 mod steps;
 mod survivors;
