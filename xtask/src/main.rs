@@ -8,6 +8,7 @@ mod licences;
 mod mutants;
 mod packages;
 mod parts;
+mod service;
 mod spdx;
 mod steps;
 mod survivors;

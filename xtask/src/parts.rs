@@ -10,6 +10,7 @@ use crate::branches;
 use crate::leftovers;
 use crate::mutants;
 use crate::packages;
+use crate::service;
 use crate::steps::Steps;
 
 /// A part.
@@ -29,6 +30,8 @@ enum Means {
     Branches,
     /// Mutants of the code that must not be wrong: in soak only, a build for each takes too long for CI.
     Mutants,
+    /// The units of `dist/` under systemd in a container: in soak only, not every machine of CI can boot one.
+    Service,
     /// A suite of `urus bench` that fails where a bound does not hold, with its size and seconds in CI.
     Bench(&'static [&'static str]),
     /// A test of its own: cargo's arguments, the variable that says how much, how much in CI, and in soak.
@@ -132,6 +135,10 @@ const PARTS: &[Part] = &[
     Part {
         name: "mutants",
         means: Means::Mutants,
+    },
+    Part {
+        name: "service",
+        means: Means::Service,
     },
 ];
 
@@ -340,6 +347,11 @@ impl Part {
                     mutants::run(steps, minutes, seed);
                 }
             }
+            Means::Service => {
+                if long.is_some() {
+                    service::run(steps);
+                }
+            }
             Means::Test {
                 arguments,
                 variable,
@@ -367,10 +379,12 @@ pub(crate) fn soak(steps: &mut Steps, options: &SoakOptions) {
         .iter()
         .filter(|part| options.part.as_ref().is_none_or(|name| name == part.name))
         .collect();
-    if chosen
-        .iter()
-        .any(|part| matches!(part.means, Means::Proofs(_) | Means::Bench(_)))
-    {
+    if chosen.iter().any(|part| {
+        matches!(
+            part.means,
+            Means::Proofs(_) | Means::Bench(_) | Means::Service
+        )
+    }) {
         steps.check("packages", packages::install);
         steps.cargo(
             "build the program",

@@ -10,6 +10,7 @@
 mod ready;
 mod ringed;
 
+use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
@@ -24,7 +25,7 @@ use urus::Buffer;
 use crate::export::{ExportId, Exports};
 use crate::handshake::{Handshake, Progress, Session, greeting};
 use crate::input::Input;
-use crate::limits::{HANDSHAKE_OUTPUT_BYTES, LINGER_TIME, Load};
+use crate::limits::{HANDSHAKE_OUTPUT_BYTES, LINGER_TIME, Load, READ_AHEAD_BYTES};
 use crate::pool::Pool;
 use crate::reply::{Output, Reply, Tag};
 use crate::transmission::{Command, Refusal, payload};
@@ -57,6 +58,8 @@ pub(crate) struct Connection {
     phase: Phase,
     /// The payload of a write that is on its way.
     incoming: Option<Incoming>,
+    /// Reads put off until enough of the output is sent. Their load counts.
+    later: VecDeque<Wanted>,
     load: Load,
     /// Requests that the engine works on. The connection is kept until they are back, even when closed.
     operations: usize,
@@ -165,6 +168,7 @@ impl Connection {
             input: Input::new(),
             output,
             incoming: None,
+            later: VecDeque::new(),
             load: Load::default(),
             operations: 0,
             reading: true,
@@ -234,6 +238,11 @@ impl Connection {
     /// The next request for the engine. None until there is more input, or less load; what can be answered without the engine is
     /// answered on the way.
     pub(crate) fn next(&mut self, pool: &mut Pool) -> Option<Wanted> {
+        if self.may_read()
+            && let Some(read) = self.later.pop_front()
+        {
+            return Some(read);
+        }
         if self.is_receiving() {
             return None;
         }
@@ -261,7 +270,7 @@ impl Connection {
         let open = matches!(self.phase, Phase::Handshake(_) | Phase::Transmission(_));
         if open && !self.reading && !self.stalled {
             // What is there is understood, and no more comes.
-            let linger = self.stopping && (self.operations > 0 || !self.output.is_empty());
+            let linger = self.stopping && (self.has_work() || !self.output.is_empty());
             self.end(linger, "the input has ended");
         }
         self.understood = true;
@@ -362,9 +371,25 @@ impl Connection {
                     filled: 0,
                 });
             }
-            Ok(command) => return Ok(Some(wanted(session, tag, command, None))),
+            Ok(command) => {
+                let wanted = wanted(session, tag, command, None);
+                if !matches!(command, Command::Read { .. }) || self.may_read() {
+                    return Ok(Some(wanted));
+                }
+                self.later.push_back(wanted);
+            }
         }
         Ok(None)
+    }
+
+    /// Whether what would be read now can soon be sent. Else reads are put off.
+    fn may_read(&self) -> bool {
+        self.output.bytes() < READ_AHEAD_BYTES
+    }
+
+    /// Whether requests that were understood are not answered.
+    fn has_work(&self) -> bool {
+        self.operations > 0 || !self.later.is_empty()
     }
 
     /// The payload on its way is complete.
@@ -479,7 +504,7 @@ impl Connection {
             return false;
         }
         if let Phase::Ending { linger } = self.phase
-            && self.operations == 0
+            && !self.has_work()
             && self.output.is_empty()
             && !self.blocked
         {
@@ -586,6 +611,7 @@ impl Connection {
         self.stalled = false;
         self.blocked = false;
         self.incoming = None;
+        self.later = VecDeque::new();
         self.input.clear();
         self.output = Output::default();
         self.deadline = None;

@@ -33,6 +33,11 @@ pub(crate) const SEND_TURN_BYTES: usize = 4 << 20;
 /// client has something to do meanwhile. Small requests never come near it.
 pub(crate) const SUBMIT_ROUND_BYTES: usize = 512 << 10;
 
+/// Replies of one connection that wait to be sent, in bytes. When reached, its reads wait their turn (other requests do not): what is read
+/// much earlier than it is sent has to be fetched from memory again. Small enough for the processor's cache, large enough to bridge the
+/// time that a disk takes.
+pub(crate) const READ_AHEAD_BYTES: usize = 1 << 20;
+
 /// Pieces of one vectored send: 64 replies with payload.
 pub(crate) const SEND_PIECES: usize = 128;
 
@@ -43,8 +48,9 @@ pub(crate) const TLS_OUTPUT_BYTES: usize = 128 << 10;
 /// received.
 pub(crate) const TLS_RECEIVE_ROUNDS: usize = 32;
 
-/// Socket buffers asked for. The kernel gives less where `net.core.wmem_max` says so.
-pub(crate) const SOCKET_BUFFER_BYTES: usize = 2 << 20;
+/// Socket buffers asked for; the kernel doubles that for its own book-keeping, and gives less where `net.core.wmem_max` says so. A larger one
+/// only holds what has left the processor's cache when the client takes it.
+pub(crate) const SOCKET_BUFFER_BYTES: usize = 512 << 10;
 
 /// Strings of the handshake ("Strings" of the protocol's document).
 pub(crate) const STRING_BYTES: usize = 4096;

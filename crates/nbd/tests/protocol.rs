@@ -7,6 +7,7 @@ use std::collections::HashMap;
 use std::time::Duration;
 
 use common::*;
+use rustix::net::{RecvFlags, recv};
 use urus::{Format, IoDriver, PauseOptions};
 
 const EPERM: u32 = 1;
@@ -402,6 +403,33 @@ fn replies_that_wait_hold_up_no_request() {
         assert_eq!(slow.reply(0).error(), 0);
     }
     assert!(slow.is_closed());
+    fixture.close();
+}
+
+/// What a client asks for and does not take is not read for it in advance, beyond a bound: it would have to be fetched from memory twice,
+/// and hold some of it. It is read once the client takes what is there.
+#[test]
+fn reads_wait_until_the_client_takes_what_was_read() {
+    let fixture = Fixture::new(&Image::raw(64 * MIB));
+    let mut other = fixture.client();
+    let mut slow = fixture.client();
+    // More than a socket holds.
+    slow.send(&request(0, READ, 0, 0, 8 << 20));
+    recv(&slow.stream, &mut [0], RecvFlags::PEEK).unwrap();
+    for cookie in 1..50 {
+        slow.send(&request(0, READ, cookie, 0, 1 << 20));
+    }
+    slow.send(&write_request(0, 50, 32 * MIB, b"after"));
+    let start = std::time::Instant::now();
+    while other.read(32 * MIB, 5).unwrap() != b"after" {
+        assert!(start.elapsed() < Duration::from_secs(20));
+    }
+    let queues = fixture.device.statistics().queues;
+    let read: u64 = queues.iter().map(|queue| queue.reads.bytes).sum();
+    assert!(read < 9 * MIB, "{read} bytes were read for who takes none");
+    let mut cookies: Vec<u64> = (0..=50).map(|_| slow.reply(0).cookie()).collect();
+    cookies.sort_unstable();
+    assert!(cookies.iter().copied().eq(0..=50));
     fixture.close();
 }
 

@@ -131,7 +131,8 @@ impl Connection {
             Ok(sent) => {
                 self.load.remove(sent.freed);
                 self.blocked = sent.blocked;
-                Some(self.stalled && (sent.freed.requests > 0 || self.output.is_empty()))
+                let room = self.stalled && (sent.freed.requests > 0 || self.output.is_empty());
+                Some(room || (!self.later.is_empty() && self.may_read()))
             }
             Err(error) => {
                 self.close(&format!("cannot send: {error}"));
