@@ -253,7 +253,7 @@ impl Allocator {
             }
             let block = self.refcounts.block_of(first);
             if self.refcounts.block_offset(block) == 0 {
-                self.add_block(worker, block)?;
+                self.add_block(&worker.shared, block)?;
                 continue;
             }
             self.refcounts.load(worker, first).await?;
@@ -385,41 +385,41 @@ impl Allocator {
 
     /// Adds the refcount block that is missing at the end, at the first cluster it covers that is free: so it
     /// counts itself (O8). Where the table has no room for its entry, the table moves.
-    fn add_block<S: Storage>(&self, worker: &Worker<S>, block: u64) -> Result<()> {
+    fn add_block(&self, shared: &Shared, block: u64) -> Result<()> {
         let geometry = &self.refcounts.geometry;
         let entries = self.table_clusters.get() << geometry.cluster_bits() >> 3;
         if block >= entries {
-            return self.grow_table(worker, block);
+            return self.grow_table(shared, block);
         }
         let cluster = self.end.get();
-        self.check_unowned(worker, cluster, 1)?;
+        self.check_unowned(shared, cluster, 1)?;
         self.end.set(cluster + 1);
-        self.place_block(worker, block, cluster);
+        self.place_block(shared, block, cluster);
         Ok(())
     }
 
     /// No refcount block covers these, so nothing should be there.
-    fn check_unowned<S: Storage>(&self, worker: &Worker<S>, first: u64, count: u64) -> Result<()> {
-        let owners = &worker.shared.meta.lock().owners;
+    fn check_unowned(&self, shared: &Shared, first: u64, count: u64) -> Result<()> {
+        let owners = &shared.meta.lock().owners;
         let owned =
             (first..first + count).find_map(|cluster| Some((cluster, owners.get(&cluster)?)));
         owned.map_or(Ok(()), |(cluster, owner)| {
             Err(Error::Corrupt {
-                file: worker.shared.image_name().to_owned(),
+                file: shared.image_name().to_owned(),
                 what: format!("no refcount block covers {}", owner.describe()),
                 place: format!("host cluster {cluster}"),
             })
         })
     }
 
-    fn place_block<S: Storage>(&self, worker: &Worker<S>, block: u64, cluster: u64) {
+    fn place_block(&self, shared: &Shared, block: u64, cluster: u64) {
         self.refcounts
             .add_block(block, cluster << self.refcounts.geometry.cluster_bits());
-        self.claim(worker, cluster, Owner::RefcountBlock);
+        self.claim(shared, cluster, Owner::RefcountBlock);
     }
 
     /// Takes a cluster of the end for metadata, with refcount 1.
-    fn claim<S: Storage>(&self, worker: &Worker<S>, cluster: u64, owner: Owner) {
+    fn claim(&self, shared: &Shared, cluster: u64, owner: Owner) {
         if self
             .refcounts
             .block_offset(self.refcounts.block_of(cluster))
@@ -430,12 +430,12 @@ impl Allocator {
         if self.regular {
             self.virgin.set(self.virgin.get().max(cluster + 1));
         }
-        worker.shared.meta.lock().owners.insert(cluster, owner);
-        Shared::count(&worker.shared.stats.allocated_clusters, 1);
+        shared.meta.lock().owners.insert(cluster, owner);
+        Shared::count(&shared.stats.allocated_clusters, 1);
     }
 
     /// Finds a new, larger place for the refcount table at the end, with the blocks that cover it.
-    fn grow_table<S: Storage>(&self, worker: &Worker<S>, block: u64) -> Result<()> {
+    fn grow_table(&self, shared: &Shared, block: u64) -> Result<()> {
         let geometry = self.refcounts.geometry;
         let start = self.end.get();
         let wanted = (block + 1).max(self.refcounts.table_entries() * 3 / 2);
@@ -446,21 +446,21 @@ impl Allocator {
             return Err(Error::Unsupported {
                 what: format!(
                     "{} cannot grow: its refcount table would pass {} MiB; use larger clusters",
-                    worker.shared.image_name(),
+                    shared.image_name(),
                     limits::REFCOUNT_TABLE_BYTES >> 20
                 ),
             });
         }
-        self.check_unowned(worker, start, blocks + table)?;
+        self.check_unowned(shared, start, blocks + table)?;
         for index in 0..blocks {
             self.refcounts
                 .add_block(block + index, (start + index) << geometry.cluster_bits());
         }
         for index in 0..blocks {
-            self.claim(worker, start + index, Owner::RefcountBlock);
+            self.claim(shared, start + index, Owner::RefcountBlock);
         }
         for index in 0..table {
-            self.claim(worker, start + blocks + index, Owner::RefcountTable);
+            self.claim(shared, start + blocks + index, Owner::RefcountTable);
         }
         self.end.set(start + blocks + table);
         if let Some(abandoned) = self.next_place.get() {
@@ -499,6 +499,11 @@ mod tests {
     //! Guards against clusters that are two things at once, and against a refcount table whose blocks do not count what they have to.
 
     use super::*;
+    use crate::frames::Frames;
+    use crate::open::share;
+    use crate::shared::{Layer, LayerKind, Options};
+    use crate::sync::{Arc, AtomicU64, Ordering};
+    use crate::to_usize;
 
     const BITS: u32 = 9;
 
@@ -605,6 +610,127 @@ mod tests {
         allocator.move_failed(place(5));
         assert_eq!(allocator.begin_move(), Some(place(7)));
         assert_eq!(*allocator.superseded.borrow(), [place(5)]);
+    }
+
+    fn allocated(shared: &Shared) -> u64 {
+        shared.stats.allocated_clusters.load(Ordering::SeqCst)
+    }
+
+    fn shared() -> Arc<Shared> {
+        let layer = Layer {
+            file: IMAGE,
+            name: "disk".into(),
+            size: AtomicU64::new(0),
+            kind: LayerKind::Raw,
+        };
+        share(vec![layer], vec![Frames::new(0)], Options::default())
+    }
+
+    /// An image whose blocks fill its table to the last entry: what is next, is in a block that no table names.
+    fn full(blocks: u64, limit: u64) -> Allocator {
+        let geometry = Geometry::new(BITS, 6, 8, 3);
+        let table = vec![2 << BITS; to_usize(blocks)];
+        let refcounts = Refcounts::new(geometry, table, 8);
+        let place = TablePlace {
+            offset: 1 << BITS,
+            clusters: blocks / 64,
+        };
+        let mut allocator = Allocator::new(refcounts, place, u64::MAX >> 8, true);
+        allocator.limit = limit;
+        allocator
+    }
+
+    /// Where a table of many clusters needs several blocks to be counted, each of them lies in its place and counts what it has to.
+    #[test]
+    fn a_table_of_many_clusters_moves_with_its_blocks() {
+        let start = 4096 * 64;
+        // 6144 entries in 96 clusters, and two blocks.
+        let end = start + 98;
+        let (mut allocator, shared) = (full(4096, end), shared());
+        allocator.add_block(&shared, 4096).unwrap();
+        let refcounts = &allocator.refcounts;
+        assert_eq!(refcounts.new_blocks(), [4096, 4097]);
+        assert_eq!(refcounts.block_offset(4096), start << BITS);
+        assert_eq!(refcounts.block_offset(4097), (start + 1) << BITS);
+        let owners = shared.meta.lock().owners.clone();
+        for cluster in start - 2..end + 30 {
+            let expected = match cluster.checked_sub(start) {
+                Some(0 | 1) => Some(Owner::RefcountBlock),
+                Some(2..98) => Some(Owner::RefcountTable),
+                _ => None,
+            };
+            assert_eq!(owners.get(&cluster).copied(), expected, "{cluster}");
+            if cluster >= start {
+                let counted = u64::from(expected.is_some());
+                assert_eq!(refcounts.get(cluster), Some(counted), "{cluster}");
+            }
+        }
+        assert_eq!(owners.len(), 98);
+        assert_eq!(allocated(&shared), 98);
+        assert_eq!(allocator.end.get(), end);
+        let moved = TablePlace {
+            offset: (start + 2) << BITS,
+            clusters: 96,
+        };
+        assert_eq!(allocator.next_place.get(), Some(moved));
+        assert!(allocator.superseded.borrow().is_empty());
+        // Now there is room for an entry more; the block counts itself.
+        allocator.end.set(4098 * 64);
+        allocator.add_block(&shared, 4098).unwrap();
+        assert_eq!(refcounts.block_offset(4098), (4098 * 64) << BITS);
+        assert_eq!(refcounts.get(4098 * 64), Some(1));
+        assert_eq!(allocator.end.get(), 4098 * 64 + 1);
+        assert_eq!(allocator.next_place.get(), Some(moved));
+        // A place that was chosen and never used is not forgotten: it is counted.
+        allocator.limit = u64::MAX;
+        allocator.end.set(6144 * 64);
+        allocator.add_block(&shared, 6144).unwrap();
+        assert_eq!(*allocator.superseded.borrow(), [moved]);
+    }
+
+    #[test]
+    fn a_table_that_has_no_place_does_not_move() {
+        let start = 4096 * 64;
+        let unchanged = |allocator: &Allocator, shared: &Shared| {
+            assert!(allocator.refcounts.new_blocks().is_empty());
+            assert_eq!(allocator.next_place.get(), None);
+            assert_eq!(allocated(shared), 0);
+        };
+        // A cluster too few; an owner in its way, first or last.
+        for (limit, owned) in [
+            (start + 97, None),
+            (start + 98, Some(start)),
+            (start + 98, Some(start + 97)),
+        ] {
+            let (allocator, shared) = (full(4096, limit), shared());
+            if let Some(owned) = owned {
+                let owners = &mut shared.meta.lock().owners;
+                owners.insert(owned, Owner::L2Table);
+            }
+            let told = allocator.add_block(&shared, 4096).unwrap_err().to_string();
+            let expected = if owned.is_some() {
+                "no refcount block covers an L2 table"
+            } else {
+                "disk cannot grow: its refcount table would pass 8 MiB"
+            };
+            assert!(told.contains(expected), "{told}");
+            unchanged(&allocator, &shared);
+        }
+        let (allocator, shared) = (full(4096, start + 98), shared());
+        let owners = [start - 1, start + 98].map(|cluster| (cluster, Owner::L2Table));
+        shared.meta.lock().owners.extend(owners);
+        assert!(allocator.add_block(&shared, 4096).is_ok());
+        // 8 MiB have 1 Mi entries, half of them to spare.
+        for (blocks, fits) in [(699_051, true), (699_052, false)] {
+            let (mut allocator, shared) = (full(blocks, u64::MAX), self::shared());
+            allocator.table_clusters = Cell::new(1);
+            assert_eq!(allocator.add_block(&shared, blocks).is_ok(), fits);
+            if fits {
+                assert_eq!(allocator.table_clusters.get(), 16_384);
+            } else {
+                unchanged(&allocator, &shared);
+            }
+        }
     }
 
     #[test]
