@@ -635,7 +635,7 @@ mod tests {
             offset: 1 << BITS,
             clusters: blocks / 64,
         };
-        let mut allocator = Allocator::new(refcounts, place, u64::MAX >> 8, true);
+        let mut allocator = Allocator::new(refcounts, place, (blocks * 64) << BITS, true);
         allocator.limit = limit;
         allocator
     }
@@ -674,6 +674,9 @@ mod tests {
         };
         assert_eq!(allocator.next_place.get(), Some(moved));
         assert!(allocator.superseded.borrow().is_empty());
+        // What is written there now is not taken for zero, once it is free again.
+        let zero = [start, end - 1, end].map(|cluster| allocator.is_zero(cluster));
+        assert_eq!(zero, [false, false, true]);
         // Now there is room for an entry more; the block counts itself.
         allocator.end.set(4098 * 64);
         allocator.add_block(&shared, 4098).unwrap();
