@@ -131,7 +131,7 @@ const JUDGES: [Judge; 5] = [
         &[
             "--part", "cuts", "--cuts", "3", "--states", "10000", "--qemu", "0",
         ],
-        60,
+        30,
     ),
     simulator(
         "errors",

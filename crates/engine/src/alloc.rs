@@ -23,6 +23,15 @@ pub(crate) struct TablePlace {
     pub(crate) clusters: u64,
 }
 
+/// Refcount blocks that are missing, one after the other from cluster `start` on, and behind them the new place of the refcount table, where
+/// it has to move.
+#[derive(Clone, Copy)]
+struct Addition {
+    start: u64,
+    blocks: u64,
+    table: u64,
+}
+
 /// The allocator's state.
 pub(crate) struct Allocator {
     pub(crate) refcounts: Refcounts,
@@ -400,55 +409,104 @@ impl Allocator {
         }
     }
 
-    /// Adds the refcount block that is missing at the end, at the first cluster it covers that is free: so it
-    /// counts itself (O8). Where the table has no room for its entry, the table moves. Nothing is added where another reservation has
-    /// gone on meanwhile: the caller looks again.
+    /// Adds the refcount block that is missing at the end. Nothing is added where another reservation has gone on meanwhile: the caller
+    /// looks again.
     async fn add_block<S: Storage>(&self, worker: &Worker<S>, block: u64) -> Result<()> {
-        let geometry = self.refcounts.geometry;
-        let entries = self.table_clusters.get() << geometry.cluster_bits() >> 3;
-        if block >= entries {
-            return self.grow_table(worker, block).await;
-        }
-        let cluster = self.end.get();
-        self.check_unowned(worker, cluster, 1)?;
+        let plan = self.plan_block(&worker.shared, block)?;
+        let bits = self.refcounts.geometry.cluster_bits();
+        let clusters = plan.blocks + plan.table;
         worker
-            .take_room(cluster << geometry.cluster_bits(), geometry.cluster_bytes())
+            .take_room(plan.start << bits, clusters << bits)
             .await?;
         // A table that is to move, or just moves, has its room.
         let place = self.place.get();
-        if self.table_clusters.get() == place.clusters {
+        if plan.table == 0 && self.table_clusters.get() == place.clusters {
             worker.take_room(place.offset + block * 8, 8).await?;
         }
-        if self.end.get() != cluster || self.refcounts.block_offset(block) != 0 {
-            return Ok(());
+        if self.end.get() == plan.start && self.refcounts.block_offset(block) == 0 {
+            self.place_block(&worker.shared, block, plan);
         }
-        self.end.set(cluster + 1);
-        self.place_block(worker, block, cluster);
         Ok(())
     }
 
-    /// No refcount block covers these, so nothing should be there.
-    fn check_unowned<S: Storage>(&self, worker: &Worker<S>, first: u64, count: u64) -> Result<()> {
-        let owners = &worker.shared.meta.lock().owners;
-        let owned =
-            (first..first + count).find_map(|cluster| Some((cluster, owners.get(&cluster)?)));
-        owned.map_or(Ok(()), |(cluster, owner)| {
-            Err(Error::Corrupt {
-                file: worker.shared.image_name().to_owned(),
+    /// What to add so that there is this block: it lies at the first cluster it covers that is free, so it counts itself (O8). Where the
+    /// table has no room for its entry, a new, larger one follows, and the blocks that cover that.
+    fn plan_block(&self, shared: &Shared, block: u64) -> Result<Addition> {
+        let geometry = self.refcounts.geometry;
+        let start = self.end.get();
+        let entries = self.table_clusters.get() << geometry.cluster_bits() >> 3;
+        let (blocks, table) = if block < entries {
+            (1, 0)
+        } else {
+            let wanted = (block + 1).max(self.refcounts.table_entries() * 3 / 2);
+            new_table(&geometry, start, block, wanted)
+        };
+        if table > 0
+            && (table << geometry.cluster_bits() > limits::REFCOUNT_TABLE_BYTES
+                || start + blocks + table > self.limit)
+        {
+            return Err(Error::Unsupported {
+                what: format!(
+                    "{} cannot grow: its refcount table would pass {} MiB; use larger clusters",
+                    shared.image_name(),
+                    limits::REFCOUNT_TABLE_BYTES >> 20
+                ),
+            });
+        }
+        // No refcount block covers these, so nothing should be there.
+        let owners = &shared.meta.lock().owners;
+        let owned = (start..start + blocks + table)
+            .find_map(|cluster| Some((cluster, owners.get(&cluster)?)));
+        if let Some((cluster, owner)) = owned {
+            return Err(Error::Corrupt {
+                file: shared.image_name().to_owned(),
                 what: format!("no refcount block covers {}", owner.describe()),
                 place: format!("host cluster {cluster}"),
-            })
+            });
+        }
+        Ok(Addition {
+            start,
+            blocks,
+            table,
         })
     }
 
-    fn place_block<S: Storage>(&self, worker: &Worker<S>, block: u64, cluster: u64) {
-        self.refcounts
-            .add_block(block, cluster << self.refcounts.geometry.cluster_bits());
-        self.claim(worker, cluster, Owner::RefcountBlock);
+    /// Adds what was planned.
+    fn place_block(&self, shared: &Shared, block: u64, plan: Addition) {
+        let Addition {
+            start,
+            blocks,
+            table,
+        } = plan;
+        let bits = self.refcounts.geometry.cluster_bits();
+        for index in 0..blocks {
+            self.refcounts
+                .add_block(block + index, (start + index) << bits);
+        }
+        for index in 0..blocks {
+            self.claim(shared, start + index, Owner::RefcountBlock);
+        }
+        for index in 0..table {
+            self.claim(shared, start + blocks + index, Owner::RefcountTable);
+        }
+        self.end.set(start + blocks + table);
+        self.roomy.borrow_mut().insert(block, blocks);
+        if table == 0 {
+            return;
+        }
+        if let Some(abandoned) = self.next_place.get() {
+            // Chosen before, and no header write ever named it.
+            self.superseded.borrow_mut().push(abandoned);
+        }
+        self.next_place.set(Some(TablePlace {
+            offset: (start + blocks) << bits,
+            clusters: table,
+        }));
+        self.table_clusters.set(table);
     }
 
     /// Takes a cluster of the end for metadata, with refcount 1.
-    fn claim<S: Storage>(&self, worker: &Worker<S>, cluster: u64, owner: Owner) {
+    fn claim(&self, shared: &Shared, cluster: u64, owner: Owner) {
         if self
             .refcounts
             .block_offset(self.refcounts.block_of(cluster))
@@ -459,70 +517,8 @@ impl Allocator {
         if self.regular {
             self.virgin.set(self.virgin.get().max(cluster + 1));
         }
-        worker.shared.meta.lock().owners.insert(cluster, owner);
-        Shared::count(&worker.shared.stats.allocated_clusters, 1);
-    }
-
-    /// Clusters of the blocks, and of the table, that a table moved to `start` takes so that it has room for `block`, for the blocks that
-    /// cover itself, and for what comes later.
-    fn plan_table<S: Storage>(
-        &self,
-        worker: &Worker<S>,
-        start: u64,
-        block: u64,
-    ) -> Result<(u64, u64)> {
-        let geometry = self.refcounts.geometry;
-        let wanted = (block + 1).max(self.refcounts.table_entries() * 3 / 2);
-        let (blocks, table) = new_table(&geometry, start, block, wanted);
-        if table << geometry.cluster_bits() > limits::REFCOUNT_TABLE_BYTES
-            || start + blocks + table > self.limit
-        {
-            return Err(Error::Unsupported {
-                what: format!(
-                    "{} cannot grow: its refcount table would pass {} MiB; use larger clusters",
-                    worker.shared.image_name(),
-                    limits::REFCOUNT_TABLE_BYTES >> 20
-                ),
-            });
-        }
-        Ok((blocks, table))
-    }
-
-    /// Finds a new, larger place for the refcount table at the end, with the blocks that cover it.
-    async fn grow_table<S: Storage>(&self, worker: &Worker<S>, block: u64) -> Result<()> {
-        let geometry = self.refcounts.geometry;
-        let start = self.end.get();
-        let (blocks, table) = self.plan_table(worker, start, block)?;
-        self.check_unowned(worker, start, blocks + table)?;
-        let bits = geometry.cluster_bits();
-        worker
-            .take_room(start << bits, (blocks + table) << bits)
-            .await?;
-        if self.end.get() != start || self.refcounts.block_offset(block) != 0 {
-            return Ok(());
-        }
-        for index in 0..blocks {
-            self.refcounts
-                .add_block(block + index, (start + index) << geometry.cluster_bits());
-        }
-        for index in 0..blocks {
-            self.claim(worker, start + index, Owner::RefcountBlock);
-        }
-        for index in 0..table {
-            self.claim(worker, start + blocks + index, Owner::RefcountTable);
-        }
-        self.end.set(start + blocks + table);
-        if let Some(abandoned) = self.next_place.get() {
-            // Chosen before, and no header write ever named it.
-            self.superseded.borrow_mut().push(abandoned);
-        }
-        let offset = (start + blocks) << geometry.cluster_bits();
-        self.next_place.set(Some(TablePlace {
-            offset,
-            clusters: table,
-        }));
-        self.table_clusters.set(table);
-        Ok(())
+        shared.meta.lock().owners.insert(cluster, owner);
+        Shared::count(&shared.stats.allocated_clusters, 1);
     }
 }
 
@@ -548,6 +544,11 @@ mod tests {
     //! Guards against clusters that are two things at once, and against a refcount table whose blocks do not count what they have to.
 
     use super::*;
+    use crate::frames::Frames;
+    use crate::open::share;
+    use crate::shared::{Layer, LayerKind, Options};
+    use crate::sync::{Arc, AtomicU64, Ordering};
+    use crate::to_usize;
 
     const BITS: u32 = 9;
 
@@ -654,6 +655,138 @@ mod tests {
         allocator.move_failed(place(5));
         assert_eq!(allocator.begin_move(), Some(place(7)));
         assert_eq!(*allocator.superseded.borrow(), [place(5)]);
+    }
+
+    fn allocated(shared: &Shared) -> u64 {
+        shared.stats.allocated_clusters.load(Ordering::SeqCst)
+    }
+
+    fn shared() -> Arc<Shared> {
+        let layer = Layer {
+            file: IMAGE,
+            name: "disk".into(),
+            size: AtomicU64::new(0),
+            kind: LayerKind::Raw,
+        };
+        share(vec![layer], vec![Frames::new(0)], Options::default())
+    }
+
+    /// An image whose blocks fill its table to the last entry: what is next, is in a block that no table names.
+    fn full(blocks: u64, limit: u64) -> Allocator {
+        let geometry = Geometry::new(BITS, 6, 8, 3);
+        let table = vec![2 << BITS; to_usize(blocks)];
+        let refcounts = Refcounts::new(geometry, table, 8);
+        let place = TablePlace {
+            offset: 1 << BITS,
+            clusters: blocks / 64,
+        };
+        let mut allocator = Allocator::new(refcounts, place, (blocks * 64) << BITS, true);
+        allocator.limit = limit;
+        allocator
+    }
+
+    fn add_block(allocator: &Allocator, shared: &Shared, block: u64) -> Result<()> {
+        let plan = allocator.plan_block(shared, block)?;
+        allocator.place_block(shared, block, plan);
+        Ok(())
+    }
+
+    /// Where a table of many clusters needs several blocks to be counted, each of them lies in its place and counts what it has to.
+    #[test]
+    fn a_table_of_many_clusters_moves_with_its_blocks() {
+        let start = 4096 * 64;
+        // 6144 entries in 96 clusters, and two blocks.
+        let end = start + 98;
+        let (mut allocator, shared) = (full(4096, end), shared());
+        add_block(&allocator, &shared, 4096).unwrap();
+        let refcounts = &allocator.refcounts;
+        assert_eq!(refcounts.new_blocks(), [4096, 4097]);
+        assert_eq!(refcounts.block_offset(4096), start << BITS);
+        assert_eq!(refcounts.block_offset(4097), (start + 1) << BITS);
+        let owners = shared.meta.lock().owners.clone();
+        for cluster in start - 2..end + 30 {
+            let expected = match cluster.checked_sub(start) {
+                Some(0 | 1) => Some(Owner::RefcountBlock),
+                Some(2..98) => Some(Owner::RefcountTable),
+                _ => None,
+            };
+            assert_eq!(owners.get(&cluster).copied(), expected, "{cluster}");
+            if cluster >= start {
+                let counted = u64::from(expected.is_some());
+                assert_eq!(refcounts.get(cluster), Some(counted), "{cluster}");
+            }
+        }
+        assert_eq!(owners.len(), 98);
+        assert_eq!(allocated(&shared), 98);
+        assert_eq!(allocator.end.get(), end);
+        let moved = TablePlace {
+            offset: (start + 2) << BITS,
+            clusters: 96,
+        };
+        assert_eq!(allocator.next_place.get(), Some(moved));
+        assert!(allocator.superseded.borrow().is_empty());
+        // What is written there now is not taken for zero, once it is free again.
+        let zero = [start, end - 1, end].map(|cluster| allocator.is_zero(cluster));
+        assert_eq!(zero, [false, false, true]);
+        // Now there is room for an entry more; the block counts itself.
+        allocator.end.set(4098 * 64);
+        add_block(&allocator, &shared, 4098).unwrap();
+        assert_eq!(refcounts.block_offset(4098), (4098 * 64) << BITS);
+        assert_eq!(refcounts.get(4098 * 64), Some(1));
+        assert_eq!(allocator.end.get(), 4098 * 64 + 1);
+        assert_eq!(allocator.next_place.get(), Some(moved));
+        // A place that was chosen and never used is not forgotten: it is counted.
+        allocator.limit = u64::MAX;
+        allocator.end.set(6144 * 64);
+        add_block(&allocator, &shared, 6144).unwrap();
+        assert_eq!(*allocator.superseded.borrow(), [moved]);
+    }
+
+    #[test]
+    fn a_table_that_has_no_place_does_not_move() {
+        let start = 4096 * 64;
+        let unchanged = |allocator: &Allocator, shared: &Shared| {
+            assert!(allocator.refcounts.new_blocks().is_empty());
+            assert_eq!(allocator.next_place.get(), None);
+            assert_eq!(allocated(shared), 0);
+        };
+        // A cluster too few; an owner in its way, first or last.
+        for (limit, owned) in [
+            (start + 97, None),
+            (start + 98, Some(start)),
+            (start + 98, Some(start + 97)),
+        ] {
+            let (allocator, shared) = (full(4096, limit), shared());
+            if let Some(owned) = owned {
+                let owners = &mut shared.meta.lock().owners;
+                owners.insert(owned, Owner::L2Table);
+            }
+            let told = add_block(&allocator, &shared, 4096)
+                .unwrap_err()
+                .to_string();
+            let expected = if owned.is_some() {
+                "no refcount block covers an L2 table"
+            } else {
+                "disk cannot grow: its refcount table would pass 8 MiB"
+            };
+            assert!(told.contains(expected), "{told}");
+            unchanged(&allocator, &shared);
+        }
+        let (allocator, shared) = (full(4096, start + 98), shared());
+        let owners = [start - 1, start + 98].map(|cluster| (cluster, Owner::L2Table));
+        shared.meta.lock().owners.extend(owners);
+        assert!(add_block(&allocator, &shared, 4096).is_ok());
+        // 8 MiB have 1 Mi entries, half of them to spare.
+        for (blocks, fits) in [(699_051, true), (699_052, false)] {
+            let (mut allocator, shared) = (full(blocks, u64::MAX), self::shared());
+            allocator.table_clusters = Cell::new(1);
+            assert_eq!(add_block(&allocator, &shared, blocks).is_ok(), fits);
+            if fits {
+                assert_eq!(allocator.table_clusters.get(), 16_384);
+            } else {
+                unchanged(&allocator, &shared);
+            }
+        }
     }
 
     #[test]

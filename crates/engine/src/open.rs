@@ -71,7 +71,7 @@ pub(crate) fn open<S: Storage>(
     Ok((worker, image))
 }
 
-fn share(layers: Vec<Layer>, frames: Vec<Frames>, options: Options) -> Arc<Shared> {
+pub(crate) fn share(layers: Vec<Layer>, frames: Vec<Frames>, options: Options) -> Arc<Shared> {
     Arc::new(Shared {
         layers,
         options,

@@ -171,7 +171,8 @@ impl<S: Storage> Device<S> {
     /// Gives ranges back to the file system; says of each whether that worked.
     async fn punch(&self, ranges: &[(u64, u64)]) -> Vec<bool> {
         let properties = self.worker.reactor.properties(IMAGE);
-        if !self.shared().options.discard || !properties.can_punch || self.no_punch.get() {
+        let possible = properties.can_punch && !self.no_punch.get();
+        if !self.shared().options.discard || !possible {
             return vec![false; ranges.len()];
         }
         let bits = self.image().allocator.refcounts.geometry.cluster_bits();

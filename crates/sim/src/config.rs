@@ -255,6 +255,7 @@ impl Config {
     #[must_use]
     pub fn machine(&self, rng: &mut Rng) -> SimConfig {
         let mut config = SimConfig::random(rng);
+        config.gives_back = self.discard;
         match self.behaviour {
             Behaviour::Any => {}
             Behaviour::Eager => config.eager = true,
@@ -674,6 +675,13 @@ pub fn all() -> Vec<Config> {
             fill: 128,
             queues: 2,
             ..c("grows, raw")
+        },
+        // What compressed clusters leave behind is freed here, too, and not given back.
+        Config {
+            discard: false,
+            fill: 200,
+            compressed: deflate,
+            ..c("no discard, compressed")
         },
     ]
 }

@@ -457,6 +457,9 @@ impl World {
             self.complain(format!("{:?} is read-only, but was to be changed", op.file));
             return Some(errno::EBADF);
         }
+        if matches!(op.kind, OpKind::Punch { .. }) && !self.config.gives_back {
+            self.complain(format!("{:?} was punched, and was not to be", op.file));
+        }
         if let Some(action @ (Action::Enospc | Action::Eintr | Action::Eagain)) = op.fault {
             return Some(errno_of(action));
         }

@@ -104,6 +104,8 @@ pub struct SimConfig {
     pub split: u32,
     /// Whether operations may start before `kick`. Off, a forgotten kick shows as a hang.
     pub eager: bool,
+    /// Whether the device may punch holes; where it was told not to, one is a complaint.
+    pub gives_back: bool,
 }
 
 impl Default for SimConfig {
@@ -115,6 +117,7 @@ impl Default for SimConfig {
             stuck: 0,
             split: 48,
             eager: false,
+            gives_back: true,
         }
     }
 }
@@ -131,6 +134,7 @@ impl SimConfig {
             stuck: pick(rng, &[0, 0, 4, 16]),
             split: pick(rng, &[0, 32, 128]),
             eager: rng.chance(64),
+            gives_back: true,
         }
     }
 }
