@@ -438,7 +438,7 @@ impl Allocator {
     fn grow_table(&self, shared: &Shared, block: u64) -> Result<()> {
         let geometry = self.refcounts.geometry;
         let start = self.end.get();
-        let wanted = (block + 1).max(self.refcounts.table_entries() * 3 / 2);
+        let wanted = self.refcounts.table_entries() * 3 / 2;
         let (blocks, table) = new_table(&geometry, start, block, wanted);
         if table << geometry.cluster_bits() > limits::REFCOUNT_TABLE_BYTES
             || start + blocks + table > self.limit
