@@ -111,6 +111,16 @@ const UNITS: Judge = Judge {
     seconds: 60,
 };
 
+/// Devices over damaged images.
+const DAMAGED: Judge = Judge {
+    name: "damaged",
+    build: &[
+        "test", "-p", "urus-sim", "--test", "damaged", "--test", "refused",
+    ],
+    run: Run::Tests(&[]),
+    seconds: 30,
+};
+
 /// All of the engine's own tests: those of the check read what the format's code wrote.
 const WHOLE_ENGINE: Judge = Judge {
     name: "engine",
@@ -185,15 +195,16 @@ pub(crate) fn of(file: &str) -> Vec<&'static Judge> {
         .iter()
         .any(|own| file.ends_with(own))
     {
-        std::iter::once(&UNITS).chain(simulator).collect()
+        let own = std::iter::once(&UNITS);
+        own.chain(simulator).chain([&DAMAGED]).collect()
     } else {
-        simulator.chain([&UNITS]).collect()
+        simulator.chain([&UNITS, &DAMAGED]).collect()
     }
 }
 
 /// Each that is measured before the first mutant.
 pub(crate) fn all() -> impl Iterator<Item = &'static Judge> {
-    [&FORMAT, &FORMAT_QEMU, &UNITS, &WHOLE_ENGINE]
+    [&FORMAT, &FORMAT_QEMU, &UNITS, &WHOLE_ENGINE, &DAMAGED]
         .into_iter()
         .chain(&JUDGES)
 }

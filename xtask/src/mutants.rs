@@ -4,7 +4,7 @@
 //! knows `cargo test`. The changes are made in a copy of the tree, never in the tree itself. A mutant is shown the judges in turn, the
 //! quickest first, until one notices. docs/mutants.md holds the survivors that were looked at, each with a reason.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::fs;
 use std::io::Write as _;
@@ -165,6 +165,11 @@ impl Laboratory {
             fs::copy(&from, &to).map_err(|error| told(&from, error))?;
         }
         Ok(laboratory)
+    }
+
+    fn source(&self, mutant: &Mutant) -> Result<String, String> {
+        fs::read_to_string(self.tree.join(&mutant.file))
+            .map_err(|error| format!("{}: {error}", mutant.file))
     }
 
     fn cargo(
@@ -427,6 +432,12 @@ fn hunt(root: &Path, directory: &Path, budget: Duration, seed: u64) -> Result<Ta
     shuffle(&mut mutants, seed);
     let listed: BTreeSet<Survivor> = survivors::listed(root)?.into_iter().collect();
     let laboratory = Laboratory::copy(root, directory)?;
+    let mut places: BTreeMap<Survivor, u32> = BTreeMap::new();
+    for mutant in &mutants {
+        *places
+            .entry(mutant.survivor(&laboratory.source(mutant)?))
+            .or_default() += 1;
+    }
     let stopped = stop_flag()?;
     let limits = laboratory.limits(&stopped)?;
     let path = directory.join(format!("seed-{seed}.txt"));
@@ -441,13 +452,12 @@ fn hunt(root: &Path, directory: &Path, budget: Duration, seed: u64) -> Result<Ta
         if start.elapsed() >= budget || stopped.load(Ordering::Relaxed) {
             break;
         }
-        let source = fs::read_to_string(laboratory.tree.join(&mutant.file))
-            .map_err(|error| format!("{}: {error}", mutant.file))?;
         let before = start.elapsed();
-        let survivor = mutant.survivor(&source);
+        let survivor = mutant.survivor(&laboratory.source(mutant)?);
         let known = listed.contains(&survivor);
-        // One on the page would take the time of all judges, and is no news: it counts against the tests unseen.
-        let fate = if known {
+        // One on the page would take the time of all judges, and is no news: it counts against the tests unseen. Where its line has the
+        // same change twice, the page does not tell which of them it means.
+        let fate = if known && places.get(&survivor) == Some(&1) {
             Fate::Survived
         } else {
             laboratory.fate(mutant, &limits)?

@@ -438,7 +438,7 @@ impl Allocator {
         let (blocks, table) = if block < entries {
             (1, 0)
         } else {
-            let wanted = (block + 1).max(self.refcounts.table_entries() * 3 / 2);
+            let wanted = self.refcounts.table_entries() * 3 / 2;
             new_table(&geometry, start, block, wanted)
         };
         if table > 0

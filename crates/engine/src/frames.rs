@@ -305,6 +305,18 @@ mod tests {
         }
     }
 
+    /// However many frames are dirty, and all of them used: the last clean one is found.
+    #[test]
+    fn a_clean_frame_behind_dirty_ones_is_found() {
+        let (map, mut frames) = (map(), Frames::new(8));
+        (0..8).for_each(|slice| assert!(install(&mut frames, &map, slice).is_some()));
+        for frame in 0..7 {
+            frames.mark_dirty(SliceId(frame.into()), frame);
+        }
+        assert_eq!(install(&mut frames, &map, 8), Some(7));
+        assert_eq!((entry(&map, 7), entry(&map, 8)), (None, Some(8)));
+    }
+
     #[test]
     fn an_old_read_is_not_used() {
         let (map, mut frames) = (map(), Frames::new(2));

@@ -12,6 +12,33 @@ use crate::shared::{Removed, Shared};
 use crate::storage::{IMAGE, OpKind, Storage};
 use crate::wake::{Parts, join_all};
 
+/// What is left of a cluster that lost references.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Left {
+    /// So many of them.
+    References(u64),
+    Nothing,
+    /// It had fewer than it lost: the image is damaged.
+    LessThanNothing,
+    /// It counted as free all along, so it may be somebody else's by now.
+    Foreign,
+}
+
+impl Left {
+    fn is_too_few(self) -> bool {
+        matches!(self, Self::LessThanNothing | Self::Foreign)
+    }
+}
+
+fn left(refcount: u64, lost: u64) -> Left {
+    match refcount.checked_sub(lost) {
+        Some(0) => Left::Nothing,
+        Some(count) => Left::References(count),
+        None if refcount == 0 => Left::Foreign,
+        None => Left::LessThanNothing,
+    }
+}
+
 impl<S: Storage> Device<S> {
     /// Takes removals that have become durable (O4).
     pub(crate) fn settle_later(&self, removed: Vec<Removed>) {
@@ -109,7 +136,8 @@ impl<S: Storage> Device<S> {
         let mut free: Vec<(u64, u64)> = Vec::new();
         for (cluster, references) in &lost {
             let refcount = refcounts.load(&self.worker, *cluster).await?;
-            if refcount < *references {
+            let left = left(refcount, *references);
+            if left.is_too_few() {
                 tracing::warn!(
                     image = self.shared().image_name(),
                     cluster,
@@ -117,14 +145,14 @@ impl<S: Storage> Device<S> {
                     references,
                     "a cluster lost more references than it had: run `urus check`"
                 );
-                if refcount == 0 {
-                    // It counted as free all along, so it may be somebody else's by now.
+            }
+            match left {
+                Left::References(count) => {
+                    refcounts.set(*cluster, count);
                     continue;
                 }
-            }
-            if refcount > *references {
-                refcounts.set(*cluster, refcount - references);
-                continue;
+                Left::Foreign => continue,
+                Left::Nothing | Left::LessThanNothing => {}
             }
             if let Some(owner) = self.shared().meta.lock().owners.get(cluster) {
                 // A broken entry referred to it (compressed data is not looked at before). Counted, it stays out of
@@ -216,5 +244,29 @@ impl<S: Storage> Device<S> {
     /// The planted bug O6: lowers refcounts with the commit that removes the pointer.
     pub(crate) async fn decrement_early(&self, removed: &[Removed]) -> Result<()> {
         self.settle(removed).await
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    //! Guards against a cluster of a damaged image that is freed though it may be somebody else's.
+
+    use super::*;
+
+    #[test]
+    fn what_was_free_all_along_is_left_alone() {
+        for (refcount, lost, expected) in [
+            (3, 1, Left::References(2)),
+            (2, 1, Left::References(1)),
+            (1, 1, Left::Nothing),
+            (2, 2, Left::Nothing),
+            (1, 2, Left::LessThanNothing),
+            (0, 1, Left::Foreign),
+            (0, 2, Left::Foreign),
+        ] {
+            let found = left(refcount, lost);
+            assert_eq!(found, expected, "{refcount} - {lost}");
+            assert_eq!(found.is_too_few(), refcount < lost);
+        }
     }
 }
