@@ -9,7 +9,8 @@
 //! Where a file system cannot take a buffered write without blocking (ext4, tmpfs, overlayfs), io_uring hands each one to a
 //! kernel worker, and the workers queue up at the inode's lock: several times slower than a plain pwritev(2), which costs little as long
 //! as the page cache takes the data. It may block, though, when the kernel throttles whoever dirties pages. So: only whole
-//! pages (a part of one may have to be read first), a bounded amount at a time, and none for a while after a slow one.
+//! pages (a part of one may have to be read first), a bounded amount at a time, and none for a while after a slow one; and with much in
+//! flight, whoever makes more of them ([`Balance`]).
 //!
 //! Whether a file system is of that kind is found out by the first write, tried with RWF_NOWAIT.
 
@@ -19,6 +20,7 @@ use std::time::{Duration, Instant};
 
 use urus_engine::storage::{Completion, FileId, Memory, Op, OpKind, Slot};
 
+use super::balance::{Balance, Way};
 use crate::blocking::{Direction, fill_iovecs, transfer_vectored};
 use crate::files::{FileSet, WritesWithoutBlocking};
 use crate::memory::RingMemory;
@@ -52,6 +54,7 @@ pub(super) struct Inline {
     queued_bytes: usize,
     /// Since when the ring has the writes.
     slow_since: Option<Instant>,
+    balance: Balance,
     /// A read that has come alone so far.
     lonely: Option<Queued>,
     /// Reads that are left to the ring before the next one is tried, and how many those are after another miss.
@@ -67,6 +70,7 @@ impl Inline {
             queued: VecDeque::with_capacity(depth),
             queued_bytes: 0,
             slow_since: None,
+            balance: Balance::new(),
             lonely: None,
             untried: 0,
             misses: 1,
@@ -194,20 +198,23 @@ impl Inline {
         whole
     }
 
-    /// Takes a write that is better made by this thread; everything else is given back, for the ring.
+    /// Takes a write that is better made by this thread, with so many operations in flight; everything else is given back, for the ring.
     #[inline]
     pub(super) fn take(
         &mut self,
         op: Op<RingMemory>,
         slot: Slot,
         files: &FileSet,
+        in_flight: usize,
     ) -> Option<Op<RingMemory>> {
         match op.kind {
             OpKind::Write {
                 offset,
                 memory,
                 sync: false,
-            } if self.wants(op.file, offset, &memory, files) => {
+            } if self.wants(op.file, offset, &memory, files)
+                && self.balance.next(in_flight, Instant::now) == Way::Here =>
+            {
                 self.queued_bytes += memory.len();
                 self.queued.push_back(Queued {
                     slot,
@@ -451,11 +458,11 @@ mod tests {
         ] {
             let op = write(offset, len, sync);
             assert!(
-                inline.take(op, 0, &known).is_some(),
+                inline.take(op, 0, &known, 1).is_some(),
                 "{offset} {len} {sync}"
             );
         }
-        assert!(inline.take(read(4096), 0, &known).is_some());
+        assert!(inline.take(read(4096), 0, &known, 1).is_some());
         assert!(inline.take_read(write(0, 4096, false), 0, &known).is_some());
         assert!(
             inline
@@ -463,11 +470,11 @@ mod tests {
                 .is_some()
         );
         let (_file, able) = files(Some(true));
-        assert!(inline.take(write(0, 4096, false), 0, &able).is_some());
+        assert!(inline.take(write(0, 4096, false), 0, &able, 1).is_some());
         // A bounded amount at a time.
         let mut taken = 0;
         while inline
-            .take(write(0, WRITE_BYTES_MAX, false), taken, &known)
+            .take(write(0, WRITE_BYTES_MAX, false), taken, &known, 1)
             .is_none()
         {
             taken += 1;
@@ -482,7 +489,11 @@ mod tests {
             let mut inline = Inline::new(8);
             for slot in 0..8 {
                 let at = (8 + slot as u64) * 4096;
-                assert!(inline.take(write(at, 4096, false), slot, &files).is_none());
+                assert!(
+                    inline
+                        .take(write(at, 4096, false), slot, &files, 1)
+                        .is_none()
+                );
             }
             let (mut ready, mut to_ring) = (VecDeque::new(), Vec::new());
             inline.run(&files, &mut ready, |op, slot| to_ring.push((op, slot)));
@@ -508,14 +519,14 @@ mod tests {
     fn after_a_slow_write_the_ring_has_them() {
         let (_file, files) = files(Some(false));
         let mut inline = Inline::new(8);
-        assert!(inline.take(write(0, 4096, false), 0, &files).is_none());
+        assert!(inline.take(write(0, 4096, false), 0, &files, 1).is_none());
         inline.slow_since = Some(Instant::now());
         let (mut ready, mut to_ring) = (VecDeque::new(), 0);
         inline.run(&files, &mut ready, |_, _| to_ring += 1);
         assert_eq!((ready.len(), to_ring), (0, 1));
-        assert!(inline.take(write(0, 4096, false), 0, &files).is_some());
+        assert!(inline.take(write(0, 4096, false), 0, &files, 1).is_some());
         inline.slow_since = Instant::now().checked_sub(REST);
-        assert!(inline.take(write(0, 4096, false), 0, &files).is_none());
+        assert!(inline.take(write(0, 4096, false), 0, &files, 1).is_none());
     }
 
     #[test]
@@ -525,7 +536,7 @@ mod tests {
         open.learn_writes_without_blocking(false);
         let files = FileSet::new(vec![open]);
         let mut inline = Inline::new(8);
-        assert!(inline.take(write(0, 4096, false), 3, &files).is_none());
+        assert!(inline.take(write(0, 4096, false), 3, &files, 1).is_none());
         let mut ready = VecDeque::new();
         inline.run(&files, &mut ready, |_, _| panic!("not the ring's"));
         let completion = ready.pop_front().unwrap();

@@ -17,6 +17,7 @@
 //! complete the poll. Nor another eventfd beside the bell's: Linux 6.18 was seen to lose signals of an eventfd
 //! that come about inside the writing of another, and it delays them by an RCU grace period anyway.)
 
+mod balance;
 mod inline;
 mod registered;
 mod ring;
@@ -164,7 +165,7 @@ impl Uring {
     fn take(&mut self, op: Op<RingMemory>, slot: Slot) {
         if !matches!(op.kind, OpKind::Read { .. }) {
             self.give_lonely_to_ring();
-            if let Some(op) = self.inline.take(op, slot, &self.files) {
+            if let Some(op) = self.inline.take(op, slot, &self.files, self.in_flight) {
                 self.ring.push(&mut self.slots, op, slot, &self.files);
             }
             return;
