@@ -317,13 +317,7 @@ impl Allocator {
             .div_ceil(1 << bits);
         // Before it has grown: a failure counts until this much is used up, too.
         self.grown.set(end + step);
-        let (offset, len) = (end << bits, step << bits);
-        let result = worker
-            .simple("allocate", IMAGE, offset, len, || OpKind::Allocate {
-                offset,
-                len,
-            })
-            .await;
+        let result = worker.allocate(end << bits, step << bits).await;
         if let Err(error) = result {
             tracing::debug!(image = worker.shared.image_name(), %error, "the file is not lengthened ahead");
         }

@@ -302,19 +302,19 @@ impl<S: Storage> Worker<S> {
         }
     }
 
+    /// Reserves room for a range of the image file, which grows where it is shorter.
+    pub(crate) async fn allocate(&self, offset: u64, len: u64) -> Result<()> {
+        let kind = || OpKind::Allocate { offset, len };
+        self.simple("allocate", IMAGE, offset, len, kind).await
+    }
+
     /// Takes the room that metadata will need once a commit writes it. A full disk then refuses the request that needs it, and not the
     /// commit, which would let nobody go on: neither flushes nor the discards that could give room back.
     pub(crate) async fn take_room(&self, offset: u64, len: u64) -> Result<()> {
         if !self.reactor.properties(IMAGE).regular {
             return Ok(());
         }
-        let taken = self
-            .simple("allocate", IMAGE, offset, len, || OpKind::Allocate {
-                offset,
-                len,
-            })
-            .await;
-        match taken {
+        match self.allocate(offset, len).await {
             Err(error) if error.is_out_of_space() => {
                 // What was freed and not committed may be enough for the next one.
                 self.shared.request_commit();
