@@ -380,12 +380,17 @@ mod tests {
         }
     }
 
-    #[test]
-    fn a_lonely_read_is_answered_once_or_left_to_the_ring() {
+    /// 8 KiB that the page cache has.
+    fn two_blocks() -> (tempfile::NamedTempFile, Arc<FileSet>) {
         let file = tempfile::NamedTempFile::new().unwrap();
         std::fs::write(file.path(), [9; 8192]).unwrap();
         let open = OpenFile::open_image(file.path(), true, false).unwrap();
-        let files = FileSet::new(vec![open]);
+        (file, FileSet::new(vec![open]))
+    }
+
+    #[test]
+    fn a_lonely_read_is_answered_once_or_left_to_the_ring() {
+        let (_file, files) = two_blocks();
         let mut inline = Inline::new(8);
         assert!(inline.take_read(read(4096), 5, &files).is_none());
         assert!(!inline.is_empty());
@@ -411,10 +416,7 @@ mod tests {
     /// The same for what never is an operation: what is not read at once comes as one, and is the ring's then.
     #[test]
     fn a_read_that_is_not_made_at_once_is_the_rings() {
-        let file = tempfile::NamedTempFile::new().unwrap();
-        std::fs::write(file.path(), [9; 8192]).unwrap();
-        let open = OpenFile::open_image(file.path(), true, false).unwrap();
-        let files = FileSet::new(vec![open]);
+        let (_file, files) = two_blocks();
         let mut inline = Inline::new(8);
         let whole = RingMemory::new(4096);
         for _ in 0..3 {
