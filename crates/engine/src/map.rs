@@ -12,7 +12,7 @@ use crate::sync::{AtomicBool, AtomicU32, AtomicU64, OnceLock, Ordering, fence, s
 use crate::to_usize;
 
 /// Tables per chunk of the directory.
-const CHUNK: usize = if cfg!(feature = "loom") { 2 } else { 512 };
+const CHUNK: usize = if cfg!(feature = "loom") { 2 } else { 2048 };
 /// How often a look-up that meets a changing frame starts over before it counts as a miss.
 const LOOKUP_TRIES: u32 = if cfg!(feature = "loom") { 2 } else { 64 };
 /// Frames per chunk of the pool.

@@ -270,9 +270,10 @@ impl Config {
 ///
 /// # Errors
 /// What is wrong with the header.
-pub fn layers(files: &[&[u8]], raw: &[bool]) -> Result<Vec<LayerSpec>, String> {
+pub fn layers(files: &[impl AsRef<[u8]>], raw: &[bool]) -> Result<Vec<LayerSpec>, String> {
     let mut layers = Vec::new();
     for ((number, bytes), raw) in (0..).zip(files).zip(raw) {
+        let bytes = bytes.as_ref();
         let format = if *raw {
             LayerFormat::Raw
         } else {

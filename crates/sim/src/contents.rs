@@ -1,4 +1,4 @@
-//! A file's bytes, with a hash that costs only what changes, and a journal to undo changes.
+//! A file's bytes, with a hash that costs only what changes, and a journal to undo changes. A clone costs nothing until one of the two changes.
 
 use std::rc::Rc;
 
@@ -113,17 +113,24 @@ pub(crate) fn index(value: u64) -> usize {
 /// How to take back one step.
 #[derive(Clone, Debug)]
 enum Undo {
-    Bytes { at: usize, old: Vec<u8> },
+    Bytes {
+        at: usize,
+        old: Vec<u8>,
+        /// Of the sectors that it touched.
+        hashes: Vec<u64>,
+    },
     Len(usize),
 }
 
 /// A file's bytes.
 #[derive(Clone, Debug)]
 pub struct Contents {
-    bytes: Vec<u8>,
+    bytes: Rc<Vec<u8>>,
+    /// Of each sector; 0 for zeroes.
+    hashes: Rc<Vec<u64>>,
     /// A block device: its length never changes, and what would pass its end is cut.
     fixed: bool,
-    /// The sum of the hashes of all sectors that are not zero.
+    /// Their sum.
     sum: u64,
     journal: Option<Vec<Undo>>,
 }
@@ -169,20 +176,20 @@ impl Contents {
     }
 
     fn with(bytes: Vec<u8>, fixed: bool) -> Self {
-        let sum = Self::hash_of(&bytes, 0);
+        let sectors = bytes.chunks(SECTOR_BYTES).enumerate();
+        let hashes: Vec<u64> = sectors
+            .map(|(number, sector)| sector_hash(number, sector))
+            .collect();
+        let sum = hashes
+            .iter()
+            .fold(0, |sum: u64, hash| sum.wrapping_add(*hash));
         Self {
-            bytes,
+            bytes: Rc::new(bytes),
+            hashes: Rc::new(hashes),
             fixed,
             sum,
             journal: None,
         }
-    }
-
-    fn hash_of(bytes: &[u8], first_sector: usize) -> u64 {
-        let sectors = bytes.chunks(SECTOR_BYTES).enumerate();
-        sectors.fold(0, |sum, (i, sector)| {
-            sum.wrapping_add(sector_hash(first_sector + i, sector))
-        })
     }
 
     /// The bytes.
@@ -297,23 +304,33 @@ impl Contents {
         if let Some(journal) = &mut self.journal {
             journal.push(Undo::Len(old));
         }
-        self.bytes.resize(new, 0);
+        self.resize(new);
+    }
+
+    /// What is cut off is zero already, as what is added.
+    fn resize(&mut self, len: usize) {
+        Rc::make_mut(&mut self.bytes).resize(len, 0);
+        Rc::make_mut(&mut self.hashes).resize(len.div_ceil(SECTOR_BYTES), 0);
     }
 
     fn replace(&mut self, at: usize, len: usize, f: impl FnOnce(&mut [u8])) {
-        let sector = SECTOR_BYTES;
-        let start = at / sector * sector;
-        let end = (at + len).next_multiple_of(sector).min(self.bytes.len());
-        let old = Self::hash_of(&self.bytes[start..end], start / sector);
+        let sectors = at / SECTOR_BYTES..(at + len).div_ceil(SECTOR_BYTES);
+        let bytes = Rc::make_mut(&mut self.bytes);
+        let hashes = &mut Rc::make_mut(&mut self.hashes)[sectors.clone()];
         if let Some(journal) = &mut self.journal {
             journal.push(Undo::Bytes {
                 at,
-                old: self.bytes[at..at + len].to_vec(),
+                old: bytes[at..at + len].to_vec(),
+                hashes: hashes.to_vec(),
             });
         }
-        f(&mut self.bytes[at..at + len]);
-        let new = Self::hash_of(&self.bytes[start..end], start / sector);
-        self.sum = self.sum.wrapping_sub(old).wrapping_add(new);
+        f(&mut bytes[at..at + len]);
+        let end = bytes.len().min(sectors.end * SECTOR_BYTES);
+        let changed = bytes[sectors.start * SECTOR_BYTES..end].chunks(SECTOR_BYTES);
+        for ((number, sector), hash) in sectors.zip(changed).zip(hashes) {
+            let old = std::mem::replace(hash, sector_hash(number, sector));
+            self.sum = self.sum.wrapping_sub(old).wrapping_add(*hash);
+        }
     }
 
     /// From here on, changes can be taken back.
@@ -325,13 +342,24 @@ impl Contents {
     pub fn undo(&mut self) {
         for undo in self.journal.take().into_iter().flatten().rev() {
             match undo {
-                Undo::Bytes { at, old } => {
-                    self.replace(at, old.len(), |bytes| bytes.copy_from_slice(&old))
+                Undo::Bytes { at, old, hashes } => {
+                    Rc::make_mut(&mut self.bytes)[at..at + old.len()].copy_from_slice(&old);
+                    let place = &mut Rc::make_mut(&mut self.hashes)[at / SECTOR_BYTES..];
+                    for (hash, old) in place.iter_mut().zip(hashes) {
+                        let new = std::mem::replace(hash, old);
+                        self.sum = self.sum.wrapping_sub(new).wrapping_add(old);
+                    }
                 }
                 // What a shorter file lost was zeroed before, and is written back by the step before this one.
-                Undo::Len(len) => self.bytes.resize(len, 0),
+                Undo::Len(len) => self.resize(len),
             }
         }
+    }
+}
+
+impl AsRef<[u8]> for Contents {
+    fn as_ref(&self) -> &[u8] {
+        &self.bytes
     }
 }
 
@@ -385,7 +413,8 @@ mod tests {
                 for _ in 0..rng.below(5) {
                     let change = random_change(&mut rng);
                     contents.apply(&change, &random_keep(&mut rng, &change));
-                    let fresh = Contents::with(contents.bytes.clone(), fixed);
+                    let fresh = Contents::with(contents.bytes.to_vec(), fixed);
+                    assert_eq!(contents.hashes, fresh.hashes);
                     assert_eq!(contents.hash(), fresh.hash());
                     assert!(!fixed || contents.len() == 6000);
                 }

@@ -108,7 +108,7 @@ fn attempt(
     outcome: &mut Outcome,
 ) -> Result<(), String> {
     let scene = Scene::new(config, &mut rng.fork(1));
-    let mut files: Vec<Vec<u8>> = scene.files().iter().map(|file| file.to_vec()).collect();
+    let mut files = scene.files().to_vec();
     let mut flat = Flat {
         bytes: crate::image::bytes_of(&scene.fixture.initial),
         flights: Vec::new(),
@@ -116,10 +116,9 @@ fn attempt(
         requests: 0,
     };
     for life in 0..3 {
-        let refs: Vec<&[u8]> = files.iter().map(|file| &file[..]).collect();
         let driving = scene.driving(rng);
         let model = Model::zeroed(0);
-        let mut machine = scene.machine(&refs, &[], &model, driving, Vec::new(), rng)?;
+        let mut machine = scene.machine(&files, &[], &model, driving, Vec::new(), rng)?;
         flat.life(&mut machine, requests / 3)?;
         if life < 2 && !config.device && rng.chance(96) {
             flat.grow(&mut machine, config)?;
@@ -133,10 +132,9 @@ fn attempt(
         outcome.trace ^= world.trace_hash().rotate_left(life);
         files = (0..)
             .zip(&files)
-            .map(|(n, _)| machine.file(FileId(n)))
+            .map(|(n, _)| world.contents(FileId(n)).clone())
             .collect();
-        let refs: Vec<&[u8]> = files.iter().map(|file| &file[..]).collect();
-        let (guest, leaks) = scene.guest(&refs, flat.bytes.len())?;
+        let (guest, leaks) = scene.guest(&files, flat.bytes.len())?;
         if let Some(at) = guest.iter().zip(&flat.bytes).position(|(a, b)| a != b) {
             return Err(format!(
                 "life {life}: after closing, byte {at:#x} is {:#x}, not {:#x}",

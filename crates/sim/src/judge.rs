@@ -17,7 +17,7 @@ use crate::machine::{Driving, Machine};
 use crate::model::{Model, View};
 use crate::rng::Rng;
 use crate::workload::Workload;
-use crate::world::{FileSpec, SimConfig, SimWorld};
+use crate::world::{SimConfig, SimWorld};
 
 /// What stays the same over a whole run.
 #[derive(Clone, Debug)]
@@ -26,6 +26,7 @@ pub struct Scene {
     pub config: Config,
     /// The files before the first request.
     pub fixture: Fixture,
+    files: Vec<Contents>,
 }
 
 /// What was found in sound files.
@@ -43,17 +44,26 @@ impl Scene {
     /// Makes the files of a configuration.
     #[must_use]
     pub fn new(config: &Config, rng: &mut Rng) -> Self {
+        let fixture = config.fixture(rng);
+        let files = fixture.files.iter().map(|file| {
+            let bytes = file.contents.clone();
+            if file.properties.regular {
+                Contents::new(bytes)
+            } else {
+                Contents::fixed(bytes)
+            }
+        });
         Self {
             config: config.clone(),
-            fixture: config.fixture(rng),
+            files: files.collect(),
+            fixture,
         }
     }
 
     /// The files before the first request.
     #[must_use]
-    pub fn files(&self) -> Vec<&[u8]> {
-        let files = self.fixture.files.iter();
-        files.map(|file| &file.contents[..]).collect()
+    pub fn files(&self) -> &[Contents] {
+        &self.files
     }
 
     /// Judges files without the engine: is the structure sound, may each sector hold what it holds, is the
@@ -61,16 +71,16 @@ impl Scene {
     ///
     /// # Errors
     /// What is wrong.
-    pub fn judge(&self, files: &[&[u8]], view: &View) -> Result<Found, String> {
+    pub fn judge(&self, files: &[Contents], view: &View) -> Result<Found, String> {
         self.judge_marked(files, view, false)
     }
 
     /// As [`judge`](Self::judge), in the middle of a repair: the image may be marked dirty.
-    fn judge_repairing(&self, files: &[&[u8]], view: &View) -> Result<Found, String> {
+    fn judge_repairing(&self, files: &[Contents], view: &View) -> Result<Found, String> {
         self.judge_marked(files, view, true)
     }
 
-    fn judge_marked(&self, files: &[&[u8]], view: &View, marked: bool) -> Result<Found, String> {
+    fn judge_marked(&self, files: &[Contents], view: &View, marked: bool) -> Result<Found, String> {
         let sizes: Vec<u64> = view.sizes().iter().map(|sectors| sectors * 512).collect();
         let (guest, report) = self.look(files, &sizes)?;
         if !marked && (report.corrupt || report.dirty) {
@@ -89,19 +99,19 @@ impl Scene {
     ///
     /// # Errors
     /// What is wrong.
-    pub fn guest(&self, files: &[&[u8]], size: usize) -> Result<(Vec<u8>, u64), String> {
+    pub fn guest(&self, files: &[Contents], size: usize) -> Result<(Vec<u8>, u64), String> {
         let (guest, report) = self.look(files, &[size as u64])?;
         Ok((guest, report.leak_count))
     }
 
     /// `sizes`: those that the disk may have, in bytes.
-    fn look(&self, files: &[&[u8]], sizes: &[u64]) -> Result<(Vec<u8>, Report), String> {
+    fn look(&self, files: &[Contents], sizes: &[u64]) -> Result<(Vec<u8>, Report), String> {
         let checked = |size: u64| match sizes.contains(&size) {
             true => Ok(index(size)),
             false => Err(format!("the disk has {size} bytes, and may have {sizes:?}")),
         };
         if self.config.raw {
-            let mut guest = files[0].to_vec();
+            let mut guest = files[0].bytes().to_vec();
             if self.config.grows == 0 {
                 guest.resize(index(sizes[0]), 0);
             } else {
@@ -109,7 +119,7 @@ impl Scene {
             }
             return Ok((guest, Report::default()));
         }
-        let report = checker::check(files[0]);
+        let report = checker::check(files[0].bytes());
         if let Some(violation) = report.violations.first() {
             return Err(violation.to_string());
         }
@@ -118,8 +128,8 @@ impl Scene {
             let start = index(offset).min(bytes.len());
             bytes[start..(start + len).min(bytes.len())].to_vec()
         };
-        let reader =
-            GuestReader::open(files[0], Some(&behind)).map_err(|error| error.to_string())?;
+        let reader = GuestReader::open(files[0].bytes(), Some(&behind))
+            .map_err(|error| error.to_string())?;
         let size = checked(reader.size())?;
         let guest = reader.read(0, size).map_err(|error| error.to_string())?;
         if let Some(snapshot) = &self.fixture.snapshot {
@@ -127,7 +137,9 @@ impl Scene {
                 .snapshot(0)
                 .and_then(|reader| reader.read(0, snapshot.len()))
                 .map_err(|error| error.to_string())?;
-            if let Some(at) = found.iter().zip(snapshot).position(|(a, b)| a != b) {
+            if found != snapshot[..] {
+                let at = found.iter().zip(snapshot).position(|(a, b)| a != b);
+                let at = at.unwrap_or(found.len());
                 return Err(format!("the snapshot has changed in sector {}", at / 512));
             }
         }
@@ -156,25 +168,19 @@ impl Scene {
 
     /// A machine with these files.
     #[must_use]
-    pub fn world(&self, files: &[&[u8]], behaviour: SimConfig, seed: u64) -> SimWorld {
+    pub fn world(&self, files: &[Contents], behaviour: SimConfig, seed: u64) -> SimWorld {
         let specs = files
             .iter()
             .zip(&self.fixture.files)
-            .map(|(bytes, old)| FileSpec {
-                contents: bytes.to_vec(),
-                properties: old.properties,
-                writable: old.writable,
-                capacity: old.capacity,
-            })
-            .collect();
-        SimWorld::new(seed, behaviour, specs)
+            .map(|(contents, old)| (contents.clone(), old.properties, old.writable, old.capacity));
+        SimWorld::holding(seed, behaviour, specs)
     }
 
     /// The engine opens these files, read-only or for writing, and closes them.
     ///
     /// # Errors
     /// What the engine says.
-    pub fn open_and_close(&self, files: &[&[u8]], read_only: bool) -> Result<(), String> {
+    pub fn open_and_close(&self, files: &[Contents], read_only: bool) -> Result<(), String> {
         let world = self.world(files, SimConfig::default(), 1);
         let mut options: Options = self.config.options();
         options.read_only = read_only;
@@ -191,7 +197,7 @@ impl Scene {
     /// What is wrong.
     pub fn repair(
         &self,
-        files: &[&[u8]],
+        files: &[Contents],
         found: &Found,
         view: &View,
         rng: &mut Rng,
@@ -201,7 +207,7 @@ impl Scene {
         }
         let world = self.world(files, self.config.machine(rng), rng.next_u64());
         let header = || {
-            let parsed = Header::parse(files[0], files[0].len() as u64);
+            let parsed = Header::parse(files[0].bytes(), files[0].len());
             parsed.map_err(|error| error.to_string())
         };
         let run = |world: &SimWorld, repair| {
@@ -231,11 +237,10 @@ impl Scene {
             ));
         }
         world.settle();
-        let all: Vec<Vec<u8>> = (0..)
+        let repaired: Vec<Contents> = (0..)
             .zip(files)
-            .map(|(number, _)| world.contents(FileId(number)).bytes().to_vec())
+            .map(|(number, _)| world.contents(FileId(number)).clone())
             .collect();
-        let repaired: Vec<&[u8]> = all.iter().map(|file| &file[..]).collect();
         let now = self
             .judge(&repaired, view)
             .map_err(|error| format!("after a repair: {error}"))?;
@@ -257,8 +262,7 @@ impl Scene {
         while cursor.advance(&log) {
             let mut visit = |state: &State<'_>| {
                 states += 1;
-                let files: Vec<&[u8]> = state.files.iter().map(Contents::bytes).collect();
-                let judged = self.judge_repairing(&files, view);
+                let judged = self.judge_repairing(state.files, view);
                 match judged {
                     Ok(now) if now.guest == found.guest => ControlFlow::Continue(()),
                     other => {
@@ -281,7 +285,7 @@ impl Scene {
     /// What the engine says.
     pub fn machine(
         &self,
-        files: &[&[u8]],
+        files: &[Contents],
         guest: &[u8],
         model: &Model,
         driving: Driving,
@@ -301,7 +305,7 @@ impl Scene {
     pub fn machine_in(
         &self,
         world: &SimWorld,
-        files: &[&[u8]],
+        files: &[Contents],
         guest: &[u8],
         model: &Model,
         driving: Driving,

@@ -6,6 +6,8 @@ use std::process::Command;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use crate::contents::Contents;
+
 /// Whether `qemu-img` is there. Looked for once.
 #[must_use]
 pub fn is_installed() -> bool {
@@ -52,7 +54,7 @@ fn run(directory: &Path, arguments: &[&str]) -> Result<(Option<i32>, String), St
 ///
 /// # Errors
 /// What QEMU says, or where it reads something else.
-pub fn judge(files: &[&[u8]], guest: &[u8], copied_clear: bool) -> Result<(), String> {
+pub fn judge(files: &[Contents], guest: &[u8], copied_clear: bool) -> Result<(), String> {
     let scratch = Scratch::new()?;
     // As the images name their backing files (`image::backing_name`).
     for (name, bytes) in ["image", "base"].iter().zip(files) {

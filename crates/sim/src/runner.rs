@@ -173,7 +173,7 @@ fn attempt(
     let model = Model::new(scene.fixture.initial.clone(), FIRST_VERSION)
         .with_room(config.sectors + config.grows);
     let initial = scene
-        .judge(&files, &model.after_cut(0))
+        .judge(files, &model.after_cut(0))
         .map_err(|error| format!("before the first request: {error}"))?;
     if initial.leaks > 0 {
         return Err(format!("before the first request: {} leaks", initial.leaks));
@@ -181,9 +181,9 @@ fn attempt(
     let mut driving = scene.driving(&mut rng);
     driving.errors = injection.is_some();
     let faults = injection.map(Injection::fault).into_iter().collect();
-    let world = scene.world(&files, config.machine(&mut rng), rng.next_u64());
+    let world = scene.world(files, config.machine(&mut rng), rng.next_u64());
     world.plan_faults(faults);
-    let opened = scene.machine_in(&world, &files, &initial.guest, &model, driving, &mut rng);
+    let opened = scene.machine_in(&world, files, &initial.guest, &model, driving, &mut rng);
     let machine = match opened {
         // The error came while it was opened, and was told.
         Err(_) if injection.is_some() => {
@@ -211,9 +211,9 @@ pub fn run_list(config: &Config, seed: u64, effort: &Effort, asks: &[Ask]) -> Ou
         let scene = Scene::new(config, &mut rng.fork(1));
         let files = scene.files();
         let model = Model::new(scene.fixture.initial.clone(), FIRST_VERSION);
-        let guest = scene.judge(&files, &model.after_cut(0))?.guest;
+        let guest = scene.judge(files, &model.after_cut(0))?.guest;
         let driving = scene.driving(&mut rng);
-        let mut machine = scene.machine(&files, &guest, &model, driving, Vec::new(), &mut rng)?;
+        let mut machine = scene.machine(files, &guest, &model, driving, Vec::new(), &mut rng)?;
         let at_once = rng.chance(128);
         for ask in asks {
             machine.ask(*ask)?;
@@ -317,17 +317,17 @@ impl Run<'_> {
         }
         if closed {
             let view = machine.model.after_cut(world.now());
-            let all: Vec<Vec<u8>> = (0..)
-                .zip(&self.scene.fixture.files)
-                .map(|(n, _)| machine.file(FileId(n)))
+            let files: Vec<Contents> = (0..)
+                .zip(self.scene.files())
+                .map(|(n, _)| world.contents(FileId(n)).clone())
                 .collect();
-            let files: Vec<&[u8]> = all.iter().map(|file| &file[..]).collect();
             let found = self
                 .scene
                 .judge(&files, &view)
                 .map_err(|error| format!("after closing: {error}"))?;
             if self.depth == 1 && self.injection.is_none() && !self.scene.config.raw {
-                self.scene.table_stays(self.scene.files()[0], files[0])?;
+                let before = &self.scene.files()[0];
+                self.scene.table_stays(before.bytes(), files[0].bytes())?;
             }
             if found.leaks > self.leaks {
                 return Err(format!(
@@ -456,25 +456,24 @@ impl Run<'_> {
         lot: &mut Rng,
         outcome: &mut Outcome,
     ) -> Result<(), String> {
-        let files: Vec<&[u8]> = files.iter().map(Contents::bytes).collect();
-        let found = self.scene.judge(&files, view)?;
+        let found = self.scene.judge(files, view)?;
         outcome.largest_leak = outcome.largest_leak.max(found.leaks);
         if self.effort.qemu > 0 && !self.scene.config.raw && lot.below(self.effort.qemu) == 0 {
             outcome.qemu += 1;
-            qemu::judge(&files, &found.guest, found.copied_clear > 0)?;
+            qemu::judge(files, &found.guest, found.copied_clear > 0)?;
         }
         let drawn = lot.below(self.effort.reopen);
         if drawn == 1 {
-            outcome.states += self.scene.repair(&files, &found, view, lot)?;
+            outcome.states += self.scene.repair(files, &found, view, lot)?;
             return Ok(());
         }
         if drawn != 0 {
-            return self.scene.open_and_close(&files, lot.chance(64));
+            return self.scene.open_and_close(files, lot.chance(64));
         }
         outcome.reopened += 1;
         let driving = self.scene.driving(lot);
         let mut again = self.scene.machine(
-            &files,
+            files,
             &found.guest,
             &machine.model,
             driving,

@@ -262,18 +262,32 @@ impl SimWorld {
     /// A machine with these files; the first is the image, its backing files follow.
     #[must_use]
     pub fn new(seed: u64, config: SimConfig, files: Vec<FileSpec>) -> Self {
-        let file = |spec: FileSpec| File {
-            contents: if spec.properties.regular {
+        let file = |spec: FileSpec| {
+            let contents = if spec.properties.regular {
                 Contents::new(spec.contents)
             } else {
                 Contents::fixed(spec.contents)
-            },
-            properties: spec.properties,
-            writable: spec.writable,
-            capacity: spec.capacity.min(MAX_FILE_BYTES),
-            space: None,
+            };
+            (contents, spec.properties, spec.writable, spec.capacity)
         };
-        let files: Vec<File> = files.into_iter().map(file).collect();
+        Self::holding(seed, config, files.into_iter().map(file))
+    }
+
+    /// A machine with files of these contents: what they can do, whether they may be changed, and what they may grow to.
+    pub(crate) fn holding(
+        seed: u64,
+        config: SimConfig,
+        files: impl Iterator<Item = (Contents, FileProperties, bool, u64)>,
+    ) -> Self {
+        let files: Vec<File> = files
+            .map(|(contents, properties, writable, capacity)| File {
+                contents,
+                properties,
+                writable,
+                capacity: capacity.min(MAX_FILE_BYTES),
+                space: None,
+            })
+            .collect();
         let initial = files.iter().map(|file| file.contents.clone()).collect();
         Self(Rc::new(RefCell::new(World {
             config,

@@ -21,6 +21,7 @@ use urus_engine::storage::{
 };
 use urus_engine::{Control, Maintenance, Queue, Shared};
 use urus_sim::config::{self, Config, FIRST_VERSION};
+use urus_sim::contents::Contents;
 use urus_sim::judge::Scene;
 use urus_sim::memory::SimMemory;
 use urus_sim::model::{GuestOp, Model};
@@ -325,9 +326,12 @@ fn device(config: &Config, queues: usize, requests: usize) {
     let seed = thread_rng().r#gen();
     let scene = Scene::new(config, &mut Rng::new(seed));
     let files = scene.files();
-    let layers = config::layers(&files, &scene.fixture.raw).unwrap();
+    let layers = config::layers(files, &scene.fixture.raw).unwrap();
     let disk = Disk(Arc::new(
-        files.iter().map(|file| Mutex::new(file.to_vec())).collect(),
+        files
+            .iter()
+            .map(|file| Mutex::new(file.bytes().to_vec()))
+            .collect(),
     ));
     let ledger = Arc::new(Ledger {
         model: std::sync::Mutex::new(Model::new(scene.fixture.initial.clone(), FIRST_VERSION)),
@@ -371,12 +375,11 @@ fn device(config: &Config, queues: usize, requests: usize) {
     drop(guest);
     shared.control(Control::Close(Box::new(|result| result.unwrap())));
     maintenance.join().unwrap();
-    let left: Vec<Vec<u8>> = disk
+    let left: Vec<Contents> = disk
         .0
         .iter()
-        .map(|file| file.lock().unwrap().clone())
+        .map(|file| Contents::new(file.lock().unwrap().clone()))
         .collect();
-    let left: Vec<&[u8]> = left.iter().map(|file| &file[..]).collect();
     let view = ledger.model.lock().unwrap().after_cut(ledger.tick());
     let found = scene
         .judge(&left, &view)

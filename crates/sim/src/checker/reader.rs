@@ -1,5 +1,9 @@
 //! Reads what a guest would see, by following the tables for every cluster anew.
 
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::rc::Rc;
+
 use super::layout::{COMPRESSED, L1, Layout, OFFSET_MASK, index};
 use super::{Owner, Table, Violation};
 
@@ -86,7 +90,7 @@ impl<'a> GuestReader<'a> {
     /// When a table is broken or compressed data cannot be decoded.
     pub fn read(&self, offset: u64, len: usize) -> Result<Vec<u8>, Violation> {
         let mut out = vec![0; len];
-        self.read_into(offset, &mut out)?;
+        self.read_zeroed(offset, &mut out)?;
         Ok(out)
     }
 
@@ -96,6 +100,10 @@ impl<'a> GuestReader<'a> {
     /// As there.
     pub fn read_into(&self, offset: u64, out: &mut [u8]) -> Result<(), Violation> {
         out.fill(0);
+        self.read_zeroed(offset, out)
+    }
+
+    fn read_zeroed(&self, offset: u64, out: &mut [u8]) -> Result<(), Violation> {
         let cluster = self.layout.cluster();
         let end = offset.saturating_add(out.len() as u64).min(self.size);
         let mut at = offset;
@@ -187,24 +195,43 @@ impl<'a> GuestReader<'a> {
         }
     }
 
-    fn decode(&self, owner: Owner, entry: u64) -> Result<Vec<u8>, Violation> {
+    fn decode(&self, owner: Owner, entry: u64) -> Result<Rc<[u8]>, Violation> {
         let (start, len) = self.layout.compressed_range(entry);
         let image = self.layout.image;
         // The last sector may pass the end of the file.
         let end = index(start.saturating_add(len)).min(image.len());
         let input = &image[index(start).min(end)..end];
-        let mut out = vec![0; index(self.layout.cluster())];
-        let decoded = if self.layout.zstd {
+        decoded(self.layout.zstd, input, index(self.layout.cluster()))
+            .ok_or(Violation::Undecodable { owner, entry })
+    }
+}
+
+/// What compressed bytes decode to. The states of one workload hold the same ones over and over, so this thread remembers some.
+fn decoded(zstd: bool, input: &[u8], len: usize) -> Option<Rc<[u8]>> {
+    type Known = HashMap<(bool, usize, Box<[u8]>), Option<Rc<[u8]>>>;
+    /// Clusters.
+    const MOST: usize = 512;
+    thread_local! {
+        static KNOWN: RefCell<Known> = RefCell::default();
+    }
+    KNOWN.with_borrow_mut(|known| {
+        let key = (zstd, len, Box::from(input));
+        if let Some(found) = known.get(&key) {
+            return found.clone();
+        }
+        let mut out = vec![0; len];
+        let whole = if zstd {
             decode_zstd(input, &mut out)
         } else {
             decode_deflate(input, &mut out)
         };
-        if decoded {
-            Ok(out)
-        } else {
-            Err(Violation::Undecodable { owner, entry })
+        let found: Option<Rc<[u8]>> = whole.then(|| out.into());
+        if known.len() == MOST {
+            known.clear();
         }
-    }
+        known.insert(key, found.clone());
+        found
+    })
 }
 
 /// Whether the raw deflate stream gives all of `out`. What follows in the stream or after it is ignored.
