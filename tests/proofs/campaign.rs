@@ -174,9 +174,7 @@ pub(crate) fn guarded(
     }));
     let outcome = outcome.unwrap_or_else(|panic| {
         keep(&scratch, part, seed);
-        let text = panic.downcast_ref::<String>().cloned();
-        let text = text.or_else(|| panic.downcast_ref::<&str>().map(|text| (*text).to_owned()));
-        Err(text.unwrap_or_else(|| "a panic".to_owned()))
+        Err(told(&*panic).to_owned())
     });
     outcome.map_err(|message| {
         format!(
@@ -184,6 +182,13 @@ pub(crate) fn guarded(
             kept(part, seed).display()
         )
     })
+}
+
+/// What a panic said.
+pub(crate) fn told(panic: &(dyn std::any::Any + Send)) -> &str {
+    let text = panic.downcast_ref::<String>().map(String::as_str);
+    text.or_else(|| panic.downcast_ref::<&str>().copied())
+        .unwrap_or("a panic")
 }
 
 fn kept(part: &str, seed: u64) -> PathBuf {

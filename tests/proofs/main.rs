@@ -111,7 +111,14 @@ fn main() -> ExitCode {
         if !arguments.parts.is_empty() && !arguments.parts.iter().any(|part| part == name) {
             continue;
         }
-        let tally = part(&arguments);
+        let tally = match std::panic::catch_unwind(|| part(&arguments)) {
+            Ok(tally) => tally,
+            Err(panic) => {
+                // Its surroundings are not as it needs them.
+                eprintln!("urus-proofs: {name}: {}", campaign::told(&*panic));
+                return ExitCode::from(2);
+            }
+        };
         println!("{tally}");
         for violation in &tally.violations {
             println!("  VIOLATION: {violation}");

@@ -32,18 +32,20 @@ pub(super) enum Curve {
     Chain,
     Size,
     Fragmentation,
+    FragmentationLoaded,
     Cache,
     ClusterRead,
     ClusterAllocate,
 }
 
 impl Curve {
-    pub(super) const ALL: [Self; 8] = [
+    pub(super) const ALL: [Self; 9] = [
         Self::QueuesRead,
         Self::QueuesOverwrite,
         Self::Chain,
         Self::Size,
         Self::Fragmentation,
+        Self::FragmentationLoaded,
         Self::Cache,
         Self::ClusterRead,
         Self::ClusterAllocate,
@@ -56,6 +58,7 @@ impl Curve {
             Self::Chain => "chain",
             Self::Size => "size",
             Self::Fragmentation => "fragmentation",
+            Self::FragmentationLoaded => "fragmentation_loaded",
             Self::Cache => "cache",
             Self::ClusterRead => "cluster_read",
             Self::ClusterAllocate => "cluster_allocate",
@@ -69,6 +72,9 @@ impl Curve {
             Self::Chain => "random reads of 4 KiB from the lowest layer of a chain",
             Self::Size => "random reads of 4 KiB from all over the disk, default cache (64 MiB)",
             Self::Fragmentation => "reads of 1 MiB one after the other, 4 in flight",
+            Self::FragmentationLoaded => {
+                "the same, where the page cache was filled by reading the file from front to back"
+            }
             Self::Cache => {
                 "random reads of 4 KiB from all over a disk whose map is larger than the cache"
             }
@@ -84,7 +90,7 @@ impl Curve {
             Self::QueuesRead | Self::QueuesOverwrite => "queues",
             Self::Chain => "layers",
             Self::Size => "size of the disk",
-            Self::Fragmentation => "side by side",
+            Self::Fragmentation | Self::FragmentationLoaded => "side by side",
             Self::Cache => "part of the map",
             Self::ClusterRead | Self::ClusterAllocate => "cluster size",
         }
@@ -122,6 +128,7 @@ impl Curve {
                 name,
                 subject,
                 work,
+                loaded: self == Self::FragmentationLoaded,
             });
         };
         match self {
@@ -156,7 +163,7 @@ impl Curve {
                     add(human(size), image, scattered(random, size));
                 }
             }
-            Self::Fragmentation => {
+            Self::Fragmentation | Self::FragmentationLoaded => {
                 let large = Work {
                     bytes: usize::try_from(LARGE_BYTES).expect("1 MiB"),
                     stride: LARGE_BYTES,
@@ -265,6 +272,8 @@ pub(super) struct Point<'a> {
     pub(super) name: String,
     subject: Subject<'a>,
     work: Work,
+    /// The page cache has the files as they lie, not as the guest reads them.
+    loaded: bool,
 }
 
 impl Point<'_> {
@@ -275,11 +284,14 @@ impl Point<'_> {
             return Ok(());
         };
         for layer in device.layers() {
-            let file = std::fs::File::open(&layer.path)
-                .map_err(|error| Failure::new(format!("{}: {error}", layer.path.display())))?;
+            let fail = |error| Failure::new(format!("{}: {error}", layer.path.display()));
+            let mut file = std::fs::File::open(&layer.path).map_err(fail)?;
             // A disk that cannot be synced shows in the figures.
             let _ = file.sync_all();
             evict(&file);
+            if self.loaded {
+                std::io::copy(&mut file, &mut std::io::sink()).map_err(fail)?;
+            }
         }
         let all = Work {
             writes: false,
