@@ -217,7 +217,7 @@ mod tests {
 
     /// Clusters of 512 bytes: each slice is a whole table of 64 entries.
     fn map() -> Map {
-        let map = Map::new(Geometry::new(9, 4, 8, 3), 64, 8);
+        let map = Map::new(Geometry::new(9, 4, 8, 3), (64, 64), 8);
         (0..64).for_each(|table| map.set_l1(table, (table + 1) << 9));
         map
     }

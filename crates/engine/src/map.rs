@@ -11,7 +11,9 @@ use crate::limits;
 use crate::sync::{AtomicBool, AtomicU32, AtomicU64, OnceLock, Ordering, fence, spin_loop};
 use crate::to_usize;
 
-/// Tables per chunk of the directory.
+/// Tables that the directory has room for from the beginning, at most.
+const NEAR: usize = if cfg!(feature = "loom") { 2 } else { 16 << 10 };
+/// Tables per chunk of the rest of it.
 const CHUNK: usize = if cfg!(feature = "loom") { 2 } else { 2048 };
 /// How often a look-up that meets a changing frame starts over before it counts as a miss.
 const LOOKUP_TRIES: u32 = if cfg!(feature = "loom") { 2 } else { 64 };
@@ -40,6 +42,20 @@ struct TableSlot {
     frames: OnceLock<Box<[AtomicU32]>>,
 }
 
+/// Made when the first of its tables is set.
+type Chunk = OnceLock<Box<[TableSlot]>>;
+
+impl TableSlot {
+    fn lot(count: usize) -> Box<[Self]> {
+        (0..count)
+            .map(|_| Self {
+                l1: AtomicU64::new(0),
+                frames: OnceLock::new(),
+            })
+            .collect()
+    }
+}
+
 struct Frame {
     /// Odd while the frame changes hands.
     version: AtomicU64,
@@ -56,13 +72,21 @@ pub(crate) struct Map {
     slice_bits: u32,
     /// log2 of the slices of a table.
     table_bits: u32,
-    directory: Box<[OnceLock<Box<[TableSlot]>>]>,
+    /// The directory: the first tables, as many as the image had when it was opened…
+    near: Box<[TableSlot]>,
+    /// …and those of a large image, or one that has grown, by chunks.
+    far: OnceLock<Box<[Chunk]>>,
+    max_tables: usize,
     frames: Box<[OnceLock<Box<[Frame]>>]>,
 }
 
 impl Map {
-    /// A map of at most `max_tables` L1 entries and `max_frames` cached slices.
-    pub(crate) fn new(geometry: Geometry, max_tables: u64, max_frames: usize) -> Self {
+    /// A map of `tables` L1 entries that may become `max_tables`, and at most `max_frames` cached slices.
+    pub(crate) fn new(
+        geometry: Geometry,
+        (tables, max_tables): (u64, u64),
+        max_frames: usize,
+    ) -> Self {
         let slice_bytes = limits::SLICE_BYTES.min(geometry.cluster_bytes());
         let slice_bits = (slice_bytes / geometry.l2_entry_bytes()).trailing_zeros();
         let lots = |n: usize, per: usize| n.div_ceil(per).max(1);
@@ -70,9 +94,9 @@ impl Map {
             geometry,
             slice_bits,
             table_bits: geometry.l2_bits() - slice_bits,
-            directory: (0..lots(to_usize(max_tables), CHUNK))
-                .map(|_| OnceLock::new())
-                .collect(),
+            near: TableSlot::lot(to_usize(tables).min(NEAR)),
+            far: OnceLock::new(),
+            max_tables: to_usize(max_tables),
             frames: (0..lots(max_frames, FRAME_CHUNK))
                 .map(|_| OnceLock::new())
                 .collect(),
@@ -94,7 +118,7 @@ impl Map {
     }
 
     pub(crate) fn max_tables(&self) -> u64 {
-        (self.directory.len() * CHUNK) as u64
+        self.max_tables as u64
     }
 
     pub(crate) fn slice_of(&self, cluster: GuestCluster) -> SliceId {
@@ -118,22 +142,26 @@ impl Map {
     #[inline]
     fn slot(&self, l1_index: u64) -> Option<&TableSlot> {
         let index = to_usize(l1_index);
-        self.directory
-            .get(index / CHUNK)?
-            .get()
-            .map(|chunk| &chunk[index % CHUNK])
+        self.near.get(index).or_else(|| self.far_slot(index))
+    }
+
+    fn far_slot(&self, index: usize) -> Option<&TableSlot> {
+        let index = index - self.near.len();
+        let chunk = self.far.get()?.get(index / CHUNK)?;
+        chunk.get().map(|chunk| &chunk[index % CHUNK])
     }
 
     fn slot_or_new(&self, l1_index: u64) -> &TableSlot {
         let index = to_usize(l1_index);
-        let chunk = self.directory[index / CHUNK].get_or_init(|| {
-            (0..CHUNK)
-                .map(|_| TableSlot {
-                    l1: AtomicU64::new(0),
-                    frames: OnceLock::new(),
-                })
-                .collect()
+        if let Some(slot) = self.near.get(index) {
+            return slot;
+        }
+        let index = index - self.near.len();
+        let far = self.far.get_or_init(|| {
+            let chunks = (self.max_tables - self.near.len()).div_ceil(CHUNK);
+            (0..chunks).map(|_| OnceLock::new()).collect()
         });
+        let chunk = far[index / CHUNK].get_or_init(|| TableSlot::lot(CHUNK));
         &chunk[index % CHUNK]
     }
 
@@ -321,5 +349,39 @@ impl Map {
             bytes.extend_from_slice(&word.load(Ordering::Relaxed).to_be_bytes());
         }
         bytes
+    }
+}
+
+#[cfg(all(test, not(feature = "loom")))]
+mod tests {
+    use super::*;
+
+    /// Tables on both sides of the directory's seam, and of that between two chunks.
+    #[test]
+    fn a_table_is_found_wherever_the_directory_has_it() {
+        let most = (NEAR + 3 * CHUNK) as u64;
+        for tables in [0, 1, 3, NEAR as u64, most] {
+            let map = Map::new(Geometry::new(9, 4, 8, 3), (tables, most), 1);
+            let near = tables.min(NEAR as u64);
+            let places = [0, 2, near.saturating_sub(1), near, near + 1]
+                .into_iter()
+                .chain([near + CHUNK as u64 - 1, near + CHUNK as u64, most - 1]);
+            let places: std::collections::BTreeSet<u64> = places.collect();
+            assert_eq!(map.max_tables(), most);
+            for place in &places {
+                assert_eq!(map.l1(*place), 0, "{place} of {tables}");
+            }
+            for place in &places {
+                map.set_l1(*place, place << 9 | 1);
+            }
+            for place in places.iter().copied().chain([most, u64::MAX >> 9]) {
+                let expected = if places.contains(&place) {
+                    place << 9 | 1
+                } else {
+                    0
+                };
+                assert_eq!(map.l1(place), expected, "{place} of {tables}");
+            }
+        }
     }
 }

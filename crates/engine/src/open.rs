@@ -169,15 +169,16 @@ fn layer_of<S: Storage>(
             }
             let slice_bytes = limits::SLICE_BYTES.min(geometry.cluster_bytes());
             let max_frames = to_usize(frame_budget / slice_bytes).max(limits::MIN_FRAMES);
+            let tables = u64::from(header.l1_entries);
             let max_tables = if writable {
                 limits::L1_TABLE_BYTES / 8
             } else {
-                u64::from(header.l1_entries)
+                tables
             };
             let kind = LayerKind::Qcow2(Qcow2Layer {
                 geometry,
                 compression: header.compression,
-                map: Map::new(geometry, max_tables, max_frames),
+                map: Map::new(geometry, (tables, max_tables), max_frames),
             });
             let size = AtomicU64::new(usable_size(&header));
             Ok((
