@@ -46,6 +46,7 @@ mod resize;
 mod resolve;
 mod settle;
 mod shared;
+mod skips;
 mod status;
 mod wake;
 mod worker;

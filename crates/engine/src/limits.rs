@@ -46,6 +46,8 @@ pub const ZERO_RANGE_FROM_BYTES: u64 = 128 << 10;
 pub const STATUS_EXTENTS: usize = 4096;
 /// Largest refcount table (specification: 8 MiB as QEMU keeps it).
 pub const REFCOUNT_TABLE_BYTES: u64 = 8 << 20;
+/// Parts of the disk of which it is remembered which layers of a long chain have nothing for them (2 MiB of memory).
+pub const SKIPS_MAX: u64 = 256 << 10;
 /// Largest L1 table.
 pub const L1_TABLE_BYTES: u64 = 32 << 20;
 

@@ -22,6 +22,7 @@ use crate::shared::{
     Layer, LayerFormat, LayerKind, LayerSpec, Mail, Meta, Options, Owner, Owners, Qcow2Layer,
     Shared,
 };
+use crate::skips::Skips;
 use crate::storage::{IMAGE, Storage};
 use crate::sync::{Arc, AtomicBool, AtomicU64, Mutex, Ordering};
 use crate::to_usize;
@@ -73,6 +74,7 @@ pub(crate) fn open<S: Storage>(
 
 pub(crate) fn share(layers: Vec<Layer>, frames: Vec<Frames>, options: Options) -> Arc<Shared> {
     Arc::new(Shared {
+        skips: Skips::of(&layers),
         layers,
         options,
         pins: Arc::new(Pins::new()),

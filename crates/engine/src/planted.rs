@@ -68,11 +68,13 @@ pub enum Bug {
     GrowthShowsBacking = 29,
     /// O8: the header names a moved L1 table before the table is durable.
     EarlyL1Table = 30,
+    /// A backing file that ends early is passed over as if it had nothing, and what lies beneath it shows.
+    SkipsShortLayer = 31,
 }
 
 impl Bug {
     /// Every planted bug.
-    pub const ALL: [Self; 30] = [
+    pub const ALL: [Self; 31] = [
         Self::RefcountsAfterPointers,
         Self::NoBarrierBeforePointers,
         Self::EarlyL1Entry,
@@ -103,6 +105,7 @@ impl Bug {
         Self::OutlivedByNothing,
         Self::GrowthShowsBacking,
         Self::EarlyL1Table,
+        Self::SkipsShortLayer,
     ];
 }
 

@@ -15,6 +15,7 @@ use crate::frames::Frames;
 use crate::limits;
 use crate::map::{Map, SliceId};
 use crate::pins::Pins;
+use crate::skips::Skips;
 use crate::storage::FileId;
 use crate::sync::{Arc, AtomicBool, AtomicU64, Mutex, Ordering};
 use crate::wake::{Receiver, Sender, WaitList, oneshot};
@@ -215,6 +216,8 @@ pub(crate) struct Mail {
 /// Shared by all queues and the maintenance executor of one device.
 pub struct Shared {
     pub(crate) layers: Vec<Layer>,
+    /// Of a chain of three or more.
+    pub(crate) skips: Option<Skips>,
     pub(crate) options: Options,
     pub(crate) pins: Arc<Pins>,
     pub(crate) locks: Arc<ClusterLocks>,

@@ -60,7 +60,7 @@ pub fn base(number: u8) -> Rc<Base> {
 fn build() -> Vec<Rc<Base>> {
     let mut bases: Vec<Base> = config::all()
         .iter()
-        .filter(|config| !config.raw)
+        .filter(|config| !config.raw && !matches!(config.backing, Backing::Chain(..)))
         .map(of_config)
         .collect();
     bases.push(large_clusters());

@@ -56,7 +56,7 @@ fn layers(shape: u8, input: &mut Input<'_>) -> Verdict {
             return Ok(());
         };
         // Whether a layer has one below is the chain's to say.
-        header.backing = (!last).then(|| backing_name("qcow2"));
+        header.backing = (!last).then(|| backing_name("base", "qcow2"));
         let Ok(encoded) = header.encode() else {
             return Ok(());
         };

@@ -20,6 +20,8 @@ pub enum Backing {
     Raw(u64),
     /// QCOW2, of so many percent of the image's size.
     Qcow2(u64),
+    /// Two of them: QCOW2 with clusters of twice the size, and QCOW2 behind that, each of so many percent of the image's size.
+    Chain(u64, u64),
 }
 
 /// What the machine is like.
@@ -173,8 +175,10 @@ impl Config {
             plan.backing = behind.is_some().then(|| contents.clone());
             plan.options.backing = match self.backing {
                 Backing::None => None,
-                Backing::Raw(_) => Some(image::backing_name("raw")),
-                Backing::Qcow2(_) => Some(image::backing_name("qcow2")),
+                Backing::Raw(_) => Some(image::backing_name("base", "raw")),
+                Backing::Qcow2(_) | Backing::Chain(..) => {
+                    Some(image::backing_name("base", "qcow2"))
+                }
             };
             let built = image::build(&plan, rng);
             let snapshot = built.snapshot.map(|contents| image::bytes_of(&contents));
@@ -192,7 +196,7 @@ impl Config {
         }
         file.properties.can_punch &= self.punch;
         files.push(file);
-        if let Some((bytes, is_raw)) = backing {
+        for (bytes, is_raw) in backing {
             let mut file = FileSpec::new(bytes).read_only();
             if self.alignment > 1 {
                 file = file.direct(self.alignment);
@@ -209,11 +213,11 @@ impl Config {
         }
     }
 
-    /// What the backing file shows, and its bytes.
+    /// What the backing file shows, and the bytes of all that lie behind the image, each with whether it is raw.
     #[allow(clippy::type_complexity)]
-    fn backing(&self, rng: &mut Rng) -> (Option<Vec<Content>>, Option<(Vec<u8>, bool)>) {
+    fn backing(&self, rng: &mut Rng) -> (Option<Vec<Content>>, Vec<(Vec<u8>, bool)>) {
         match self.backing {
-            Backing::None => (None, None),
+            Backing::None => (None, Vec::new()),
             Backing::Raw(percent) => {
                 let sectors = self.sectors * percent / 100;
                 let contents: Vec<Content> = (0..sectors)
@@ -226,17 +230,33 @@ impl Config {
                     })
                     .collect();
                 let bytes = image::bytes_of(&contents);
-                (Some(contents), Some((bytes, true)))
+                (Some(contents), vec![(bytes, true)])
             }
             Backing::Qcow2(percent) => {
-                let mut plan = self.plan(self.sectors * percent / 100 * 512);
-                plan.fill = 160;
-                plan.compressed = self.compressed.is_some();
-                plan.first_version = BACKING_VERSIONS;
-                let built = image::build(&plan, rng);
-                (Some(built.active), Some((built.bytes, false)))
+                let built = self.bottom(percent, rng);
+                (Some(built.active), vec![(built.bytes, false)])
+            }
+            Backing::Chain(middle, bottom) => {
+                let bottom = self.bottom(bottom, rng);
+                let mut plan = self.plan(self.sectors * middle / 100 * 512);
+                plan.options.cluster_bits = (self.cluster_bits + 1).min(21);
+                plan.options.backing = Some(image::backing_name("bottom", "qcow2"));
+                plan.fill = 64;
+                plan.first_version = 2 * BACKING_VERSIONS;
+                plan.backing = Some(bottom.active);
+                let middle = image::build(&plan, rng);
+                let files = vec![(middle.bytes, false), (bottom.bytes, false)];
+                (Some(middle.active), files)
             }
         }
+    }
+
+    fn bottom(&self, percent: u64, rng: &mut Rng) -> image::Built {
+        let mut plan = self.plan(self.sectors * percent / 100 * 512);
+        plan.fill = 160;
+        plan.compressed = self.compressed.is_some();
+        plan.first_version = BACKING_VERSIONS;
+        image::build(&plan, rng)
     }
 
     /// The engine's options.
@@ -683,6 +703,29 @@ pub fn all() -> Vec<Config> {
             fill: 200,
             compressed: deflate,
             ..c("no discard, compressed")
+        },
+        Config {
+            backing: Backing::Chain(100, 130),
+            fill: 48,
+            queues: 2,
+            ..c("chain")
+        },
+        Config {
+            backing: Backing::Chain(55, 90),
+            fill: 32,
+            cache_bytes: 0,
+            compressed: zstd,
+            cluster_bits: 10,
+            sectors: 512,
+            ..c("chain, short middle, tiny cache")
+        },
+        Config {
+            backing: Backing::Chain(71, 160),
+            fill: 32,
+            cluster_bits: 12,
+            sectors: 512,
+            grows: 200,
+            ..c("chain, grows")
         },
     ]
 }

@@ -274,7 +274,11 @@ impl CrashCursor {
                     .expect("it was submitted");
                 let file = self.in_flight[at].file;
                 match left {
-                    Some(left) => self.in_flight[at].limit = left.clone(),
+                    Some(left) => {
+                        // A write that is cut short has become shorter with its first part.
+                        self.in_flight[at].change = change.clone();
+                        self.in_flight[at].limit = left.clone();
+                    }
                     None => drop(self.in_flight.remove(at)),
                 }
                 let (op, change, limit) = (*op, change.clone(), keep.clone());

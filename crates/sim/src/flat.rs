@@ -51,6 +51,7 @@ pub fn config(number: u64, rng: &mut Rng) -> Config {
     config.backing = match rng.index(6) {
         0 => Backing::Raw(40 + rng.below(80)),
         1 => Backing::Qcow2(40 + rng.below(80)),
+        2 => Backing::Chain(40 + rng.below(80), 40 + rng.below(80)),
         _ => Backing::None,
     };
     config.cache_bytes = if rng.chance(96) { 0 } else { 1 << 20 };

@@ -404,9 +404,9 @@ impl Builder<'_> {
 
 /// A name for a backing file, short enough for clusters of 512 bytes.
 #[must_use]
-pub fn backing_name(format: &str) -> BackingName {
+pub fn backing_name(name: &str, format: &str) -> BackingName {
     BackingName {
-        name: b"base".to_vec(),
+        name: name.into(),
         format: Some(format.to_owned()),
     }
 }

@@ -41,6 +41,7 @@ fn homes(bug: Bug) -> &'static [&'static str] {
         Bug::OutlivedByNothing => &["outlives", "outlives, backed, slow"],
         Bug::GrowthShowsBacking => &["grows over a longer backing file"],
         Bug::EarlyL1Table => &["grows", "grows, outlives"],
+        Bug::SkipsShortLayer => &["chain, short middle, tiny cache", "chain, grows"],
         Bug::EarlyPunch => &["compressed", "zstd", "4-bit, compressed"],
         _ => &[],
     }

@@ -57,7 +57,7 @@ fn run(directory: &Path, arguments: &[&str]) -> Result<(Option<i32>, String), St
 pub fn judge(files: &[Contents], guest: &[u8], copied_clear: bool) -> Result<(), String> {
     let scratch = Scratch::new()?;
     // As the images name their backing files (`image::backing_name`).
-    for (name, bytes) in ["image", "base"].iter().zip(files) {
+    for (name, bytes) in ["image", "base", "bottom"].iter().zip(files) {
         fs::write(scratch.0.join(name), bytes).map_err(|error| error.to_string())?;
     }
     let (code, said) = run(&scratch.0, &["check", "-f", "qcow2", "image"])?;

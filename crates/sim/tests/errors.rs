@@ -67,3 +67,19 @@ fn a_table_that_may_be_in_use_is_not_rewritten_as_new() {
         assert!(states > 1000, "only {states} states");
     }
 }
+
+/// The simulator's own mistake: a write that is cut short and takes effect in two parts is shorter from the first part on, so a cut
+/// between the two keeps sectors of the shorter one.
+#[test]
+fn the_power_fails_between_the_parts_of_a_short_write() {
+    let config = config::find("chain, grows").expect("there is one");
+    let injection = Injection::Once(61, Action::ShortBySector);
+    let outcome = run_with(
+        &config,
+        12_773_366_489_153_039_575,
+        &Effort::ERRORS,
+        Some(injection),
+    );
+    assert_eq!(outcome.violation, None);
+    assert_eq!(outcome.injected, 1);
+}

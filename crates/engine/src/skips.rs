@@ -1,0 +1,126 @@
+//! For long chains: which layer of the backing files is the first that has something for a part of the disk.
+//!
+//! Backing files are opened read-only and do not change while the device is open, so what was once found stays true, and a walk can
+//! begin there. Nothing else is remembered: the layer itself is looked at each time. The table is bounded, and an entry makes room
+//! for a younger one of the same place; each is one word, so that a reader sees all of it or none.
+
+use crate::limits;
+use crate::shared::Layer;
+use crate::sync::{AtomicU64, OnceLock, Ordering};
+use crate::to_usize;
+
+/// Entries made at a time.
+const CHUNK: usize = 4096;
+/// Bits of an entry that hold the layer; above them are those of the part's number that its place does not tell, plus 1.
+const LAYER_BITS: u32 = 16;
+
+/// What was found, for all queues.
+pub(crate) struct Skips {
+    /// log2 of a part: the smallest cluster of all backing files, so that no layer has something for half of one.
+    unit_bits: u32,
+    chunks: Box<[OnceLock<Box<[AtomicU64]>>]>,
+}
+
+impl Skips {
+    /// For these layers, the image first; none where there is nothing to skip.
+    pub(crate) fn of(layers: &[Layer]) -> Option<Self> {
+        if layers.len() < 3 || layers.len() >> LAYER_BITS != 0 {
+            return None;
+        }
+        let backing = layers[1..].iter().filter_map(Layer::qcow2);
+        let unit_bits = backing.map(|layer| layer.geometry.cluster_bits()).min()?;
+        Some(Self::new(unit_bits, layers[0].size()))
+    }
+
+    fn new(unit_bits: u32, size: u64) -> Self {
+        let units = size.max(1).div_ceil(1 << unit_bits);
+        let entries = to_usize(units.min(limits::SKIPS_MAX));
+        Self {
+            unit_bits,
+            // A power of two: the place is the low bits of the number.
+            chunks: (0..entries.div_ceil(CHUNK).next_power_of_two())
+                .map(|_| OnceLock::new())
+                .collect(),
+        }
+    }
+
+    /// First byte after the part that holds `offset`.
+    pub(crate) fn end_of(&self, offset: u64) -> u64 {
+        ((offset >> self.unit_bits) + 1) << self.unit_bits
+    }
+
+    fn place(&self, offset: u64) -> (usize, u64) {
+        let unit = offset >> self.unit_bits;
+        let bits = (self.chunks.len() * CHUNK).trailing_zeros();
+        (to_usize(unit & ((1 << bits) - 1)), (unit >> bits) + 1)
+    }
+
+    /// The first layer, from 1 on, that is not known to have nothing for this part.
+    pub(crate) fn first(&self, offset: u64) -> usize {
+        let (place, tag) = self.place(offset);
+        let Some(chunk) = self.chunks[place / CHUNK].get() else {
+            return 1;
+        };
+        let word = chunk[place % CHUNK].load(Ordering::Relaxed);
+        if word >> LAYER_BITS == tag {
+            to_usize(word & ((1 << LAYER_BITS) - 1))
+        } else {
+            1
+        }
+    }
+
+    /// All layers from 1 up to this one have nothing for any byte of this part, and none of them ends before the part does.
+    pub(crate) fn learn(&self, offset: u64, layer: usize) {
+        let (place, tag) = self.place(offset);
+        let chunk = self.chunks[place / CHUNK]
+            .get_or_init(|| (0..CHUNK).map(|_| AtomicU64::new(0)).collect());
+        chunk[place % CHUNK].store(tag << LAYER_BITS | layer as u64, Ordering::Relaxed);
+    }
+}
+
+#[cfg(all(test, not(feature = "loom")))]
+mod tests {
+    use super::*;
+
+    /// What is remembered is of that part alone, also where two parts share a place.
+    #[test]
+    fn an_entry_is_believed_for_its_own_part_only() {
+        let skips = Skips::new(16, 1 << 50);
+        let around = limits::SKIPS_MAX << 16;
+        let parts = [0, 1 << 16, 4095 << 16, 4096 << 16, around - 1];
+        for at in parts {
+            assert_eq!(skips.first(at), 1);
+            skips.learn(at, 7);
+            assert_eq!(skips.first(at), 7);
+            // The same place, another part.
+            assert_eq!(skips.first(at + around), 1);
+            assert_eq!(skips.first(at + 5 * around), 1);
+        }
+        skips.learn((1 << 16) + around, 3);
+        assert_eq!(skips.first((1 << 16) + around), 3);
+        assert_eq!(skips.first(1 << 16), 1);
+        assert_eq!(skips.first((1 << 16) - 1), 7);
+        assert_eq!(skips.first((2 << 16) - 1), 1);
+        // The last byte that any disk can have.
+        let last = i64::MAX as u64;
+        skips.learn(last, 65535);
+        assert_eq!(skips.first(last), 65535);
+    }
+
+    #[test]
+    fn parts_end_where_the_next_begins() {
+        let skips = Skips::new(9, 1 << 20);
+        assert_eq!(skips.end_of(0), 512);
+        assert_eq!(skips.end_of(511), 512);
+        assert_eq!(skips.end_of(512), 1024);
+    }
+
+    /// A small disk needs no more than one chunk, and a large one no more than the bound.
+    #[test]
+    fn the_table_is_bounded() {
+        assert_eq!(Skips::new(16, 0).chunks.len(), 1);
+        assert_eq!(Skips::new(16, 1 << 30).chunks.len(), 4);
+        let most = to_usize(limits::SKIPS_MAX);
+        assert_eq!(Skips::new(9, 1 << 62).chunks.len() * CHUNK, most);
+    }
+}
