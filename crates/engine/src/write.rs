@@ -259,8 +259,18 @@ impl<S: Storage> Worker<S> {
         let within = geometry.in_cluster(at);
         let end = at + memory.len() as u64;
         let after = (run.count << geometry.cluster_bits()) - within - memory.len() as u64;
-        let head = self.filler(at - within, within, run.zero).await?;
-        let tail = self.filler(end, after, run.zero).await?;
+        let around = if run.count == 1 && within > 0 && after > 0 {
+            self.read_around(at, memory.len() as u64).await?
+        } else {
+            None
+        };
+        let (head, tail) = match around {
+            Some(around) => around,
+            None => (
+                self.filler(at - within, within, run.zero).await?,
+                self.filler(end, after, run.zero).await?,
+            ),
+        };
         self.write_clusters(
             (run.first << geometry.cluster_bits()) + within,
             head,
@@ -268,6 +278,32 @@ impl<S: Storage> Worker<S> {
             tail,
         )
         .await
+    }
+
+    /// Both sides of `[at, at + len)` in its cluster, by one read of the whole; `None` where that gains nothing.
+    async fn read_around(
+        &self,
+        at: u64,
+        len: u64,
+    ) -> Result<Option<(Filler<S::Memory>, Filler<S::Memory>)>> {
+        let geometry = self.image().geometry;
+        let (within, bytes) = (geometry.in_cluster(at), geometry.cluster_bytes());
+        let start = at - within;
+        let after = bytes - within - len;
+        if len > bytes / 2
+            || self.reads_zero(0, start, within).await?
+            || self.reads_zero(0, at + len, after).await?
+        {
+            return Ok(None);
+        }
+        let old = self.reactor.allocate(bytes);
+        // What the guest writes over need not be readable.
+        if self.read_guest(0, start, old.clone()).await.is_err() {
+            return Ok(None);
+        }
+        Shared::count(&self.shared.stats.copied_bytes, within + after);
+        let part = |start, len| Filler::Bytes(old.slice(to_usize(start), to_usize(len)));
+        Ok(Some((part(0, within), part(within + len, after))))
     }
 
     /// What has to be written at `[offset, offset + len)` so that the new cluster shows what the old place did.

@@ -1,10 +1,14 @@
 //! Errors that the simulator found the engine wrong about: each as a test by its name.
 
 use urus_engine::planted::{Bug, plant};
-use urus_sim::config;
+use urus_sim::config::{self, Backing, Config, FIRST_VERSION};
 use urus_sim::errors::{Injection, measure};
-use urus_sim::fault::Action;
+use urus_sim::fault::{Action, Fault, Trigger};
+use urus_sim::judge::Scene;
+use urus_sim::model::Model;
+use urus_sim::rng::Rng;
 use urus_sim::runner::{Effort, run_with};
+use urus_sim::workload::Ask;
 
 /// A read that the storage cuts short inside a sector goes on at a whole sector: the two halves of a sector never come
 /// from two moments.
@@ -82,4 +86,52 @@ fn the_power_fails_between_the_parts_of_a_short_write() {
     );
     assert_eq!(outcome.violation, None);
     assert_eq!(outcome.injected, 1);
+}
+
+/// Copying on write reads a cluster whole where it can. What the guest is about to write over need not be readable, so where that fails the
+/// parts around it are read alone, and the write succeeds.
+#[test]
+fn a_write_replaces_what_cannot_be_read() {
+    let config = Config {
+        backing: Backing::Raw(100),
+        cluster_bits: 12,
+        sectors: 512,
+        ..Config::small("over a raw file")
+    };
+    let (mut hit, mut hidden) = (0, 0);
+    for seed in 0..8 {
+        let mut rng = Rng::new(seed);
+        let scene = Scene::new(&config, &mut rng);
+        let files = scene.files();
+        let model = Model::new(scene.fixture.initial.clone(), FIRST_VERSION);
+        let guest = scene
+            .judge(files, &model.after_cut(0))
+            .expect("sound")
+            .guest;
+        let mut driving = scene.driving(&mut rng);
+        driving.errors = true;
+        let opened = scene.machine(files, &guest, &model, driving, Vec::new(), &mut rng);
+        let mut machine = opened.expect("it opens");
+        for lba in (2..config.sectors).step_by(8) {
+            // The first operation on a cluster is the reading of what stands around.
+            let failing = Fault {
+                trigger: Trigger::Op(machine.world.op_count()),
+                action: Action::Eio,
+            };
+            machine.world.plan_faults(vec![failing]);
+            let (injected, failed) = (machine.world.injected(), machine.failed);
+            let ask = Ask::Write {
+                lba,
+                count: 2,
+                fua: false,
+            };
+            machine.ask(ask).expect("taken");
+            machine.drain().expect("sound");
+            hit += machine.world.injected() - injected;
+            hidden += u64::from(machine.failed == failed);
+        }
+        machine.world.plan_faults(Vec::new());
+        machine.read_all().expect("sound");
+    }
+    assert_eq!((hit, hidden), (512, 512));
 }
