@@ -36,10 +36,11 @@ pub(super) enum Curve {
     Cache,
     ClusterRead,
     ClusterAllocate,
+    Preallocation,
 }
 
 impl Curve {
-    pub(super) const ALL: [Self; 9] = [
+    pub(super) const ALL: [Self; 10] = [
         Self::QueuesRead,
         Self::QueuesOverwrite,
         Self::Chain,
@@ -49,6 +50,7 @@ impl Curve {
         Self::Cache,
         Self::ClusterRead,
         Self::ClusterAllocate,
+        Self::Preallocation,
     ];
 
     pub(super) fn name(self) -> &'static str {
@@ -62,6 +64,7 @@ impl Curve {
             Self::Cache => "cache",
             Self::ClusterRead => "cluster_read",
             Self::ClusterAllocate => "cluster_allocate",
+            Self::Preallocation => "preallocation",
         }
     }
 
@@ -79,7 +82,7 @@ impl Curve {
                 "random reads of 4 KiB from all over a disk whose map is larger than the cache"
             }
             Self::ClusterRead => "random reads of 4 KiB",
-            Self::ClusterAllocate => {
+            Self::ClusterAllocate | Self::Preallocation => {
                 "2048 random writes of 4 KiB into an empty image, a flush every 256"
             }
         }
@@ -93,6 +96,7 @@ impl Curve {
             Self::Fragmentation | Self::FragmentationLoaded => "side by side",
             Self::Cache => "part of the map",
             Self::ClusterRead | Self::ClusterAllocate => "cluster size",
+            Self::Preallocation => "preallocation",
         }
     }
 
@@ -112,6 +116,12 @@ impl Curve {
             queues: 1,
             flush_every: 0,
             most: u64::MAX,
+        };
+        let allocating = Work {
+            writes: true,
+            flush_every: FLUSH_EVERY,
+            most: ALLOCATIONS,
+            ..random
         };
         let open = |path: std::path::PathBuf, cache_bytes: u64, writes: bool| {
             OpenOptions::new()
@@ -203,18 +213,19 @@ impl Curve {
                 }
             }
             Self::ClusterAllocate => {
-                let work = Work {
-                    writes: true,
-                    flush_every: FLUSH_EVERY,
-                    most: ALLOCATIONS,
-                    ..random
-                };
                 for cluster_bytes in CLUSTERS {
-                    let subject = Subject::Empty {
-                        images,
-                        cluster_bytes,
-                    };
-                    add(human(cluster_bytes), subject, work);
+                    let made = Empty::OfClusters(cluster_bytes);
+                    add(
+                        human(cluster_bytes),
+                        Subject::Empty(images, made),
+                        allocating,
+                    );
+                }
+            }
+            Self::Preallocation => {
+                for mode in ["off", "metadata", "falloc"] {
+                    let made = Empty::Preallocated(mode);
+                    add(mode.to_owned(), Subject::Empty(images, made), allocating);
                 }
             }
         }
@@ -245,10 +256,16 @@ fn scattered(random: Work, size: u64) -> Work {
 enum Subject<'a> {
     Open(Device),
     /// An empty image, made anew for each slice.
-    Empty {
-        images: &'a GrowthImages,
-        cluster_bytes: u64,
-    },
+    Empty(&'a GrowthImages, Empty),
+}
+
+/// How an empty image is made.
+#[derive(Clone, Copy)]
+enum Empty {
+    /// By urus, with clusters of so many bytes.
+    OfClusters(u64),
+    /// By qemu-img, with so much set aside.
+    Preallocated(&'static str),
 }
 
 impl Subject<'_> {
@@ -256,13 +273,7 @@ impl Subject<'_> {
     fn again(&self) -> Self {
         match self {
             Self::Open(device) => Self::Open(device.clone()),
-            Self::Empty {
-                images,
-                cluster_bytes,
-            } => Subject::Empty {
-                images,
-                cluster_bytes: *cluster_bytes,
-            },
+            Self::Empty(images, made) => Self::Empty(images, *made),
         }
     }
 }
@@ -307,13 +318,12 @@ impl Point<'_> {
     pub(super) fn slice(&self, seed: u64, time: Duration) -> Result<Slice, Failure> {
         match &self.subject {
             Subject::Open(device) => self.work.run(device, seed, time),
-            Subject::Empty {
-                images,
-                cluster_bytes,
-            } => {
-                let device = OpenOptions::new()
-                    .queue_depth(self.work.depth)
-                    .open(images.empty(*cluster_bytes)?)?;
+            Subject::Empty(images, made) => {
+                let path = match made {
+                    Empty::OfClusters(bytes) => images.empty(*bytes)?,
+                    Empty::Preallocated(mode) => images.preallocated(mode)?,
+                };
+                let device = OpenOptions::new().queue_depth(self.work.depth).open(path)?;
                 let slice = self.work.run(&device, seed, Duration::MAX)?;
                 device.close()?;
                 Ok(slice)

@@ -1,10 +1,11 @@
 //! The images of the curves: filled in an order of clusters, stacked, or wide.
 
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use urus::{CreateOptions, Format, OpenOptions};
 
-use super::super::images::{Images, Missing};
+use super::super::images::{Images, Missing, run_qemu_img};
 use super::super::wide::{self, SLICE_SPAN};
 use crate::failure::Failure;
 
@@ -93,6 +94,21 @@ impl GrowthImages {
         Ok(path)
     }
 
+    /// The same, made by qemu-img with some of it set aside; on disk before it is used.
+    pub(super) fn preallocated(&self, mode: &str) -> Result<PathBuf, Failure> {
+        let path = self.empty(CLUSTER_BYTES)?;
+        let mut command = Command::new("qemu-img");
+        command.args(["create", "-q", "-f", "qcow2", "-o"]);
+        command
+            .arg(format!("preallocation={mode}"))
+            .arg(&path)
+            .arg(self.size.to_string());
+        run_qemu_img(&mut command, &path).map_err(reason)?;
+        let synced = std::fs::File::open(&path).and_then(|file| file.sync_all());
+        synced.map_err(|error| Failure::new(format!("{}: {error}", path.display())))?;
+        Ok(path)
+    }
+
     /// Fills an image by pieces, of which the `n`th that is written is number `order(n, count)` of the disk.
     fn fill(
         &self,
@@ -125,7 +141,7 @@ impl GrowthImages {
     }
 }
 
-/// None of these needs a program of others.
+/// A program that is missing is a failure, too.
 fn reason(missing: Missing) -> Failure {
     match missing {
         Missing::Failed(failure) => failure,
