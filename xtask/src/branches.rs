@@ -15,6 +15,8 @@ use crate::steps::{Steps, output};
 
 const SOURCES: &str = "crates/engine/src/";
 const WITHOUT: &str = "crates/engine/src/check/";
+/// Of each workload's errors: with few of them, a minute comes to all configurations, and to many workloads of each.
+const INJECTIONS: &str = "6";
 
 /// LLVM's programs, of a version that reads what this compiler writes.
 struct Tools {
@@ -94,6 +96,7 @@ fn count(
     let said = output(
         Command::new(&program)
             .args(["--part", "errors", "--qemu", "0"])
+            .args(["--injections", INJECTIONS])
             .args(["--minutes", &minutes.to_string()])
             .args(["--seed", &seed.to_string()])
             .env("LLVM_PROFILE_FILE", &raw),
