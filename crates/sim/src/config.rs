@@ -60,6 +60,8 @@ pub struct Config {
     pub snapshot: bool,
     /// The last clusters lie at this host cluster.
     pub far: Option<u64>,
+    /// Who wrote it before has not closed it, and promised something that this engine does not know.
+    pub left_open: bool,
     /// The file behind it.
     pub backing: Backing,
     /// Queues.
@@ -120,6 +122,7 @@ impl Config {
             compressed: None,
             snapshot: false,
             far: None,
+            left_open: false,
             backing: Backing::None,
             queues: 1,
             depth: 8,
@@ -170,6 +173,7 @@ impl Config {
             plan.compressed = self.compressed.is_some();
             plan.snapshot = self.snapshot;
             plan.far = self.far;
+            plan.left_open = self.left_open;
             plan.backing = behind.is_some().then(|| contents.clone());
             plan.options.backing = match self.backing {
                 Backing::None => None,
@@ -683,6 +687,12 @@ pub fn all() -> Vec<Config> {
             fill: 200,
             compressed: deflate,
             ..c("no discard, compressed")
+        },
+        Config {
+            left_open: true,
+            fill: 128,
+            queues: 2,
+            ..c("left open")
         },
     ]
 }

@@ -22,8 +22,8 @@ fn a_short_read_never_tears_a_sector() {
         .iter()
         .flat_map(|config| (0..3).map(move |seed| (config, seed)))
     {
-        let (ops, _) = measure(config, seed, &effort).expect("sound without errors");
-        for op in 0..ops {
+        let measured = measure(config, seed, &effort).expect("sound without errors");
+        for op in 0..measured.ops {
             let injection = Injection::Once(op, Action::ShortByHalf);
             let outcome = run_with(config, seed, &effort, Some(injection));
             assert_eq!(outcome.violation, None, "{}, seed {seed}", config.name);
