@@ -141,15 +141,17 @@ fn count(
         directory.join("all.profraw"),
         directory.join("all.profdata"),
     );
-    let said = output(
-        Command::new(&program)
-            .args(["--part", "errors", "--qemu", "0"])
-            .args(["--injections", INJECTIONS])
-            .args(["--minutes", &minutes.to_string()])
-            .args(["--seed", &seed.to_string()])
-            .env("LLVM_PROFILE_FILE", &raw),
-    )?;
-    println!("{said}");
+    let status = Command::new(&program)
+        .args(["--part", "errors", "--qemu", "0"])
+        .args(["--injections", INJECTIONS])
+        .args(["--minutes", &minutes.to_string()])
+        .args(["--seed", &seed.to_string()])
+        .env("LLVM_PROFILE_FILE", &raw)
+        .status()
+        .map_err(|error| format!("{}: {error}", program.display()))?;
+    if !status.success() {
+        return Err(format!("the simulator ended with {status}"));
+    }
     output(
         Command::new(&tools.profdata)
             .args(["merge", "-sparse"])

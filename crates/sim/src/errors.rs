@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use crate::census::Kind;
+use crate::census::{Does, Kind, Place};
 use crate::config::Config;
 use crate::contents::index;
 use crate::fault::{ACTIONS, Action, Fault, Trigger};
@@ -52,14 +52,14 @@ impl Injection {
         }
     }
 
-    /// Every operation with every action, every operation with ENOSPC from there on, errors again and again, every
+    /// Every operation with every action, every operation with ENOSPC or EIO from there on, errors again and again, every
     /// fdatasync failing, every one of the first questions for a length.
     #[must_use]
     pub fn every(ops: u64, syncs: u64) -> Vec<Self> {
         let mut all = Vec::new();
         for op in 0..ops {
             all.extend(ACTIONS.map(|action| Self::Once(op, action)));
-            all.push(Self::From(op, Action::Enospc));
+            all.extend([Action::Enospc, Action::Eio].map(|action| Self::From(op, action)));
         }
         for action in [Action::Eio, Action::Enospc] {
             let often = |of: u64| (0..of.min(ops)).map(move |first| Self::Every(first, of, action));
@@ -100,7 +100,7 @@ pub fn measure(config: &Config, seed: u64, effort: &Effort) -> Result<Measured, 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Sort {
     Once(Kind, bool),
-    From,
+    From(Action),
     Every,
     Sync,
     Length,
@@ -111,6 +111,14 @@ impl Measured {
     #[must_use]
     pub fn every(&self) -> Vec<Injection> {
         Injection::every(self.ops, self.syncs)
+    }
+
+    /// The operations that do this, there.
+    pub fn operations(&self, does: Does, place: Place) -> impl Iterator<Item = u64> {
+        let kinds = (0..).zip(&self.kinds);
+        kinds
+            .filter(move |(_, kind)| (kind.0, kind.1) == (does, place))
+            .map(|(op, _)| op)
     }
 
     /// Some of all errors, each with its number, by lot: as many of one sort as of another, since most operations are alike (reads and
@@ -146,7 +154,7 @@ impl Measured {
                 }
                 Sort::Once(kind, action.is_hard())
             }
-            Injection::From(..) => Sort::From,
+            Injection::From(_, action) => Sort::From(action),
             Injection::Every(..) => Sort::Every,
             Injection::Sync(..) => Sort::Sync,
             Injection::Length(_) => Sort::Length,

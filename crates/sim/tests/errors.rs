@@ -1,7 +1,9 @@
 //! Errors that the simulator found the engine wrong about: each as a test by its name.
 
 use urus_engine::planted::{Bug, plant};
+use urus_sim::census::{Does, Place};
 use urus_sim::config;
+use urus_sim::crash::Class;
 use urus_sim::errors::{Injection, measure};
 use urus_sim::fault::Action;
 use urus_sim::runner::{Effort, run_with};
@@ -66,4 +68,33 @@ fn a_table_that_may_be_in_use_is_not_rewritten_as_new() {
         assert_eq!(violation, None, "seed {seed}");
         assert!(states > 1000, "only {states} states");
     }
+}
+
+/// A cluster whose refcount could not be read when its last reference was gone is settled later: it does not stay behind, counted,
+/// with nobody to refer to it.
+#[test]
+fn an_unread_refcount_block_leaks_nothing() {
+    let effort = Effort {
+        cuts: 0,
+        ..Effort::ERRORS
+    };
+    let configs = [
+        "grows, tiny cache, 64-bit refcounts",
+        "outlives, tiny cache, snapshot",
+    ];
+    let mut hit = 0;
+    for (name, seed) in configs
+        .into_iter()
+        .flat_map(|name| (0..6).map(move |seed| (name, seed)))
+    {
+        let config = config::find(name).expect("there is one");
+        let measured = measure(&config, seed, &effort).expect("sound without errors");
+        for op in measured.operations(Does::Read, Place::On(Class::RefcountBlock)) {
+            let injection = Injection::Once(op, Action::Eio);
+            let outcome = run_with(&config, seed, &effort, Some(injection));
+            assert_eq!(outcome.violation, None, "{name}, seed {seed}");
+            hit += outcome.injected;
+        }
+    }
+    assert!(hit > 100, "only {hit} reads failed");
 }
