@@ -19,6 +19,13 @@ const WITHOUT: &str = "crates/engine/src/check/";
 /// Of each workload's errors: with few of them, a minute comes to all configurations, and to many workloads of each.
 const INJECTIONS: &str = "6";
 
+/// Counters slow everything down.
+const OPTIMISED: [&str; 3] = [
+    "profile.mutants.package.urus-sim.opt-level=3",
+    "profile.mutants.package.urus-engine.opt-level=3",
+    "profile.mutants.package.urus-format.opt-level=3",
+];
+
 /// Of a hundred branches that a failing operation can lead to, so many must be taken.
 const LEAST_TAKEN_PERCENT: u64 = 80;
 
@@ -113,6 +120,7 @@ pub(crate) fn run(steps: &mut Steps, minutes: u64, seed: u64) {
     let directory = steps.target_directory().join("branches");
     let mut build = steps.cargo_command(&["build", "--locked", "--profile", "mutants"]);
     build
+        .args(OPTIMISED.iter().flat_map(|option| ["--config", option]))
         .args(["-p", "urus-sim", "--bin", "urus-sim"])
         .env("RUSTFLAGS", "-C instrument-coverage")
         .env("CARGO_TARGET_DIR", &directory)
@@ -143,7 +151,7 @@ fn count(
     );
     let status = Command::new(&program)
         .args(["--part", "errors", "--qemu", "0"])
-        .args(["--injections", INJECTIONS])
+        .args(["--injections", INJECTIONS, "--cuts", "0"])
         .args(["--minutes", &minutes.to_string()])
         .args(["--seed", &seed.to_string()])
         .env("LLVM_PROFILE_FILE", &raw)

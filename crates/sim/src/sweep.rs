@@ -259,7 +259,7 @@ pub fn run(part: Part, seed: u64, only: Option<&Config>, budget: &Budget) -> Tal
         }
         Part::Errors => sweep("errors", seed, budget, (4, u64::MAX), &|number| {
             let (config, seed) = (config(number), seed_of(seed, number));
-            every_error(config, seed, budget.injections)
+            every_error(config, seed, budget)
         }),
         Part::Model => sweep(
             "model",
@@ -285,8 +285,11 @@ fn cuts_at_once(budget: &Budget) -> u64 {
 }
 
 /// One workload with every error at every operation, or with some of them.
-fn every_error(config: &Config, seed: u64, most: Option<usize>) -> Outcome {
-    let effort = Effort::ERRORS;
+fn every_error(config: &Config, seed: u64, budget: &Budget) -> Outcome {
+    let effort = Effort {
+        cuts: budget.cuts.min(Effort::ERRORS.cuts),
+        ..Effort::ERRORS
+    };
     let mut sum = Outcome::default();
     let measured = match errors::measure(config, seed, &effort) {
         Ok(measured) => measured,
@@ -296,7 +299,7 @@ fn every_error(config: &Config, seed: u64, most: Option<usize>) -> Outcome {
             return sum;
         }
     };
-    let injections: Vec<(usize, Injection)> = match most {
+    let injections: Vec<(usize, Injection)> = match budget.injections {
         None => (0..).zip(measured.every()).collect(),
         Some(most) => measured.some(most, &mut Rng::new(seed ^ 0x0066_6577)),
     };

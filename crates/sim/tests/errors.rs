@@ -78,14 +78,15 @@ fn an_unread_refcount_block_leaks_nothing() {
         cuts: 0,
         ..Effort::ERRORS
     };
+    // The first of each is where it was seen.
     let configs = [
-        "grows, tiny cache, 64-bit refcounts",
-        "outlives, tiny cache, snapshot",
+        ("grows, tiny cache, 64-bit refcounts", 12642993124628724927),
+        ("outlives, tiny cache, snapshot", 7339233378029052465),
     ];
     let mut hit = 0;
     for (name, seed) in configs
         .into_iter()
-        .flat_map(|name| (0..6).map(move |seed| (name, seed)))
+        .flat_map(|(name, seen)| [seen, 0, 1, 2, 3, 4].map(|seed| (name, seed)))
     {
         let config = config::find(name).expect("there is one");
         let measured = measure(&config, seed, &effort).expect("sound without errors");
@@ -96,5 +97,5 @@ fn an_unread_refcount_block_leaks_nothing() {
             hit += outcome.injected;
         }
     }
-    assert!(hit > 100, "only {hit} reads failed");
+    assert!(hit > 40, "only {hit} reads failed");
 }
