@@ -259,8 +259,8 @@ fn is_by_storage(source: &str, (line, column): (usize, usize)) -> bool {
     }
     let made = rest.lines().next().unwrap_or("");
     let pattern = before.lines().last().unwrap_or("");
-    // What stands behind `Bad(error) =>` was found in a table.
-    !one(made, &REFUSALS) && made != "return Err(request);" && !pattern.contains("Bad(error)")
+    // A full queue gives its request back; what stands behind `Bad(error) =>` was found in a table.
+    !one(made, &REFUSALS) && !made.contains("Err(request)") && !pattern.contains("Bad(error)")
 }
 
 /// The expression that a text ends with: from the last `;`, `,`, brace or `=>` that is not inside it.
@@ -367,6 +367,7 @@ mod tests {
             ("return Err(Error::Poisoned {", true),
             ("Bad(error) => return Err(*error),", false),
             ("Err(_) => return Err(error),", true),
+            ("return Err(request);", false),
         ] {
             assert_eq!(by_storage(source, "return Err("), expected, "{source}");
         }
