@@ -24,8 +24,8 @@ pub enum Injection {
     Length(u64),
 }
 
-/// Opening asks for lengths, and every read that meets the end of its file: so many of the first questions fail in turn.
-const LENGTHS: u64 = 6;
+/// Opening asks for lengths, and so does every read that ends inside a sector: so many of the first questions fail in turn.
+const LENGTHS: u64 = 24;
 
 impl Injection {
     /// As the world takes it.
