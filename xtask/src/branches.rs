@@ -1,8 +1,9 @@
 //! Which error branches of the engine are ever taken, while the simulator injects errors: by the compiler's own coverage, so the
 //! engine knows nothing of it.
 //!
-//! An error branch is a `?` (also one on an `Option`: the text does not tell) or an expression that begins with `Err(`. A check runs
-//! without injected errors, so its branches are not counted.
+//! An error branch is a `?` or an expression that begins with `Err(`. Those that no failing operation can lead to are told by their text
+//! and counted apart: a `?` on an `Option`, and what refuses a damaged image or a request that cannot be met. A check runs without
+//! injected errors, so its branches are not counted.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -15,6 +16,53 @@ use crate::steps::{Steps, output};
 
 const SOURCES: &str = "crates/engine/src/";
 const WITHOUT: &str = "crates/engine/src/check/";
+/// Of each workload's errors: with few of them, a minute comes to all configurations, and to many workloads of each.
+const INJECTIONS: &str = "6";
+
+/// Counters slow everything down.
+const OPTIMISED: [&str; 3] = [
+    "profile.mutants.package.urus-sim.opt-level=3",
+    "profile.mutants.package.urus-engine.opt-level=3",
+    "profile.mutants.package.urus-format.opt-level=3",
+];
+
+/// Of a hundred branches that a failing operation can lead to, so many must be taken.
+const LEAST_TAKEN_PERCENT: u64 = 80;
+
+/// Errors that say something of the image or of the request, and not of an operation.
+const REFUSALS: [&str; 10] = [
+    "Error::BadEntry",
+    "Error::Closed",
+    "Error::Corrupt",
+    "Error::Decompress",
+    "Error::Format",
+    "Error::OutOfRange",
+    "Error::ReadOnly",
+    "Error::Unsupported",
+    "format_error",
+    "NoCleanFrame",
+];
+
+/// What gives only such errors, or an `Option`. All else that ends with a `?` is taken for something that an operation can make fail.
+const REFUSES: [&str; 17] = [
+    "claim(",
+    "frames.get(",
+    ".get(",
+    ".get_mut(",
+    "last_mut(",
+    "pop_front(",
+    "qcow2(",
+    "self.slot(",
+    "check_l1(",
+    "check_range(",
+    "check_slice(",
+    "check_supported(",
+    "l1_entry(",
+    "plan_block(",
+    "self.apply(",
+    "self.install(",
+    "self.take_frame(",
+];
 
 /// LLVM's programs, of a version that reads what this compiler writes.
 struct Tools {
@@ -51,6 +99,15 @@ fn version(said: &str) -> Option<u32> {
 /// File, line and column.
 type Place = (String, usize, usize);
 
+/// An error branch.
+struct Branch {
+    /// Its line.
+    text: String,
+    /// Whether a failing operation can lead to it.
+    by_storage: bool,
+    taken: u64,
+}
+
 /// Builds the simulator with counters, injects errors for so many minutes, and tells what was taken.
 pub(crate) fn run(steps: &mut Steps, minutes: u64, seed: u64) {
     let Some(tools) = Tools::find() else {
@@ -63,6 +120,7 @@ pub(crate) fn run(steps: &mut Steps, minutes: u64, seed: u64) {
     let directory = steps.target_directory().join("branches");
     let mut build = steps.cargo_command(&["build", "--locked", "--profile", "mutants"]);
     build
+        .args(OPTIMISED.iter().flat_map(|option| ["--config", option]))
         .args(["-p", "urus-sim", "--bin", "urus-sim"])
         .env("RUSTFLAGS", "-C instrument-coverage")
         .env("CARGO_TARGET_DIR", &directory)
@@ -85,20 +143,23 @@ fn count(
     tools: &Tools,
     minutes: u64,
     seed: u64,
-) -> Result<BTreeMap<Place, u64>, String> {
+) -> Result<BTreeMap<Place, Branch>, String> {
     let program = directory.join("mutants").join("urus-sim");
     let (raw, merged) = (
         directory.join("all.profraw"),
         directory.join("all.profdata"),
     );
-    let said = output(
-        Command::new(&program)
-            .args(["--part", "errors", "--qemu", "0"])
-            .args(["--minutes", &minutes.to_string()])
-            .args(["--seed", &seed.to_string()])
-            .env("LLVM_PROFILE_FILE", &raw),
-    )?;
-    println!("{said}");
+    let status = Command::new(&program)
+        .args(["--part", "errors", "--qemu", "0"])
+        .args(["--injections", INJECTIONS, "--cuts", "0"])
+        .args(["--minutes", &minutes.to_string()])
+        .args(["--seed", &seed.to_string()])
+        .env("LLVM_PROFILE_FILE", &raw)
+        .status()
+        .map_err(|error| format!("{}: {error}", program.display()))?;
+    if !status.success() {
+        return Err(format!("the simulator ended with {status}"));
+    }
     output(
         Command::new(&tools.profdata)
             .args(["merge", "-sparse"])
@@ -144,7 +205,13 @@ fn count(
             };
             let [line, column, last_line, last_column, count] = numbers;
             if is_error(source, (line, column), (last_line, last_column)) {
-                *taken.entry((name, line, column)).or_insert(0) += count as u64;
+                let new = || Branch {
+                    text: source.lines().nth(line - 1).unwrap_or("").trim().to_owned(),
+                    by_storage: is_by_storage(source, (line, column)),
+                    taken: 0,
+                };
+                let branch = taken.entry((name, line, column)).or_insert_with(new);
+                branch.taken += count as u64;
             }
         }
     }
@@ -168,39 +235,92 @@ fn is_error(source: &str, start: (usize, usize), end: (usize, usize)) -> bool {
     let Some(line) = source.lines().nth(start.0 - 1) else {
         return false;
     };
-    let rest = line.get(start.1 - 1..).unwrap_or("");
+    let (before, rest) = line.split_at_checked(start.1 - 1).unwrap_or((line, ""));
     let is_mark = start.0 == end.0 && end.1 == start.1 + 1 && rest.starts_with('?');
-    is_mark || rest.starts_with("Err(") || rest.starts_with("return Err(")
+    let is_made = rest.starts_with("Err(") || rest.starts_with("return Err(");
+    // A value that stands by is no branch.
+    is_mark || is_made && !before.ends_with("unwrap_or(")
 }
 
-fn tell(directory: &Path, taken: &BTreeMap<Place, u64>, seed: u64) -> Result<(), String> {
+/// Whether a failing operation can lead to the branch at this place, as far as its text tells.
+fn is_by_storage(source: &str, (line, column): (usize, usize)) -> bool {
+    let before: usize = source
+        .split_inclusive('\n')
+        .take(line - 1)
+        .map(str::len)
+        .sum();
+    let (before, rest) = source
+        .split_at_checked(before + column - 1)
+        .unwrap_or((source, ""));
+    let one = |text: &str, names: &[&str]| names.iter().any(|name| text.contains(name));
+    if rest.starts_with('?') {
+        let expression = expression(before);
+        return !one(expression, &REFUSALS) && !one(expression, &REFUSES);
+    }
+    let made = rest.lines().next().unwrap_or("");
+    let pattern = before.lines().last().unwrap_or("");
+    // A full queue gives its request back; what stands behind `Bad(error) =>` was found in a table.
+    !one(made, &REFUSALS) && !made.contains("Err(request)") && !pattern.contains("Bad(error)")
+}
+
+/// The expression that a text ends with: from the last `;`, `,`, brace or `=>` that is not inside it.
+fn expression(text: &str) -> &str {
+    let mut depth = 0;
+    let mut start = text.len();
+    for (at, character) in text.char_indices().rev() {
+        match character {
+            ')' | ']' | '}' => depth += 1,
+            '(' | '[' | '{' if depth > 0 => depth -= 1,
+            '(' | '[' | '{' | ';' | ',' if depth == 0 => break,
+            '>' if depth == 0 && text[..at].ends_with('=') => break,
+            _ => {}
+        }
+        start = at;
+    }
+    &text[start..]
+}
+
+fn tell(directory: &Path, taken: &BTreeMap<Place, Branch>, seed: u64) -> Result<(), String> {
     if taken.is_empty() {
         return Err("no branch was counted".into());
     }
-    let mut files: BTreeMap<&str, (u64, u64)> = BTreeMap::new();
-    let mut never = String::new();
-    for ((file, line, column), count) in taken {
-        let (all, some) = files.entry(file).or_default();
+    let mut files: BTreeMap<&str, [u64; 3]> = BTreeMap::new();
+    let mut never = [String::new(), String::new()];
+    for ((file, line, column), branch) in taken {
+        let [all, by_storage, some] = files.entry(file).or_default();
         *all += 1;
-        *some += u64::from(*count > 0);
-        if *count == 0 {
-            never.push_str(&format!("{file}:{line}:{column}\n"));
+        *by_storage += u64::from(branch.by_storage);
+        *some += u64::from(branch.by_storage && branch.taken > 0);
+        if branch.taken == 0 {
+            let text = &branch.text;
+            never[usize::from(!branch.by_storage)]
+                .push_str(&format!("{file}:{line}:{column}: {text}\n"));
         }
     }
+    let [never, others] = never;
+    let never = format!("{never}\nNot by a failing operation:\n{others}");
     let path = directory.join("never.txt");
     fs::write(&path, never).map_err(|error| format!("{}: {error}", path.display()))?;
     println!(
-        "{:<36} {:>9} {:>7} {:>6}",
-        "error branches", "of", "taken", "seed"
+        "{:<36} {:>9} {:>10} {:>7} {:>7} {:>6}",
+        "error branches", "all", "by storage", "taken", "share/%", "seed"
     );
-    for (file, (all, some)) in &files {
-        println!("  {file:<34} {all:>9} {some:>7}");
+    for (file, [all, by_storage, some]) in &files {
+        println!("  {file:<34} {all:>9} {by_storage:>10} {some:>7}");
     }
-    let some = files.values().map(|(_, some)| some).sum::<u64>();
-    println!("{:<36} {:>9} {some:>7} {seed:>6}", "branches", taken.len());
+    let sum = |at: usize| files.values().map(|counts| counts[at]).sum::<u64>();
+    let (by_storage, some) = (sum(1), sum(2));
+    println!(
+        "{:<36} {:>9} {by_storage:>10} {some:>7} {:>7.1} {seed:>6}",
+        "branches",
+        taken.len(),
+        some as f64 * 100.0 / by_storage.max(1) as f64
+    );
     println!("the others: {}", path.display());
-    if some == 0 {
-        return Err("no error branch was ever taken".into());
+    if some == 0 || some * 100 < by_storage * LEAST_TAKEN_PERCENT {
+        return Err(format!(
+            "fewer than {LEAST_TAKEN_PERCENT} % of the branches that a failing operation can lead to were taken"
+        ));
     }
     Ok(())
 }
@@ -219,6 +339,38 @@ mod tests {
         assert!(is_error(source, (2, 1), (2, 19)));
         assert!(!is_error(source, (3, 1), (3, 6)));
         assert!(!is_error(source, (9, 1), (9, 6)));
+        let source = "a.unwrap_or(Err(Error::Closed))\n";
+        assert!(!is_error(source, (1, 13), (1, 31)));
+    }
+
+    #[test]
+    fn refusals_are_told_from_failed_operations() {
+        let by_storage = |source: &str, branch: &str| {
+            let at = source.find(branch).unwrap();
+            let line = source[..at].matches('\n').count() + 1;
+            let column = at - source[..at].rfind('\n').map_or(0, |end| end + 1) + 1;
+            is_by_storage(source, (line, column))
+        };
+        for (source, expected) in [
+            ("claim(1, 2)?;\nself.flush().await?;", false),
+            ("claim(1, 2);\nself.flush().await?;", true),
+            ("a(\n b,\n)\n.await?;", true),
+            ("let image = shared.layers[0].qcow2()?;", false),
+            ("x.map_err(|s| Error::Format {\n file,\n})?;", false),
+            ("Miss(s) => self.load(0, s).await?,", true),
+            ("l1_entry(0, 1), self.load(0, s).await?,", true),
+        ] {
+            assert_eq!(by_storage(source, "?"), expected, "{source}");
+        }
+        for (source, expected) in [
+            ("return Err(Error::Corrupt {", false),
+            ("return Err(Error::Poisoned {", true),
+            ("Bad(error) => return Err(*error),", false),
+            ("Err(_) => return Err(error),", true),
+            ("return Err(request);", false),
+        ] {
+            assert_eq!(by_storage(source, "return Err("), expected, "{source}");
+        }
     }
 
     #[test]

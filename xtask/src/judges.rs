@@ -111,14 +111,14 @@ const UNITS: Judge = Judge {
     seconds: 60,
 };
 
-/// Devices over damaged images.
+/// Devices over damaged images, and on full disks.
 const DAMAGED: Judge = Judge {
     name: "damaged",
     build: &[
-        "test", "-p", "urus-sim", "--test", "damaged", "--test", "refused",
+        "test", "-p", "urus-sim", "--test", "damaged", "--test", "refused", "--test", "full",
     ],
     run: Run::Tests(&[]),
-    seconds: 30,
+    seconds: 60,
 };
 
 /// All of the engine's own tests: those of the check read what the format's code wrote.

@@ -118,26 +118,11 @@ impl Allocator {
         }
     }
 
-    /// The header names the new place durably: the places before it are free (O8).
-    pub(crate) async fn moved<S: Storage>(
-        &self,
-        worker: &Worker<S>,
-        place: TablePlace,
-    ) -> Result<()> {
+    /// The header names the new place durably: those before it, which come back, are free (O8).
+    pub(crate) fn moved(&self, place: TablePlace) -> Vec<TablePlace> {
         let old = self.place.replace(place);
         self.superseded.borrow_mut().push(old);
-        let free = std::mem::take(&mut *self.superseded.borrow_mut());
-        for place in free {
-            let first = place.offset >> self.refcounts.geometry.cluster_bits();
-            for cluster in first..first + place.clusters {
-                let refcount = self.refcounts.load(worker, cluster).await?;
-                self.refcounts.set(cluster, refcount.saturating_sub(1));
-                worker.shared.meta.lock().owners.remove(&cluster);
-            }
-            self.released(first, place.clusters, false);
-            Shared::count(&worker.shared.stats.freed_clusters, place.clusters);
-        }
-        Ok(())
+        std::mem::take(&mut *self.superseded.borrow_mut())
     }
 
     /// A run that was never referenced comes back. What it holds is unknown: a write of it may have failed.
@@ -357,7 +342,7 @@ impl Allocator {
         }
     }
 
-    /// Takes exactly `count` adjacent clusters past everything in use, each with refcount 1 already.
+    /// Takes exactly `count` adjacent clusters past everything in use.
     pub(crate) async fn extend_contiguous<S: Storage>(
         &self,
         worker: &Worker<S>,
@@ -375,29 +360,34 @@ impl Allocator {
                     ),
                 });
             }
-            let part = self
-                .extend(worker, count - run.map_or(0, |(_, n)| n))
-                .await?;
+            let give_back = |first, count| {
+                self.give_back(Run {
+                    first,
+                    count,
+                    zero: false,
+                });
+            };
+            let part = match self.extend(worker, count - run.map_or(0, |(_, n)| n)).await {
+                Ok(part) => part,
+                Err(error) => {
+                    if let Some((first, n)) = run {
+                        give_back(first, n);
+                    }
+                    return Err(error);
+                }
+            };
             run = match run {
                 Some((first, n)) if first + n == part.first => Some((first, n + part.count)),
                 other => {
                     if let Some((first, n)) = other {
                         restarts += 1;
-                        self.give_back(Run {
-                            first,
-                            count: n,
-                            zero: false,
-                        });
+                        give_back(first, n);
                     }
                     Some((part.first, part.count))
                 }
             };
             let (first, n) = run.expect("set above");
             if n == count {
-                for cluster in first..first + count {
-                    self.reference(worker, cluster).await?;
-                }
-                Shared::count(&worker.shared.stats.allocated_clusters, count);
                 return Ok(first);
             }
         }

@@ -230,7 +230,12 @@ impl<S: Storage> Device<S> {
                 return Err(error);
             }
             refcounts.entries_written(&blocks);
-            image.allocator.moved(&self.worker, place).await?;
+            for place in image.allocator.moved(place) {
+                self.metadata_removed(
+                    place.offset >> refcounts.geometry.cluster_bits(),
+                    place.clusters,
+                );
+            }
         }
         Ok(())
     }

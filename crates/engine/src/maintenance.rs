@@ -2,7 +2,7 @@
 //! storage that no queue shares. So the progress of shared work never depends on a queue being polled.
 
 use std::cell::{Cell, RefCell};
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::rc::Rc;
 use std::task::Waker;
 use std::time::Duration;
@@ -34,6 +34,8 @@ pub(crate) struct Device<S: Storage> {
     image: RefCell<Option<Rc<ImageState>>>,
     /// Removals that are durable, and not settled.
     pub(crate) settling: RefCell<VecDeque<Removed>>,
+    /// Clusters, and how many references they have lost, whose refcounts could not be read.
+    pub(crate) unsettled: RefCell<BTreeMap<u64, u64>>,
     pub(crate) settler: RefCell<Option<Waker>>,
     pub(crate) settled: Cell<bool>,
     pub(crate) settled_waiters: RefCell<WaitList>,
@@ -63,6 +65,7 @@ impl<S: Storage> Maintenance<S> {
             worker: Rc::clone(&worker),
             image: RefCell::new(image.map(Rc::new)),
             settling: RefCell::default(),
+            unsettled: RefCell::default(),
             settler: RefCell::new(None),
             settled: Cell::new(true),
             settled_waiters: RefCell::default(),
@@ -311,12 +314,13 @@ impl<S: Storage> Device<S> {
             return Ok(());
         }
         self.wait_settled().await;
+        let settled = self.settle_rest().await;
         if self.image().allocator.refcounts.is_dirty() {
             self.flush().await?;
         }
         let image = self.image();
         image.allocator.give_slack_back(&self.worker).await;
-        Ok(())
+        settled
     }
 
     async fn resume(&self, header: Option<Box<Header>>) -> Result<()> {

@@ -6,7 +6,7 @@ use crate::error::{Error, Result};
 use crate::limits;
 use crate::maintenance::Device;
 use crate::planted::{self, Bug};
-use crate::shared::{Owner, Removed};
+use crate::shared::{Owner, Run, Shared};
 use crate::storage::{IMAGE, OpKind, Storage};
 use crate::sync::Ordering;
 
@@ -97,6 +97,7 @@ impl<S: Storage> Device<S> {
             geometry.host_cluster(old_table).0,
             geometry.clusters_for(old_entries * 8),
         );
+        self.reference_all(first, clusters).await?;
         let moved = self.move_l1(first, clusters, entries, old_entries).await;
         if moved.is_err() && self.shared().is_poisoned() {
             // Nobody knows which place the header names.
@@ -108,15 +109,27 @@ impl<S: Storage> Device<S> {
         } else {
             (first, clusters)
         };
-        let mark = {
-            let mut meta = self.shared().meta.lock();
-            for cluster in first..first + count {
-                meta.owners.remove(&cluster);
-            }
-            self.shared().pins.mark()
-        };
-        self.settle_later(vec![Removed { first, count, mark }]);
+        self.metadata_removed(first, count);
         moved
+    }
+
+    /// Counts clusters that were reserved; all of them, or those that were come to be free again.
+    async fn reference_all(&self, first: u64, count: u64) -> Result<()> {
+        let image = self.image();
+        for done in 0..count {
+            let result = image.allocator.reference(&self.worker, first + done).await;
+            if result.is_err() {
+                image.allocator.give_back(Run {
+                    first: first + done,
+                    count: count - done,
+                    zero: false,
+                });
+                self.metadata_removed(first, done);
+                return result;
+            }
+        }
+        Shared::count(&self.shared().stats.allocated_clusters, count);
+        Ok(())
     }
 
     /// Writes the L1 table to a new place, and makes the header name it.

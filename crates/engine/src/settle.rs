@@ -1,7 +1,6 @@
 //! What becomes of removed references once their removal is durable: wait for requests in flight (O7), punch (O5),
 //! lower the refcount (O6), hand out again (O4).
 
-use std::collections::BTreeMap;
 use std::future::poll_fn;
 use std::task::Poll;
 
@@ -49,6 +48,18 @@ impl<S: Storage> Device<S> {
         self.wake_settler();
     }
 
+    /// Metadata that nothing on disk refers to any more, durably.
+    pub(crate) fn metadata_removed(&self, first: u64, count: u64) {
+        let mark = {
+            let mut meta = self.shared().meta.lock();
+            for cluster in first..first + count {
+                meta.owners.remove(&cluster);
+            }
+            self.shared().pins.mark()
+        };
+        self.settle_later(vec![Removed { first, count, mark }]);
+    }
+
     pub(crate) fn wake_settler(&self) {
         if let Some(waker) = self.settler.borrow_mut().take() {
             waker.wake();
@@ -61,7 +72,7 @@ impl<S: Storage> Device<S> {
             let ready = self.next_settled().await;
             let result = self.settle(&ready).await;
             if let Err(error) = result {
-                // The clusters stay referenced: a leak, which `urus check -r leaks` finds.
+                // They stay referenced until it is tried again: with what is removed next, or with a pause or close.
                 tracing::warn!(image = self.shared().image_name(), %error, "freed clusters could not be reclaimed");
             }
             self.settled.set(true);
@@ -123,19 +134,44 @@ impl<S: Storage> Device<S> {
         .await;
     }
 
+    /// Settles what could not be settled before. Nothing else is to be settled.
+    pub(crate) async fn settle_rest(&self) -> Result<()> {
+        if self.unsettled.borrow().is_empty() {
+            return Ok(());
+        }
+        self.settle(&[]).await
+    }
+
     /// O4: a cluster whose last reference is gone is free, unless it holds metadata: what owns that gives it up before it removes it.
+    /// What fails is kept for the next time.
     async fn settle(&self, ready: &[Removed]) -> Result<()> {
         let image = self.image();
         let refcounts = &image.allocator.refcounts;
-        let mut lost: BTreeMap<u64, u64> = BTreeMap::new();
+        let mut lost = std::mem::take(&mut *self.unsettled.borrow_mut());
         for removed in ready {
             for cluster in removed.first..removed.first + removed.count {
                 *lost.entry(cluster).or_default() += 1;
             }
         }
+        let mut result = Ok(());
+        let keep = |cluster: u64| {
+            let mut unsettled = self.unsettled.borrow_mut();
+            *unsettled.entry(cluster).or_default() += lost[&cluster];
+        };
         let mut free: Vec<(u64, u64)> = Vec::new();
         for (cluster, references) in &lost {
-            let refcount = refcounts.load(&self.worker, *cluster).await?;
+            if result.is_err() {
+                keep(*cluster);
+                continue;
+            }
+            let refcount = match refcounts.load(&self.worker, *cluster).await {
+                Ok(refcount) => refcount,
+                Err(error) => {
+                    keep(*cluster);
+                    result = Err(error);
+                    continue;
+                }
+            };
             let left = left(refcount, *references);
             if left.is_too_few() {
                 tracing::warn!(
@@ -183,17 +219,21 @@ impl<S: Storage> Device<S> {
                 .decoded
                 .invalidate(0, first << bits, (first + count) << bits);
             for cluster in *first..first + count {
-                refcounts.load(&self.worker, cluster).await?;
+                if let Err(error) = refcounts.load(&self.worker, cluster).await {
+                    keep(cluster);
+                    result = Err(error);
+                    continue;
+                }
                 // Free from here on: what the allocator knows of it changes in the same moment.
                 refcounts.set(cluster, 0);
                 image.allocator.released(cluster, 1, punched);
+                Shared::count(&self.shared().stats.freed_clusters, 1);
             }
-            Shared::count(&self.shared().stats.freed_clusters, *count);
         }
         if planted::is(Bug::LatePunch) {
             self.punch(&free).await;
         }
-        Ok(())
+        result
     }
 
     /// Gives ranges back to the file system; says of each whether that worked.

@@ -73,12 +73,21 @@ pub enum Place {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Touch {
     pub(crate) does: Does,
+    pub(crate) handle: usize,
     pub(crate) file: FileId,
     pub(crate) offset: u64,
     pub(crate) action: Option<Action>,
 }
 
+/// A kind of operation: what it does, where, and whether maintenance does it or a queue.
+pub(crate) type Kind = (Does, Place, bool);
+
 impl Touch {
+    pub(crate) fn kind(&self, owners: &Owners) -> Kind {
+        // Maintenance opens the device, before there is a queue.
+        (self.does, self.place(owners), self.handle == 0)
+    }
+
     fn place(&self, owners: &Owners) -> Place {
         match self.does {
             _ if self.file != IMAGE => Place::Behind,
@@ -158,6 +167,7 @@ mod tests {
     fn touch(does: Does, action: Option<Action>) -> Touch {
         Touch {
             does,
+            handle: 0,
             file: IMAGE,
             offset: 0,
             action,

@@ -62,6 +62,8 @@ pub struct Config {
     pub snapshot: bool,
     /// The last clusters lie at this host cluster.
     pub far: Option<u64>,
+    /// Who wrote it before has not closed it, and promised something that this engine does not know.
+    pub left_open: bool,
     /// The file behind it.
     pub backing: Backing,
     /// Queues.
@@ -122,6 +124,7 @@ impl Config {
             compressed: None,
             snapshot: false,
             far: None,
+            left_open: false,
             backing: Backing::None,
             queues: 1,
             depth: 8,
@@ -172,6 +175,7 @@ impl Config {
             plan.compressed = self.compressed.is_some();
             plan.snapshot = self.snapshot;
             plan.far = self.far;
+            plan.left_open = self.left_open;
             plan.backing = behind.is_some().then(|| contents.clone());
             plan.options.backing = match self.backing {
                 Backing::None => None,
@@ -726,6 +730,12 @@ pub fn all() -> Vec<Config> {
             sectors: 512,
             grows: 200,
             ..c("chain, grows")
+        },
+        Config {
+            left_open: true,
+            fill: 128,
+            queues: 2,
+            ..c("left open")
         },
     ]
 }

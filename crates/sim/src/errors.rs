@@ -1,6 +1,10 @@
 //! An error at every I/O: a workload is run again and again, each time with something going wrong at another operation.
 
+use std::collections::BTreeMap;
+
+use crate::census::{Does, Kind, Place};
 use crate::config::Config;
+use crate::contents::index;
 use crate::fault::{ACTIONS, Action, Fault, Trigger};
 use crate::rng::Rng;
 use crate::runner::{Effort, Outcome, run_with};
@@ -16,7 +20,12 @@ pub enum Injection {
     Every(u64, u64, Action),
     /// At one fdatasync.
     Sync(u64, Action),
+    /// At one question for a file's length.
+    Length(u64),
 }
+
+/// Opening asks for lengths, and so does every read that ends inside a sector: so many of the first questions fail in turn.
+const LENGTHS: u64 = 24;
 
 impl Injection {
     /// As the world takes it.
@@ -27,6 +36,7 @@ impl Injection {
             Self::From(op, action) => (Trigger::Ops(op, u64::MAX), action),
             Self::Every(first, of, action) => (Trigger::Every(first, of), action),
             Self::Sync(sync, action) => (Trigger::Sync(sync), action),
+            Self::Length(question) => (Trigger::Length(question), Action::Eio),
         };
         Fault { trigger, action }
     }
@@ -42,33 +52,114 @@ impl Injection {
         }
     }
 
-    /// Every operation with every action, every operation with ENOSPC from there on, errors again and again, every
-    /// fdatasync failing.
+    /// Every operation with every action, every operation with ENOSPC or EIO from there on, errors again and again, every
+    /// fdatasync failing, every one of the first questions for a length.
     #[must_use]
     pub fn every(ops: u64, syncs: u64) -> Vec<Self> {
         let mut all = Vec::new();
         for op in 0..ops {
             all.extend(ACTIONS.map(|action| Self::Once(op, action)));
-            all.push(Self::From(op, Action::Enospc));
+            all.extend([Action::Enospc, Action::Eio].map(|action| Self::From(op, action)));
         }
         for action in [Action::Eio, Action::Enospc] {
             let often = |of: u64| (0..of.min(ops)).map(move |first| Self::Every(first, of, action));
             all.extend([5, 11, 23].into_iter().flat_map(often));
         }
         all.extend((0..syncs).map(|sync| Self::Sync(sync, Action::Eio)));
+        all.extend((0..LENGTHS).map(Self::Length));
         all
     }
 }
 
-/// Storage operations and fdatasyncs of a workload without errors.
+/// A workload without errors: the number of its storage operations and fdatasyncs, and what its operations are.
+#[derive(Clone, Debug)]
+pub struct Measured {
+    /// Storage operations.
+    pub ops: u64,
+    /// Of them, fdatasyncs.
+    pub syncs: u64,
+    kinds: Vec<Kind>,
+}
+
+/// Measures a workload. It goes as it does with an error, up to the error.
 ///
 /// # Errors
 /// What is wrong even without errors.
-pub fn measure(config: &Config, seed: u64, effort: &Effort) -> Result<(u64, u64), String> {
-    let outcome = run_with(config, seed, effort, None);
-    outcome
-        .violation
-        .map_or(Ok((outcome.ops, outcome.syncs)), Err)
+pub fn measure(config: &Config, seed: u64, effort: &Effort) -> Result<Measured, String> {
+    let never = Injection::Sync(u64::MAX, Action::Eio);
+    let outcome = run_with(config, seed, effort, Some(never));
+    let measured = Measured {
+        ops: outcome.ops,
+        syncs: outcome.syncs,
+        kinds: outcome.kinds,
+    };
+    outcome.violation.map_or(Ok(measured), Err)
+}
+
+/// Errors that are alike.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Sort {
+    Once(Kind, bool),
+    From(Action),
+    Every,
+    Sync,
+    Length,
+}
+
+impl Measured {
+    /// Every error of this workload.
+    #[must_use]
+    pub fn every(&self) -> Vec<Injection> {
+        Injection::every(self.ops, self.syncs)
+    }
+
+    /// The operations that do this, there.
+    pub fn operations(&self, does: Does, place: Place) -> impl Iterator<Item = u64> {
+        let kinds = (0..).zip(&self.kinds);
+        kinds
+            .filter(move |(_, kind)| (kind.0, kind.1) == (does, place))
+            .map(|(op, _)| op)
+    }
+
+    /// Some of all errors, each with its number, by lot: as many of one sort as of another, since most operations are alike (reads and
+    /// writes of data) and most code is about the others.
+    #[must_use]
+    pub fn some(&self, most: usize, rng: &mut Rng) -> Vec<(usize, Injection)> {
+        let mut sorts: BTreeMap<Sort, Vec<(usize, Injection)>> = BTreeMap::new();
+        for (number, injection) in (0..).zip(self.every()) {
+            if let Some(sort) = self.sort(injection) {
+                sorts.entry(sort).or_default().push((number, injection));
+            }
+        }
+        let mut sorts: Vec<_> = sorts.into_values().collect();
+        let mut drawn = Vec::new();
+        while drawn.len() < most && !sorts.is_empty() {
+            let at = rng.index(sorts.len());
+            let sort = &mut sorts[at];
+            drawn.push(sort.swap_remove(rng.index(sort.len())));
+            if sort.is_empty() {
+                sorts.swap_remove(at);
+            }
+        }
+        drawn
+    }
+
+    /// Nothing where the operation cannot fail so.
+    fn sort(&self, injection: Injection) -> Option<Sort> {
+        Some(match injection {
+            Injection::Once(op, action) => {
+                let kind = *self.kinds.get(index(op))?;
+                if !action.fits(kind.0.class()) {
+                    return None;
+                }
+                Sort::Once(kind, action.is_hard())
+            }
+            Injection::From(_, action) => Sort::From(action),
+            Injection::Every(..) => Sort::Every,
+            Injection::Sync(..) => Sort::Sync,
+            Injection::Length(_) => Sort::Length,
+        })
+    }
 }
 
 /// Runs a workload with errors drawn by lot.
@@ -78,4 +169,35 @@ pub fn run_random(config: &Config, seed: u64, effort: &Effort) -> Outcome {
     // Workloads have some 2 to 6 operations for each request.
     let injection = Injection::random(&mut rng, effort.requests * 4, effort.requests / 4);
     run_with(config, seed, effort, Some(injection))
+}
+
+#[cfg(test)]
+mod tests {
+    //! Guards against a lot that falls on data only.
+
+    use std::collections::BTreeSet;
+
+    use super::*;
+    use crate::config;
+
+    #[test]
+    fn few_errors_are_of_many_sorts() {
+        let config = config::find("snapshot, three queues").expect("there is one");
+        let measured = measure(&config, 1, &Effort::ERRORS).expect("sound without errors");
+        let every = measured.every();
+        let some = measured.some(40, &mut Rng::new(1));
+        assert_eq!(some.len(), 40);
+        let sorts: BTreeSet<Sort> = some
+            .iter()
+            .filter_map(|(number, injection)| {
+                assert_eq!(every[*number], *injection);
+                measured.sort(*injection)
+            })
+            .collect();
+        assert!(sorts.len() > 15, "{sorts:?}");
+        let all = measured.some(usize::MAX, &mut Rng::new(1));
+        let numbers: BTreeSet<usize> = all.iter().map(|(number, _)| *number).collect();
+        assert_eq!(numbers.len(), all.len(), "none comes twice");
+        assert!(all.len() < every.len() && all.len() > 200);
+    }
 }

@@ -31,6 +31,8 @@ pub enum Trigger {
     Every(u64, u64),
     /// The fdatasync with this number (they are also counted apart, from 0).
     Sync(u64),
+    /// The question for a file's length with this number (no operation, and counted apart, from 0).
+    Length(u64),
 }
 
 /// What happens to it.
@@ -53,6 +55,11 @@ pub enum Action {
 }
 
 impl Action {
+    /// Whether it ends the operation, and is not tried again.
+    pub(crate) fn is_hard(self) -> bool {
+        matches!(self, Self::Eio | Self::Enospc)
+    }
+
     /// Whether it can happen to such an operation.
     pub(crate) fn fits(self, class: OpClass) -> bool {
         match self {
@@ -102,6 +109,7 @@ pub(crate) struct FaultPlan {
     pub(crate) faults: Vec<Fault>,
     pub(crate) ops: u64,
     pub(crate) syncs: u64,
+    lengths: u64,
     /// How often a fault really hit.
     pub(crate) injected: u64,
     /// How often it hit an fdatasync.
@@ -124,6 +132,7 @@ impl FaultPlan {
                     class != OpClass::Sync && op >= first && (op - first).is_multiple_of(of)
                 }
                 Trigger::Sync(k) => class == OpClass::Sync && k == sync,
+                Trigger::Length(_) => false,
             };
             now && fault.action.fits(class)
         };
@@ -131,5 +140,15 @@ impl FaultPlan {
         self.injected += u64::from(action.is_some());
         self.injected_syncs += u64::from(action.is_some() && class == OpClass::Sync);
         action
+    }
+
+    /// Counts a question for a file's length, and says whether it fails.
+    pub(crate) fn next_length(&mut self) -> bool {
+        let number = self.lengths;
+        self.lengths += 1;
+        let fails = |fault: &Fault| fault.trigger == Trigger::Length(number);
+        let fails = self.faults.iter().any(fails);
+        self.injected += u64::from(fails);
+        fails
     }
 }

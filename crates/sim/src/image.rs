@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use urus_format::snapshot::{Snapshot, encode_table};
 use urus_format::{
     BackingName, CompressedExtent, Compression, Geometry, Header, HostOffset, L1Entry, L2Entry,
-    compressed, create, refcount,
+    compressed, create, incompatible, refcount,
 };
 
 use crate::contents::index;
@@ -26,6 +26,8 @@ pub struct Plan {
     pub snapshot: bool,
     /// The last clusters lie here, far behind the others, with no refcount blocks between.
     pub far: Option<u64>,
+    /// It is marked as not closed, and has an autoclear bit that nobody knows.
+    pub left_open: bool,
     /// Stamps have versions from here on.
     pub first_version: u64,
     /// Guest sectors as the backing file shows them.
@@ -169,6 +171,10 @@ impl Builder<'_> {
         }
         header.l1_table = self.put_l1(&tables[0], u64::from(l1_bytes));
         self.put_refcounts(&mut header);
+        if self.plan.left_open {
+            header.incompatible |= incompatible::DIRTY;
+            header.autoclear |= 1 << 40;
+        }
         let bytes = header.encode().expect("a valid header");
         // Stale bytes behind the header would be taken for its extensions.
         self.put(0, &vec![0; index(self.cluster())]);
@@ -438,6 +444,7 @@ pub fn plan(size: u64, cluster_bits: u32, version: u32, refcount_order: u32) -> 
         compressed: false,
         snapshot: false,
         far: None,
+        left_open: false,
         first_version: 1,
         backing: None,
     }

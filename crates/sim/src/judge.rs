@@ -38,6 +38,8 @@ pub struct Found {
     pub copied_clear: u64,
     /// What the guest reads.
     pub guest: Vec<u8>,
+    /// The image is marked as not closed.
+    pub dirty: bool,
 }
 
 impl Scene {
@@ -82,8 +84,9 @@ impl Scene {
 
     fn judge_marked(&self, files: &[Contents], view: &View, marked: bool) -> Result<Found, String> {
         let sizes: Vec<u64> = view.sizes().iter().map(|sectors| sectors * 512).collect();
-        let (guest, report) = self.look(files, &sizes)?;
-        if !marked && (report.corrupt || report.dirty) {
+        let (guest, report) = self.read(files, &sizes)?;
+        let may_be_dirty = marked || self.config.left_open;
+        if !marked && report.corrupt || !may_be_dirty && report.dirty {
             return Err("the image is marked dirty or corrupt".to_owned());
         }
         view.check(0, &guest)
@@ -92,6 +95,7 @@ impl Scene {
             leaks: report.leak_count,
             copied_clear: report.copied_clear,
             guest,
+            dirty: report.dirty,
         })
     }
 
@@ -100,12 +104,12 @@ impl Scene {
     /// # Errors
     /// What is wrong.
     pub fn guest(&self, files: &[Contents], size: usize) -> Result<(Vec<u8>, u64), String> {
-        let (guest, report) = self.look(files, &[size as u64])?;
+        let (guest, report) = self.read(files, &[size as u64])?;
         Ok((guest, report.leak_count))
     }
 
     /// `sizes`: those that the disk may have, in bytes.
-    fn look(&self, files: &[Contents], sizes: &[u64]) -> Result<(Vec<u8>, Report), String> {
+    fn read(&self, files: &[Contents], sizes: &[u64]) -> Result<(Vec<u8>, Report), String> {
         let checked = |size: u64| match sizes.contains(&size) {
             true => Ok(index(size)),
             false => Err(format!("the disk has {size} bytes, and may have {sizes:?}")),
@@ -174,6 +178,34 @@ impl Scene {
             .zip(&self.fixture.files)
             .map(|(contents, old)| (contents.clone(), old.properties, old.writable, old.capacity));
         SimWorld::holding(seed, behaviour, specs)
+    }
+
+    /// The files of a machine that has these.
+    #[must_use]
+    pub fn files_in(&self, world: &SimWorld) -> Vec<Contents> {
+        (0..)
+            .zip(&self.files)
+            .map(|(number, _)| world.contents(FileId(number)).clone())
+            .collect()
+    }
+
+    /// The engine opens these files read-only while something goes wrong: it says so, if that mattered, and changes nothing.
+    ///
+    /// # Errors
+    /// What is wrong.
+    pub fn look(&self, files: &[Contents], fault: Fault) -> Result<(), String> {
+        let world = self.world(files, SimConfig::default(), 1);
+        world.forbid_writes();
+        world.plan_faults(vec![fault]);
+        let mut options = self.config.options();
+        options.read_only = true;
+        let opened = Maintenance::open(world.handle(), layers(files, &self.fixture.raw)?, options);
+        let told = |what: String| Err(format!("opened read-only: {what}"));
+        match opened {
+            Err(error) if world.injected() == 0 => return told(error.to_string()),
+            Err(_) | Ok(_) => {}
+        }
+        world.complaints().into_iter().next().map_or(Ok(()), told)
     }
 
     /// The engine opens these files, read-only or for writing, and closes them.

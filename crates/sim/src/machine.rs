@@ -7,13 +7,14 @@ use urus_engine::request::{Reply, Request, RequestKind};
 use urus_engine::storage::{FileId, IMAGE};
 use urus_engine::sync::{Arc, Mutex};
 use urus_engine::{Control, ControlReply, Error, LayerSpec, Maintenance, Options, Queue, Shared};
+use urus_format::Header;
 
 use crate::memory::SimMemory;
 use crate::model::{GuestOp, Model};
 use crate::rng::Rng;
 use crate::stamp::stamped;
 use crate::storage::SimStorage;
-use crate::workload::Ask;
+use crate::workload::{Ask, Workload};
 use crate::world::SimWorld;
 
 /// A request in flight.
@@ -306,12 +307,7 @@ impl Machine {
         match result {
             Err(error) => {
                 self.failed += 1;
-                let expected = match *error {
-                    Error::Io { .. } | Error::OutOfSpace { .. } => true,
-                    Error::Poisoned { .. } => self.is_poisoned(),
-                    _ => false,
-                };
-                if !self.driving.errors || !expected {
+                if !self.is_expected(&error) {
                     return Err(format!("{:?} failed: {error}", ask));
                 }
             }
@@ -453,13 +449,77 @@ impl Machine {
     /// # Errors
     /// As [`step`](Self::step); what the device answers.
     pub fn control(&mut self, control: impl FnOnce(ControlReply) -> Control) -> Result<(), String> {
+        self.answer(control)?.map_err(|error| error.to_string())
+    }
+
+    fn answer(
+        &mut self,
+        control: impl FnOnce(ControlReply) -> Control,
+    ) -> Result<Result<(), Error>, String> {
         let answer = Arc::new(Mutex::new(None));
         let slot = Arc::clone(&answer);
         let reply: ControlReply = Box::new(move |result| *slot.lock() = Some(result));
         self.shared().control(control(reply));
         self.run_until("a control", |_| answer.lock().is_some())?;
-        let result = answer.lock().take().unwrap_or(Ok(()));
-        result.map_err(|error| error.to_string())
+        let answer = answer.lock().take();
+        answer.ok_or_else(|| "a control ended without an answer".to_owned())
+    }
+
+    /// Whether errors may come, and this is one of those that then do: none but for want of space where none was injected.
+    fn is_expected(&self, error: &Error) -> bool {
+        self.driving.errors
+            && match error {
+                Error::OutOfSpace { .. } => true,
+                Error::Io { .. } => self.world.injected() > 0,
+                Error::Poisoned { .. } => self.is_poisoned(),
+                _ => false,
+            }
+    }
+
+    /// Pauses while requests are in flight; whether it is paused now. What is asked of it meanwhile waits.
+    ///
+    /// # Errors
+    /// As [`step`](Self::step); a failure that nobody expects.
+    pub fn pause(&mut self, workload: &mut Workload) -> Result<bool, String> {
+        let poisoned = self.is_poisoned();
+        // A pause promises what a flush does.
+        let flush = self.model.flush(self.world.tick());
+        self.world.trace(0x70);
+        let result = self.answer(Control::Pause)?;
+        let now = self.world.tick();
+        self.model.complete(flush, now, result.is_ok());
+        match result {
+            Ok(()) if poisoned => return Err("paused after a sync had failed".to_owned()),
+            Ok(()) => {}
+            Err(error) if self.is_expected(&error) => {
+                self.failed += 1;
+                return Ok(false);
+            }
+            Err(error) => return Err(format!("pausing failed: {error}")),
+        }
+        for _ in 0..self.rng.below(4) {
+            self.submit(workload.next_ask());
+        }
+        let waiting = self.open.len();
+        self.settle()?;
+        if self.open.len() == waiting {
+            Ok(true)
+        } else {
+            Err("a request was served during a pause".to_owned())
+        }
+    }
+
+    /// Goes on after a pause; `header`: somebody else may have written the image. Whether it does so.
+    ///
+    /// # Errors
+    /// As [`step`](Self::step); a failure that nobody expects.
+    pub fn resume(&mut self, header: Option<Header>) -> Result<bool, String> {
+        let header = header.map(Box::new);
+        match self.answer(|reply| Control::Resume(header, reply))? {
+            Ok(()) => Ok(true),
+            Err(error) if self.is_expected(&error) => Ok(false),
+            Err(error) => Err(format!("resuming failed: {error}")),
+        }
     }
 
     /// Makes the disk larger while requests are in flight, to so many sectors; whether it is so now.
@@ -470,13 +530,8 @@ impl Machine {
         let poisoned = self.is_poisoned();
         self.model.grow(sectors, self.world.tick());
         self.world.trace(0x96 ^ sectors << 8);
-        let answer = Arc::new(Mutex::new(None));
-        let slot = Arc::clone(&answer);
-        let reply: ControlReply = Box::new(move |result| *slot.lock() = Some(result));
-        self.shared().control(Control::Resize(sectors * 512, reply));
-        self.run_until("growing", |_| answer.lock().is_some())?;
+        let result = self.answer(|reply| Control::Resize(sectors * 512, reply))?;
         let now = self.world.tick();
-        let result = answer.lock().take().unwrap_or(Ok(()));
         match result {
             Ok(()) if poisoned => Err("the disk has grown after a sync had failed".to_owned()),
             Ok(()) => {
@@ -490,12 +545,7 @@ impl Machine {
             Err(error) => {
                 self.model.grown(now, false);
                 self.failed += 1;
-                let expected = match error {
-                    Error::Io { .. } | Error::OutOfSpace { .. } => true,
-                    Error::Poisoned { .. } => self.is_poisoned(),
-                    _ => false,
-                };
-                if self.driving.errors && expected {
+                if self.is_expected(&error) {
                     Ok(false)
                 } else {
                     Err(format!("growing to {sectors} sectors failed: {error}"))

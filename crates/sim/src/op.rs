@@ -149,6 +149,7 @@ impl World {
         if let (Some(does), Some(touches)) = (does, &mut self.faults.touches) {
             touches.push(Touch {
                 does,
+                handle,
                 file,
                 offset,
                 action: fault,

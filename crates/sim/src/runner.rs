@@ -7,19 +7,21 @@ use std::ops::ControlFlow;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use urus_engine::storage::FileId;
+use urus_format::Header;
 
-use crate::census::Census;
+use crate::census::{Census, Kind};
 use crate::checker;
 use crate::config::{Config, FIRST_VERSION};
 use crate::contents::{Change, Contents};
 use crate::crash::{Class, CrashCursor, Limits};
 use crate::errors::Injection;
 use crate::judge::Scene;
-use crate::machine::Machine;
+use crate::machine::{Driving, Machine};
 use crate::model::Model;
 use crate::qemu;
 use crate::rng::Rng;
 use crate::workload::{Ask, Workload};
+use crate::world::SimWorld;
 
 /// What one workload gave.
 #[derive(Clone, Debug, Default)]
@@ -44,6 +46,8 @@ pub struct Outcome {
     pub ops: u64,
     /// See there.
     pub syncs: u64,
+    /// What each operation of the first life is, where errors were planned.
+    pub(crate) kinds: Vec<Kind>,
     /// Names the run.
     pub trace: u64,
     /// What is wrong, and where.
@@ -68,6 +72,8 @@ pub struct Effort {
     pub depth: u32,
     /// One in so many states is also judged by QEMU; 0: none.
     pub qemu: u64,
+    /// Once or twice in a life the device is paused, and reads its metadata again.
+    pub pauses: bool,
 }
 
 impl Effort {
@@ -84,6 +90,7 @@ impl Effort {
         reopen: 40,
         depth: 2,
         qemu: 0,
+        pauses: false,
     };
 
     /// For very many workloads, each with an error.
@@ -99,6 +106,7 @@ impl Effort {
         reopen: 20,
         depth: 1,
         qemu: 0,
+        pauses: true,
     };
 }
 
@@ -186,12 +194,16 @@ fn attempt(
     let opened = scene.machine_in(&world, files, &initial.guest, &model, driving, &mut rng);
     let machine = match opened {
         // The error came while it was opened, and was told.
-        Err(_) if injection.is_some() => {
+        Err(_) if world.injected() > 0 => {
             outcome.census.add(world.census());
-            return Ok(());
+            outcome.injected += world.injected();
+            return open_after_all(&scene, &world, &model, driving, &mut rng);
         }
         opened => opened?,
     };
+    if let Some(injection) = injection {
+        scene.look(files, injection.fault())?;
+    }
     let workload = scene.workload(&mut rng);
     let run = Run {
         scene: &scene,
@@ -201,6 +213,42 @@ fn attempt(
         injection,
     };
     run.whole(machine, workload, effort.requests, &mut rng, outcome)
+}
+
+/// An error that came while the device was opened has harmed nothing: without it the same files open, and hold what they did.
+fn open_after_all(
+    scene: &Scene,
+    world: &SimWorld,
+    model: &Model,
+    driving: Driving,
+    rng: &mut Rng,
+) -> Result<(), String> {
+    world.plan_faults(Vec::new());
+    world.settle();
+    let after = |error| format!("after an error in opening: {error}");
+    let judge = || {
+        let files = scene.files_in(world);
+        let found = scene.judge(&files, &model.after_cut(world.now()));
+        found.map(|found| (files, found))
+    };
+    let (files, found) = judge().map_err(after)?;
+    let mut machine = scene
+        .machine_in(world, &files, &found.guest, model, driving, rng)
+        .map_err(after)?;
+    machine.expect_errors(false);
+    machine.read_all().map_err(after)?;
+    machine.close().map_err(after)?;
+    let (_, found) = judge().map_err(after)?;
+    if let Some(complaint) = world.complaints().first() {
+        return Err(after(format!("the storage complains: {complaint}")));
+    }
+    if found.leaks > 0 || found.dirty {
+        return Err(after(format!(
+            "closed with {} leaks, marked dirty: {}",
+            found.leaks, found.dirty
+        )));
+    }
+    Ok(())
 }
 
 /// Runs a list of requests, one after another or all at once, and cuts at every point.
@@ -259,6 +307,9 @@ impl Run<'_> {
             if self.scene.config.grows > 0 && rng.below(requests) < 2 {
                 self.grow(&mut machine, &mut workload, rng)?;
             }
+            if self.effort.pauses && rng.below(requests) < 2 {
+                self.pause(&mut machine, &mut workload, rng)?;
+            }
             machine.ask(workload.next_ask())?;
             for _ in 0..rng.below(patience) {
                 machine.step()?;
@@ -285,6 +336,35 @@ impl Run<'_> {
         Ok(())
     }
 
+    /// While it is paused another process may have written the image, so its metadata is read again; or nobody has.
+    fn pause(
+        &self,
+        machine: &mut Machine,
+        workload: &mut Workload,
+        rng: &mut Rng,
+    ) -> Result<(), String> {
+        if !machine.pause(workload)? {
+            return Ok(());
+        }
+        let again = !self.scene.config.raw && rng.chance(192);
+        let header = || {
+            let file = machine.world.contents(FileId(0));
+            let header = again.then(|| Header::parse(file.bytes(), file.len()));
+            header.transpose().map_err(|error| error.to_string())
+        };
+        let (first, second) = (header()?, header()?);
+        if machine.resume(first)? {
+            return Ok(());
+        }
+        // It stays paused, and can be resumed as soon as the cause is gone.
+        machine.world.plan_faults(Vec::new());
+        if machine.resume(second)? {
+            Ok(())
+        } else {
+            Err("without errors it cannot be resumed either".to_owned())
+        }
+    }
+
     fn end(
         &self,
         mut machine: Machine,
@@ -308,6 +388,7 @@ impl Run<'_> {
         }
         if self.depth == 1 {
             (outcome.ops, outcome.syncs) = (world.op_count(), world.sync_count());
+            outcome.kinds = world.kinds();
             outcome.census.add(world.census());
             outcome.injected += world.injected();
         }
@@ -317,10 +398,7 @@ impl Run<'_> {
         }
         if closed {
             let view = machine.model.after_cut(world.now());
-            let files: Vec<Contents> = (0..)
-                .zip(self.scene.files())
-                .map(|(n, _)| world.contents(FileId(n)).clone())
-                .collect();
+            let files = self.scene.files_in(&world);
             let found = self
                 .scene
                 .judge(&files, &view)
@@ -328,6 +406,9 @@ impl Run<'_> {
             if self.depth == 1 && self.injection.is_none() && !self.scene.config.raw {
                 let before = &self.scene.files()[0];
                 self.scene.table_stays(before.bytes(), files[0].bytes())?;
+            }
+            if found.dirty {
+                return Err("after closing: the image is marked dirty".to_owned());
             }
             if found.leaks > self.leaks {
                 return Err(format!(

@@ -123,6 +123,7 @@ pub fn run(seed: u64, number: u64) -> Outcome {
         reopen: 400,
         depth: 2,
         qemu: 0,
+        pauses: false,
     };
     let asks = sequence(number);
     let mut outcome = run_list(config, mix(seed ^ mix(number)), &effort, &asks);

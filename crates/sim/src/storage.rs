@@ -6,6 +6,7 @@ use std::time::Duration;
 use urus_engine::storage::{Completion, FileId, FileProperties, Memory, Notify, Op, Slot, Storage};
 use urus_engine::sync::{Arc, AtomicBool, Ordering};
 
+use crate::fault::{errno, error};
 use crate::log::Event;
 use crate::memory::SimMemory;
 use crate::world::SimWorld;
@@ -127,9 +128,11 @@ impl Storage for SimStorage {
     }
 
     fn file_len(&self, file: FileId) -> io::Result<u64> {
-        Ok(self.world.0.borrow().files[usize::from(file.0)]
-            .contents
-            .len())
+        let mut world = self.world.0.borrow_mut();
+        if world.faults.next_length() {
+            return Err(error(errno::EIO));
+        }
+        Ok(world.files[usize::from(file.0)].contents.len())
     }
 }
 

@@ -259,7 +259,7 @@ pub fn run(part: Part, seed: u64, only: Option<&Config>, budget: &Budget) -> Tal
         }
         Part::Errors => sweep("errors", seed, budget, (4, u64::MAX), &|number| {
             let (config, seed) = (config(number), seed_of(seed, number));
-            every_error(config, seed, budget.injections)
+            every_error(config, seed, budget)
         }),
         Part::Model => sweep(
             "model",
@@ -285,25 +285,24 @@ fn cuts_at_once(budget: &Budget) -> u64 {
 }
 
 /// One workload with every error at every operation, or with some of them.
-fn every_error(config: &Config, seed: u64, most: Option<usize>) -> Outcome {
-    let effort = Effort::ERRORS;
+fn every_error(config: &Config, seed: u64, budget: &Budget) -> Outcome {
+    let effort = Effort {
+        cuts: budget.cuts.min(Effort::ERRORS.cuts),
+        ..Effort::ERRORS
+    };
     let mut sum = Outcome::default();
-    let (ops, syncs) = match errors::measure(config, seed, &effort) {
-        Ok(counts) => counts,
+    let measured = match errors::measure(config, seed, &effort) {
+        Ok(measured) => measured,
         Err(violation) => {
             sum.violation = Some(violation);
             again(&mut sum, "errors", config, seed, "");
             return sum;
         }
     };
-    let mut injections: Vec<(usize, Injection)> = (0..).zip(Injection::every(ops, syncs)).collect();
-    if let Some(most) = most {
-        let mut rng = Rng::new(seed ^ 0x0066_6577);
-        while injections.len() > most {
-            let at = rng.index(injections.len());
-            injections.swap_remove(at);
-        }
-    }
+    let injections: Vec<(usize, Injection)> = match budget.injections {
+        None => (0..).zip(measured.every()).collect(),
+        Some(most) => measured.some(most, &mut Rng::new(seed ^ 0x0066_6577)),
+    };
     for (number, injection) in injections {
         let mut outcome = runner::run_with(config, seed, &effort, Some(injection));
         sum.workloads += 1;
@@ -334,10 +333,10 @@ fn every_error(config: &Config, seed: u64, most: Option<usize>) -> Outcome {
 pub fn exact(part: Part, config: &Config, seed: u64, inject: Option<usize>) -> Outcome {
     match (part, inject) {
         (Part::Errors, Some(number)) => {
-            let counts = errors::measure(config, seed, &Effort::ERRORS);
-            let injection = counts
+            let measured = errors::measure(config, seed, &Effort::ERRORS);
+            let injection = measured
                 .ok()
-                .and_then(|(ops, syncs)| Injection::every(ops, syncs).get(number).copied());
+                .and_then(|measured| measured.every().get(number).copied());
             runner::run_with(config, seed, &Effort::ERRORS, injection)
         }
         (Part::Errors, None) => errors::run_random(config, seed, &Effort::ERRORS),

@@ -11,7 +11,7 @@ use std::rc::Rc;
 use urus_engine::storage::{FileId, FileProperties, IMAGE};
 use urus_engine::sync::{Arc, Ordering};
 
-use crate::census::Census;
+use crate::census::{Census, Kind};
 use crate::checker;
 use crate::contents::Contents;
 use crate::fault::{Fault, FaultPlan};
@@ -413,6 +413,12 @@ impl SimWorld {
         plan.faults = faults;
     }
 
+    /// From now on every change of a file is a complaint.
+    pub(crate) fn forbid_writes(&self) {
+        let files = &mut self.0.borrow_mut().files;
+        files.iter_mut().for_each(|file| file.writable = false);
+    }
+
     /// Limits how far a file can grow (ENOSPC beyond); to lift it again, give a larger limit.
     pub fn limit(&self, file: FileId, capacity: u64) {
         self.0.borrow_mut().files[usize::from(file.0)].capacity = capacity.min(MAX_FILE_BYTES);
@@ -452,6 +458,14 @@ impl SimWorld {
             census.take(touches, &owners);
         }
         census
+    }
+
+    /// The kind of each operation, in order, where errors were planned from the start.
+    pub(crate) fn kinds(&self) -> Vec<Kind> {
+        let owners = checker::check(self.contents(IMAGE).bytes()).owners;
+        let world = self.0.borrow();
+        let touches = world.faults.touches.iter().flatten();
+        touches.map(|touch| touch.kind(&owners)).collect()
     }
 
     /// The fdatasyncs that failed for good, EINTR and its like not counted.

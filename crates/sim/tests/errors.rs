@@ -1,7 +1,9 @@
 //! Errors that the simulator found the engine wrong about: each as a test by its name.
 
 use urus_engine::planted::{Bug, plant};
+use urus_sim::census::{Does, Place};
 use urus_sim::config::{self, Backing, Config, FIRST_VERSION};
+use urus_sim::crash::Class;
 use urus_sim::errors::{Injection, measure};
 use urus_sim::fault::{Action, Fault, Trigger};
 use urus_sim::judge::Scene;
@@ -26,8 +28,8 @@ fn a_short_read_never_tears_a_sector() {
         .iter()
         .flat_map(|config| (0..3).map(move |seed| (config, seed)))
     {
-        let (ops, _) = measure(config, seed, &effort).expect("sound without errors");
-        for op in 0..ops {
+        let measured = measure(config, seed, &effort).expect("sound without errors");
+        for op in 0..measured.ops {
             let injection = Injection::Once(op, Action::ShortByHalf);
             let outcome = run_with(config, seed, &effort, Some(injection));
             assert_eq!(outcome.violation, None, "{}, seed {seed}", config.name);
@@ -77,13 +79,13 @@ fn a_table_that_may_be_in_use_is_not_rewritten_as_new() {
 #[test]
 fn the_power_fails_between_the_parts_of_a_short_write() {
     let config = config::find("chain, grows").expect("there is one");
+    let effort = Effort {
+        pauses: false,
+        ..Effort::ERRORS
+    };
     let injection = Injection::Once(61, Action::ShortBySector);
-    let outcome = run_with(
-        &config,
-        12_773_366_489_153_039_575,
-        &Effort::ERRORS,
-        Some(injection),
-    );
+    let seed = 12_773_366_489_153_039_575;
+    let outcome = run_with(&config, seed, &effort, Some(injection));
     assert_eq!(outcome.violation, None);
     assert_eq!(outcome.injected, 1);
 }
@@ -134,4 +136,34 @@ fn a_write_replaces_what_cannot_be_read() {
         machine.read_all().expect("sound");
     }
     assert_eq!((hit, hidden), (512, 512));
+}
+
+/// A cluster whose refcount could not be read when its last reference was gone is settled later: it does not stay behind, counted,
+/// with nobody to refer to it.
+#[test]
+fn an_unread_refcount_block_leaks_nothing() {
+    let effort = Effort {
+        cuts: 0,
+        ..Effort::ERRORS
+    };
+    // The first of each is where it was seen.
+    let configs = [
+        ("grows, tiny cache, 64-bit refcounts", 12642993124628724927),
+        ("outlives, tiny cache, snapshot", 7339233378029052465),
+    ];
+    let mut hit = 0;
+    for (name, seed) in configs
+        .into_iter()
+        .flat_map(|(name, seen)| [seen, 0, 1, 2, 3, 4].map(|seed| (name, seed)))
+    {
+        let config = config::find(name).expect("there is one");
+        let measured = measure(&config, seed, &effort).expect("sound without errors");
+        for op in measured.operations(Does::Read, Place::On(Class::RefcountBlock)) {
+            let injection = Injection::Once(op, Action::Eio);
+            let outcome = run_with(&config, seed, &effort, Some(injection));
+            assert_eq!(outcome.violation, None, "{name}, seed {seed}");
+            hit += outcome.injected;
+        }
+    }
+    assert!(hit > 40, "only {hit} reads failed");
 }
