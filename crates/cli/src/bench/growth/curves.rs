@@ -168,8 +168,7 @@ impl Curve {
             Self::Size => {
                 for factor in [1, 16, 256, 1024, 4096, 16384] {
                     let size = images.size.max(SLICE_SPAN) * factor;
-                    let budget = WIDE_LAYERS * DEFAULT_CACHE_BYTES;
-                    let image = open(images.wide(size)?, budget, false)?;
+                    let image = open(images.wide(size)?, DEFAULT_CACHE_BYTES, false)?;
                     add(human(size), image, scattered(random, size));
                 }
             }
@@ -193,7 +192,7 @@ impl Curve {
                 let size = images.size.max(SLICE_SPAN) * 1024;
                 for part in [1, 2, 4, 8, 16, 32] {
                     let budget = (slices(size) * SLICE_BYTES).div_ceil(part);
-                    let image = open(images.wide(size)?, WIDE_LAYERS * budget, false)?;
+                    let image = open(images.wide(size)?, budget, false)?;
                     let name = if part == 1 {
                         "all".to_owned()
                     } else {
@@ -236,8 +235,6 @@ impl Curve {
 /// The first is the usual one.
 const CLUSTERS: [u64; 5] = [64 << 10, 4 << 10, 16 << 10, 256 << 10, 2 << 20];
 const DEFAULT_CACHE_BYTES: u64 = 64 << 20;
-/// The budget is divided among the layers, and the raw file beneath a wide image is one.
-const WIDE_LAYERS: u64 = 2;
 /// Blocks of a wide image that are read: 512 MiB of the page cache, and eight times as many as the default cache holds slices.
 const BLOCKS: u64 = 1 << 17;
 
