@@ -17,7 +17,7 @@ use crate::machine::{Driving, Machine};
 use crate::model::{Model, View};
 use crate::rng::Rng;
 use crate::workload::Workload;
-use crate::world::{SimConfig, SimWorld};
+use crate::world::{FileSpec, SimConfig, SimWorld};
 
 /// What stays the same over a whole run.
 #[derive(Clone, Debug)]
@@ -47,14 +47,7 @@ impl Scene {
     #[must_use]
     pub fn new(config: &Config, rng: &mut Rng) -> Self {
         let fixture = config.fixture(rng);
-        let files = fixture.files.iter().map(|file| {
-            let bytes = file.contents.clone();
-            if file.properties.regular {
-                Contents::new(bytes)
-            } else {
-                Contents::fixed(bytes)
-            }
-        });
+        let files = fixture.files.iter().cloned().map(FileSpec::into_contents);
         Self {
             config: config.clone(),
             files: files.collect(),

@@ -77,6 +77,15 @@ impl FileSpec {
         self
     }
 
+    /// Its bytes as a world holds them.
+    pub(crate) fn into_contents(self) -> Contents {
+        if self.properties.regular {
+            Contents::new(self.contents)
+        } else {
+            Contents::fixed(self.contents)
+        }
+    }
+
     /// Never changed by anybody, as a backing file.
     #[must_use]
     pub fn read_only(mut self) -> Self {
@@ -263,12 +272,8 @@ impl SimWorld {
     #[must_use]
     pub fn new(seed: u64, config: SimConfig, files: Vec<FileSpec>) -> Self {
         let file = |spec: FileSpec| {
-            let contents = if spec.properties.regular {
-                Contents::new(spec.contents)
-            } else {
-                Contents::fixed(spec.contents)
-            };
-            (contents, spec.properties, spec.writable, spec.capacity)
+            let (properties, writable, capacity) = (spec.properties, spec.writable, spec.capacity);
+            (spec.into_contents(), properties, writable, capacity)
         };
         Self::holding(seed, config, files.into_iter().map(file))
     }
