@@ -93,6 +93,29 @@ impl Effort {
         pauses: false,
     };
 
+    /// For some of them: up to ten pending changes in every subset.
+    pub const THOROUGH: Self = Self {
+        limits: Limits {
+            exhaustive: 10,
+            random: 64,
+            torn: 24,
+            each: 16,
+        },
+        // Each life after a cut is looked at as thoroughly.
+        reopen: 2000,
+        ..Self::QUICK
+    };
+
+    /// Of the workload of this seed: one in four is looked at thoroughly.
+    #[must_use]
+    pub fn of_cuts(seed: u64) -> Self {
+        if seed.is_multiple_of(4) {
+            Self::THOROUGH
+        } else {
+            Self::QUICK
+        }
+    }
+
     /// For very many workloads, each with an error.
     pub const ERRORS: Self = Self {
         requests: 50,

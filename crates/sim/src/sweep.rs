@@ -244,7 +244,7 @@ pub fn run(part: Part, seed: u64, only: Option<&Config>, budget: &Budget) -> Tal
                 let effort = Effort {
                     qemu: budget.qemu,
                     cuts: budget.cuts,
-                    ..Effort::QUICK
+                    ..Effort::of_cuts(seed)
                 };
                 let mut outcome = runner::run(config, seed, &effort);
                 again(&mut outcome, "cuts", config, seed, "");
@@ -340,7 +340,7 @@ pub fn exact(part: Part, config: &Config, seed: u64, inject: Option<usize>) -> O
             runner::run_with(config, seed, &Effort::ERRORS, injection)
         }
         (Part::Errors, None) => errors::run_random(config, seed, &Effort::ERRORS),
-        _ => runner::run(config, seed, &Effort::QUICK),
+        _ => runner::run(config, seed, &Effort::of_cuts(seed)),
     }
 }
 
