@@ -28,8 +28,8 @@ impl Skips {
             return None;
         }
         let backing = layers[1..].iter().filter_map(Layer::qcow2);
-        let unit_bits = backing.map(|layer| layer.geometry.cluster_bits()).min()?;
-        Some(Self::new(unit_bits, layers[0].size()))
+        let unit_bits = backing.map(|layer| layer.geometry.cluster_bits()).min();
+        unit_bits.map(|bits| Self::new(bits, layers[0].size()))
     }
 
     fn new(unit_bits: u32, size: u64) -> Self {
