@@ -41,9 +41,11 @@ fn the_growth_suite_draws_every_curve() {
         ("chain", 6),
         ("size", 6),
         ("fragmentation", 5),
+        ("fragmentation_loaded", 5),
         ("cache", 6),
         ("cluster_read", 5),
         ("cluster_allocate", 5),
+        ("preallocation", 3),
     ];
     assert_eq!(curves.len(), names.len());
     for (curve, (name, points)) in curves.iter().zip(names) {
