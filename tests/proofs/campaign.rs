@@ -5,6 +5,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 
 use urus_sim::rng::Rng;
+use urus_sim::runner::panic_text;
 use urus_sim::stamp::stamped;
 use urus_tests::load::{self, Disk};
 use urus_tests::nbd::Client;
@@ -174,7 +175,7 @@ pub(crate) fn guarded(
     }));
     let outcome = outcome.unwrap_or_else(|panic| {
         keep(&scratch, part, seed);
-        Err(told(&*panic).to_owned())
+        Err(panic_text(&*panic).to_owned())
     });
     outcome.map_err(|message| {
         format!(
@@ -182,13 +183,6 @@ pub(crate) fn guarded(
             kept(part, seed).display()
         )
     })
-}
-
-/// What a panic said.
-pub(crate) fn told(panic: &(dyn std::any::Any + Send)) -> &str {
-    let text = panic.downcast_ref::<String>().map(String::as_str);
-    text.or_else(|| panic.downcast_ref::<&str>().copied())
-        .unwrap_or("a panic")
 }
 
 fn kept(part: &str, seed: u64) -> PathBuf {

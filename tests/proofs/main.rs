@@ -16,6 +16,7 @@ mod tally;
 use std::process::ExitCode;
 use std::time::Duration;
 
+use urus_sim::runner::panic_text;
 use urus_tests::Driver;
 
 use tally::{Budget, Tally};
@@ -115,7 +116,7 @@ fn main() -> ExitCode {
             Ok(tally) => tally,
             Err(panic) => {
                 // Its surroundings are not as it needs them.
-                eprintln!("urus-proofs: {name}: {}", campaign::told(&*panic));
+                eprintln!("urus-proofs: {name}: {}", panic_text(&*panic));
                 return ExitCode::from(2);
             }
         };

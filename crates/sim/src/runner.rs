@@ -188,7 +188,7 @@ pub fn panic_text(panic: &(dyn std::any::Any + Send)) -> &str {
         .downcast_ref::<String>()
         .map(String::as_str)
         .or_else(|| panic.downcast_ref::<&str>().copied())
-        .unwrap_or("of unknown kind")
+        .unwrap_or("a panic of unknown kind")
 }
 
 fn attempt(
