@@ -110,7 +110,7 @@ impl<S: Storage> Worker<S> {
         missing_frame: &mut bool,
     ) -> Option<u32> {
         let map = &self.image().map;
-        if !meta.frames[0].may_dirty(slice) {
+        if !meta.frames[0].may_dirty(slice) || meta.pending_changes() >= limits::PENDING_CHANGES {
             *missing_frame = true;
             return None;
         }
@@ -242,9 +242,10 @@ impl<S: Storage> Worker<S> {
     }
 
     fn ask_for_commit(&self, meta: &Meta) {
-        let frames = &meta.frames[0];
-        let many_dirty = frames.dirty_count() >= frames.max() / 2;
-        if many_dirty || meta.removed.len() >= limits::PENDING_FREES {
+        if meta.frames[0].wants_commit()
+            || meta.removed.len() >= limits::PENDING_FREES
+            || meta.pending_changes() >= limits::PENDING_CHANGES / 4
+        {
             self.shared.request_commit();
         }
     }

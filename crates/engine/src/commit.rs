@@ -12,10 +12,9 @@
 //! a failed barrier poisons the device (O11).
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::future::Future;
-use std::pin::Pin;
 
 use crate::error::{Error, Result};
+use crate::limits;
 use crate::maintenance::Device;
 use crate::map::SliceId;
 use crate::planted::{self, Bug};
@@ -24,7 +23,7 @@ use crate::shared::{NewTable, Owner, Removed, Shared};
 use crate::storage::{IMAGE, Storage};
 use crate::sync::Ordering;
 use crate::to_usize;
-use crate::wake::{Parts, join_all};
+use crate::wake::Window;
 
 /// Everything that one commit writes of the mapping, as it was at one moment.
 struct Sealed {
@@ -44,8 +43,6 @@ impl Sealed {
         !self.slices.is_empty() || !self.l1_sectors.is_empty()
     }
 }
-
-type Writes<'a> = Parts<'a, Error>;
 
 impl<S: Storage> Device<S> {
     /// Makes everything durable whose completion was seen before the call. One at a time (O13).
@@ -193,14 +190,18 @@ impl<S: Storage> Device<S> {
         }
         let table = next_place.map(|place| (place, refcounts.table_bytes(place.clusters)));
         let result = async {
-            let mut writes: Writes<'_> = Vec::new();
+            let mut writes = self.writes(refcounts.slice_bytes());
             for slice in frozen {
-                writes.push(self.write_metadata(slice.offset, &slice.bytes, Owner::RefcountBlock));
+                writes
+                    .start(self.write_metadata(slice.offset, &slice.bytes, Owner::RefcountBlock))
+                    .await;
             }
             if let Some((place, bytes)) = &table {
-                writes.push(self.write_metadata(place.offset, bytes, Owner::RefcountTable));
+                writes
+                    .start(self.write_metadata(place.offset, bytes, Owner::RefcountTable))
+                    .await;
             }
-            join_all(writes).await?;
+            writes.end().await?;
             if planted::is(Bug::EarlyRefcountBlock) && next_place.is_none()
                 || planted::is(Bug::EarlyHeader) && next_place.is_some()
             {
@@ -246,26 +247,26 @@ impl<S: Storage> Device<S> {
         sealed: &Sealed,
         refcounts: &[FrozenSlice],
     ) -> Result<()> {
-        let tables = self.compose_tables(sealed).await?;
         let late = planted::is(Bug::RefcountsAfterPointers);
         let entries = if late {
             Vec::new()
         } else {
             self.write_refcounts(refcounts).await?
         };
-        let mut writes: Writes<'_> = Vec::new();
-        for (offset, bytes) in &tables {
-            writes.push(self.write_metadata(*offset, bytes, Owner::L2Table));
+        let mut writes = self.writes(self.worker.image().geometry.cluster_bytes());
+        for (l1_index, new, offset) in &sealed.new_tables {
+            writes
+                .start(self.write_new_table(sealed, *l1_index, *new, *offset))
+                .await;
         }
         if planted::is(Bug::EarlyL1Entry) {
-            writes.extend(
-                sealed
-                    .l1_sectors
-                    .iter()
-                    .map(|(o, bytes)| self.write_metadata(*o, bytes, Owner::L1Table)),
-            );
+            for (offset, bytes) in &sealed.l1_sectors {
+                writes
+                    .start(self.write_metadata(*offset, bytes, Owner::L1Table))
+                    .await;
+            }
         }
-        join_all(writes).await?;
+        writes.end().await?;
         // Barrier 1: the data that the entries will show, refcounts, whole tables. Without pointers to write it is
         // the flush itself.
         let idle = refcounts.is_empty() && !sealed.writes_pointers();
@@ -311,9 +312,11 @@ impl<S: Storage> Device<S> {
     async fn write_refcounts(&self, frozen: &[FrozenSlice]) -> Result<Vec<u64>> {
         let image = self.image();
         let refcounts = &image.allocator.refcounts;
-        let mut writes: Writes<'_> = Vec::new();
+        let mut writes = self.writes(refcounts.slice_bytes());
         for slice in frozen {
-            writes.push(self.write_metadata(slice.offset, &slice.bytes, Owner::RefcountBlock));
+            writes
+                .start(self.write_metadata(slice.offset, &slice.bytes, Owner::RefcountBlock))
+                .await;
         }
         let place = image.allocator.place();
         let room = (place.clusters << refcounts.geometry.cluster_bits()) / 8;
@@ -334,35 +337,36 @@ impl<S: Storage> Device<S> {
                 bytes.extend_from_slice(&offset.to_be_bytes());
             }
             let offset = place.offset + sector * per_sector * 8;
-            writes.push(Box::pin(async move {
-                self.write_metadata(offset, &bytes, Owner::RefcountTable)
-                    .await
-            }));
+            writes
+                .start(self.write_owned(offset, bytes, Owner::RefcountTable))
+                .await;
         }
-        join_all(writes).await?;
+        writes.end().await?;
         Ok(entries)
     }
 
-    /// The whole content of each new L2 table: what it was copied from, overlaid with the frozen slices (O3).
-    async fn compose_tables(&self, sealed: &Sealed) -> Result<Vec<(u64, Vec<u8>)>> {
+    /// Writes a new L2 table whole: what it was copied from, overlaid with the frozen slices (O3).
+    async fn write_new_table(
+        &self,
+        sealed: &Sealed,
+        l1_index: u64,
+        new: NewTable,
+        offset: u64,
+    ) -> Result<()> {
         let image = self.worker.image();
         let slices_per_table = image.map.slices_per_table();
-        let mut tables = Vec::with_capacity(sealed.new_tables.len());
-        for (l1_index, new, offset) in &sealed.new_tables {
-            let table_bytes = image.geometry.cluster_bytes();
-            let mut bytes = match new.copy_from {
-                Some(source) => self.worker.read_bytes(IMAGE, source, table_bytes).await?,
-                None => vec![0; to_usize(table_bytes)],
-            };
-            let first = SliceId(l1_index * slices_per_table);
-            let last = SliceId((l1_index + 1) * slices_per_table);
-            for (slice, part) in sealed.slices.range(first..last) {
-                let at = to_usize(image.map.offset_in_table(*slice));
-                bytes[at..at + part.len()].copy_from_slice(part);
-            }
-            tables.push((*offset, bytes));
+        let table_bytes = image.geometry.cluster_bytes();
+        let mut bytes = match new.copy_from {
+            Some(source) => self.worker.read_bytes(IMAGE, source, table_bytes).await?,
+            None => vec![0; to_usize(table_bytes)],
+        };
+        let first = SliceId(l1_index * slices_per_table);
+        let last = SliceId((l1_index + 1) * slices_per_table);
+        for (slice, part) in sealed.slices.range(first..last) {
+            let at = to_usize(image.map.offset_in_table(*slice));
+            bytes[at..at + part.len()].copy_from_slice(part);
         }
-        Ok(tables)
+        self.write_metadata(offset, &bytes, Owner::L2Table).await
     }
 
     /// Phase 2: frozen bytes, never live memory.
@@ -373,36 +377,68 @@ impl<S: Storage> Device<S> {
             .iter()
             .map(|(l1_index, _, _)| *l1_index)
             .collect();
-        // Neighbouring slices of one table become one write.
-        let mut joined: Vec<(u64, Vec<u8>)> = Vec::new();
+        let most_joined = image.geometry.cluster_bytes().max(limits::JOINED_BYTES);
+        let mut writes = self.writes(most_joined);
+        let mut failed = None;
+        // Neighbouring slices become one write.
+        let mut joined: Option<(u64, Vec<u8>)> = None;
         for (slice, frozen) in &sealed.slices {
             let table = image.map.table_of(*slice);
             if new.contains(&table) {
                 continue;
             }
-            let entry = self
-                .shared()
-                .l1_entry(0, table)?
-                .ok_or_else(|| self.lost_table(table))?;
+            let entry = match self.shared().l1_entry(0, table) {
+                Ok(Some(entry)) => entry,
+                Ok(None) => {
+                    failed = Some(self.lost_table(table));
+                    break;
+                }
+                Err(error) => {
+                    failed = Some(error);
+                    break;
+                }
+            };
             let offset = entry.table.0 + image.map.offset_in_table(*slice);
             let live =
                 planted::is(Bug::LiveEntries).then(|| image.map.frame_bytes(sealed.frames[slice]));
             let bytes = live.as_ref().unwrap_or(frozen);
-            match joined.last_mut() {
-                Some((start, run)) if *start + run.len() as u64 == offset => {
-                    run.extend_from_slice(bytes)
+            match &mut joined {
+                Some((start, run))
+                    if *start + run.len() as u64 == offset
+                        && run.len() as u64 + bytes.len() as u64 <= most_joined =>
+                {
+                    run.extend_from_slice(bytes);
                 }
-                _ => joined.push((offset, bytes.clone())),
+                other => {
+                    if let Some((start, run)) = other.replace((offset, bytes.clone())) {
+                        writes
+                            .start(self.write_owned(start, run, Owner::L2Table))
+                            .await;
+                    }
+                }
             }
         }
-        let mut writes: Writes<'_> = Vec::new();
-        for (offset, bytes) in &joined {
-            writes.push(self.write_metadata(*offset, bytes, Owner::L2Table));
+        if let Some((start, run)) = joined {
+            writes
+                .start(self.write_owned(start, run, Owner::L2Table))
+                .await;
         }
         for (offset, bytes) in &sealed.l1_sectors {
-            writes.push(self.write_metadata(*offset, bytes, Owner::L1Table));
+            writes
+                .start(self.write_metadata(*offset, bytes, Owner::L1Table))
+                .await;
         }
-        join_all(writes).await
+        let result = writes.end().await;
+        failed.map_or(result, Err)
+    }
+
+    /// Room for writes of at most so many bytes each, side by side.
+    fn writes<'a>(&self, each: u64) -> Window<'a, Error> {
+        Window::new(to_usize(limits::COMMIT_WINDOW_BYTES / each).min(limits::PARTS_AT_ONCE))
+    }
+
+    async fn write_owned(&self, offset: u64, bytes: Vec<u8>, owner: Owner) -> Result<()> {
+        self.write_metadata(offset, &bytes, owner).await
     }
 
     fn lost_table(&self, table: u64) -> Error {
@@ -415,37 +451,35 @@ impl<S: Storage> Device<S> {
 
     /// Writes metadata, after the overlap check: every cluster that it touches must be known to hold what is
     /// written.
-    pub(crate) fn write_metadata<'a>(
-        &'a self,
+    pub(crate) async fn write_metadata(
+        &self,
         offset: u64,
-        bytes: &'a [u8],
+        bytes: &[u8],
         owner: Owner,
-    ) -> Pin<Box<dyn Future<Output = Result<()>> + 'a>> {
-        Box::pin(async move {
-            let bits = self.worker.image().geometry.cluster_bits();
-            {
-                let meta = self.shared().meta.lock();
-                for cluster in offset >> bits..=(offset + bytes.len() as u64 - 1) >> bits {
-                    let found = meta.owners.get(&cluster).copied();
-                    if found != Some(owner) {
-                        return Err(Error::Corrupt {
-                            file: self.shared().image_name().to_owned(),
-                            what: format!(
-                                "{} would be written where {} lies",
-                                owner.describe(),
-                                found.map_or("no metadata", Owner::describe)
-                            ),
-                            place: format!("host offset {offset:#x}"),
-                        });
-                    }
+    ) -> Result<()> {
+        let bits = self.worker.image().geometry.cluster_bits();
+        {
+            let meta = self.shared().meta.lock();
+            for cluster in offset >> bits..=(offset + bytes.len() as u64 - 1) >> bits {
+                let found = meta.owners.get(&cluster).copied();
+                if found != Some(owner) {
+                    return Err(Error::Corrupt {
+                        file: self.shared().image_name().to_owned(),
+                        what: format!(
+                            "{} would be written where {} lies",
+                            owner.describe(),
+                            found.map_or("no metadata", Owner::describe)
+                        ),
+                        place: format!("host offset {offset:#x}"),
+                    });
                 }
             }
-            self.worker.write_bytes(IMAGE, offset, bytes).await
-        })
+        }
+        self.worker.write_bytes(IMAGE, offset, bytes).await
     }
 
     fn unseal(&self, sealed: Sealed, durable: bool) {
-        let waiting = {
+        {
             let mut meta = self.shared().meta.lock();
             meta.frames[0].unseal(&sealed.frames, durable);
             if durable {
@@ -460,10 +494,6 @@ impl<S: Storage> Device<S> {
                     meta.removed.extend(newer);
                 }
             }
-            meta.frames[0].waiting_for_frame.take()
-        };
-        for waker in waiting {
-            waker.wake();
         }
         if durable || planted::is(Bug::SettleAfterFailure) {
             self.settle_later(sealed.removed);

@@ -2,9 +2,9 @@
 
 use std::collections::BTreeMap;
 
+use crate::limits;
 use crate::map::{Map, SliceId};
 use crate::planted::{self, Bug};
-use crate::wake::WaitList;
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct State {
@@ -34,8 +34,6 @@ pub(crate) struct Frames {
     loads: BTreeMap<SliceId, Load>,
     next_ticket: u64,
     evicted: u64,
-    /// Tasks that found every frame dirty.
-    pub(crate) waiting_for_frame: WaitList,
 }
 
 /// Every frame is dirty or being written: a commit has to end first.
@@ -68,14 +66,19 @@ impl Frames {
         self.evicted
     }
 
-    pub(crate) fn max(&self) -> usize {
-        self.max
-    }
-
     /// Whether a change of this slice may make another frame busy. A quarter stays for clean slices, so that what is on
     /// disk can be read also while no commit succeeds (a full disk).
     pub(crate) fn may_dirty(&self, slice: SliceId) -> bool {
-        self.dirty.contains_key(&slice) || self.busy < self.max - self.max / 4
+        self.dirty.contains_key(&slice) || self.busy < self.most_busy()
+    }
+
+    /// Whether enough slices are dirty that a commit is worth its barriers.
+    pub(crate) fn wants_commit(&self) -> bool {
+        self.dirty.len() >= (self.max / 2).min(limits::DIRTY_SLICES / 2)
+    }
+
+    fn most_busy(&self) -> usize {
+        (self.max - self.max / 4).min(limits::DIRTY_SLICES)
     }
 
     fn take_frame(&mut self, map: &Map) -> Result<u32, NoCleanFrame> {

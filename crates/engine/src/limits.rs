@@ -24,6 +24,20 @@ pub const GROW_PART: u64 = 8;
 pub const GROW_BYTES_MIN: u64 = 64 << 10;
 /// …and no more than these.
 pub const GROW_BYTES_MAX: u64 = 16 << 20;
+/// Parts of one request, or writes of one commit, that run side by side.
+pub const PARTS_AT_ONCE: usize = 64;
+/// Bytes that the writes of a commit that run side by side hold, at most (one write at least).
+pub const COMMIT_WINDOW_BYTES: u64 = 8 << 20;
+/// Bytes of neighbouring L2 slices that become one write (a cluster at least).
+pub const JOINED_BYTES: u64 = 64 << 10;
+/// Dirty L2 slices at most, whatever the cache's budget: it bounds what one commit copies and writes. A
+/// commit starts at half of them.
+pub const DIRTY_SLICES: usize = 16 << 10;
+/// Changes (first references, removed references) that may wait for a commit before the next one
+/// waits for it. A commit starts at a quarter of them.
+pub const PENDING_CHANGES: usize = 16 << 10;
+/// Freed clusters that are settled in one step.
+pub const SETTLE_STEP_CLUSTERS: u64 = 4096;
 /// Freed clusters that may wait for a commit before one is started without being asked for.
 pub const PENDING_FREES: usize = 4096;
 /// Budget of the cache of decoded clusters: holds a working set of 64 MiB whose ends lie inside clusters.

@@ -2,7 +2,7 @@
 //! storage that no queue shares. So the progress of shared work never depends on a queue being polled.
 
 use std::cell::{Cell, RefCell};
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::VecDeque;
 use std::rc::Rc;
 use std::task::Waker;
 use std::time::Duration;
@@ -34,8 +34,8 @@ pub(crate) struct Device<S: Storage> {
     image: RefCell<Option<Rc<ImageState>>>,
     /// Removals that are durable, and not settled.
     pub(crate) settling: RefCell<VecDeque<Removed>>,
-    /// Clusters, and how many references they have lost, whose refcounts could not be read.
-    pub(crate) unsettled: RefCell<BTreeMap<u64, u64>>,
+    /// Clusters (first, count) that have lost a reference, and whose refcounts could not be read.
+    pub(crate) unsettled: RefCell<Vec<(u64, u64)>>,
     pub(crate) settler: RefCell<Option<Waker>>,
     pub(crate) settled: Cell<bool>,
     pub(crate) settled_waiters: RefCell<WaitList>,

@@ -62,7 +62,7 @@ impl Refcounts {
         }
     }
 
-    fn slice_bytes(&self) -> u64 {
+    pub(crate) fn slice_bytes(&self) -> u64 {
         limits::REFCOUNT_SLICE_BYTES.min(self.geometry.cluster_bytes())
     }
 
@@ -263,6 +263,16 @@ impl Refcounts {
         for (_, id) in clean.into_iter().take(self.most_slices.div_ceil(4)) {
             slices.remove(&id);
         }
+    }
+
+    /// Slices kept though they are clean.
+    pub(crate) fn most_slices(&self) -> usize {
+        self.most_slices
+    }
+
+    pub(crate) fn dirty_slices(&self) -> usize {
+        let slices = self.slices.borrow();
+        slices.values().filter(|slice| slice.dirty).count()
     }
 
     pub(crate) fn is_dirty(&self) -> bool {

@@ -166,6 +166,13 @@ pub(crate) struct Meta {
     pub(crate) owners: Owners,
 }
 
+impl Meta {
+    /// Changes that the next commit has to know of: they are kept in memory until it does.
+    pub(crate) fn pending_changes(&self) -> usize {
+        self.used.len() + self.removed.len()
+    }
+}
+
 /// Host clusters reserved in memory for one queue.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Run {
