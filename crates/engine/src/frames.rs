@@ -57,7 +57,8 @@ impl Frames {
         }
     }
 
-    pub(crate) fn dirty_count(&self) -> usize {
+    #[cfg(test)]
+    fn dirty_count(&self) -> usize {
         self.dirty.len()
     }
 

@@ -29,15 +29,37 @@ impl<S: Storage> Device<S> {
         self.quiesce().await;
         self.flush().await?;
         if self.is_raw() {
-            self.worker
-                .simple("resize", IMAGE, size, 0, || OpKind::SetLen { len: size })
-                .await?;
-            self.data_barrier().await?;
+            self.resize_raw(size).await?;
         } else {
             self.resize_mapped(old, size).await?;
         }
         self.shared().layers[0].size.store(size, Ordering::Release);
         Ok(())
+    }
+
+    /// A file becomes longer. A block device has its length from elsewhere: the disk follows it.
+    async fn resize_raw(&self, size: u64) -> Result<()> {
+        if self.worker.reactor.properties(IMAGE).regular {
+            self.worker
+                .simple("resize", IMAGE, size, 0, || OpKind::SetLen { len: size })
+                .await?;
+            return self.data_barrier().await;
+        }
+        let len = self
+            .worker
+            .reactor
+            .with_storage(|storage| storage.file_len(IMAGE))
+            .map_err(|error| self.worker.io_error("find the length", IMAGE, 0, 0, &error))?;
+        if len == size {
+            return Ok(());
+        }
+        Err(Error::Unsupported {
+            what: format!(
+                "{} is a block device of {len} bytes: a raw disk on it can take no other size (asked: {size} \
+                 bytes); enlarge the device first",
+                self.shared().image_name()
+            ),
+        })
     }
 
     async fn resize_mapped(&self, old: u64, size: u64) -> Result<()> {
@@ -89,7 +111,7 @@ impl<S: Storage> Device<S> {
         let clusters = geometry.clusters_for(entries * 8);
         let first = image
             .allocator
-            .extend_contiguous(&self.worker, clusters)
+            .take_contiguous(&self.worker, clusters)
             .await?;
         let (old_table, old_entries) =
             self.with_header(|header| (header.l1_table, u64::from(header.l1_entries)));

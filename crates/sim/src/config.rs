@@ -737,6 +737,14 @@ pub fn all() -> Vec<Config> {
             queues: 2,
             ..c("left open")
         },
+        // Counted to its end: a larger L1 table is put between what is in use.
+        Config {
+            device: true,
+            grows: 400,
+            fill: 64,
+            queues: 2,
+            ..c("block device, grows")
+        },
     ]
 }
 

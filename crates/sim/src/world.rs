@@ -436,6 +436,12 @@ impl SimWorld {
         file.space = Some(Space::new(file.contents.bytes(), blocks));
     }
 
+    /// Makes a block device longer, as an administrator does while it is in use.
+    pub fn lengthen(&self, file: FileId, len: u64) {
+        let file = &mut self.0.borrow_mut().files[usize::from(file.0)];
+        file.contents.lengthen(len);
+    }
+
     /// Storage operations submitted so far.
     #[must_use]
     pub fn op_count(&self) -> u64 {
