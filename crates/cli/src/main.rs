@@ -15,6 +15,7 @@ mod map;
 mod metrics;
 mod option_list;
 mod output;
+mod patience;
 mod serve;
 mod signals;
 mod size;

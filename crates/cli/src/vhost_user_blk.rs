@@ -16,6 +16,7 @@ use crate::failure::{Failure, Outcome};
 use crate::metrics::{Metrics, MetricsArgs, Sources};
 use crate::output::print;
 use crate::serve::{OpenError, patiently};
+use crate::patience::Patience;
 use crate::signals::Stop;
 
 /// What this program can do, in the words of the conventions' block device features.
@@ -178,7 +179,9 @@ pub(crate) fn run(args: Args) -> Outcome {
         control.end();
     }
     // Closed whatever becomes of the server: what the guest has written is to be safe.
+    let patience = Patience::start(vec![device.clone()]);
     let ended = server.shutdown();
+    drop(patience);
     device.close()?;
     ended?;
     Ok(ExitCode::SUCCESS)

@@ -409,6 +409,10 @@ impl Allocator {
             if let Err(error) = self.room_to_count(worker, block).await {
                 break Err(error);
             }
+            if self.refcounts.get(next).is_none() {
+                // Gone again meanwhile: it says of nothing that it is free.
+                continue;
+            }
             let owners = &worker.shared.meta.lock().owners;
             let slice_end = self.refcounts.slice_end(next).min(end);
             while next < slice_end && run.1 < count {

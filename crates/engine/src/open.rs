@@ -92,6 +92,7 @@ pub(crate) fn share(layers: Vec<Layer>, frames: Vec<Frames>, options: Options) -
         poisoned: AtomicBool::new(false),
         gate_closed: AtomicBool::new(false),
         closed: AtomicBool::new(false),
+        cut_short: AtomicBool::new(false),
         serialize_writes: AtomicBool::new(false),
         generation: AtomicU64::new(0),
         stats: Stats::default(),

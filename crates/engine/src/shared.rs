@@ -235,6 +235,8 @@ pub struct Shared {
     /// New requests wait (pause, resize).
     pub(crate) gate_closed: AtomicBool,
     pub(crate) closed: AtomicBool,
+    /// Requests that go on for long end at their next step.
+    pub(crate) cut_short: AtomicBool,
     /// O18: every write takes its cluster's lock, since one smaller than the file's alignment was seen.
     pub(crate) serialize_writes: AtomicBool,
     /// Moves on when the metadata is read again: what was reserved before is nobody's.
@@ -284,6 +286,20 @@ impl Shared {
                 mail.controller.take()
             }),
         }
+    }
+
+    /// From now on a discard or write-zeroes under way ends at its next step, with [`Error::Closed`]: its range may be
+    /// cleared in part. For an owner that is about to close the device and does not want to wait for
+    /// requests that cover terabytes.
+    pub fn cut_clearing_short(&self) {
+        self.cut_short.store(true, Ordering::Relaxed);
+    }
+
+    pub(crate) fn check_not_cut_short(&self) -> Result<()> {
+        if self.cut_short.load(Ordering::Relaxed) {
+            return Err(Error::Closed);
+        }
+        Ok(())
     }
 
     fn post_flush(&self, reply: ControlReply) {

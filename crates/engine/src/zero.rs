@@ -75,6 +75,7 @@ impl<S: Storage> Worker<S> {
     async fn write_zeroes(&self, offset: u64, len: u64) -> Result<()> {
         let mut done = 0;
         while done < len {
+            self.shared.check_not_cut_short()?;
             let step = (len - done).min(limits::ZERO_BUFFER_BYTES);
             let zeroes = self.reactor.allocate(step);
             self.write_guest(offset + done, zeroes).await?;
@@ -149,6 +150,7 @@ impl<S: Storage> Worker<S> {
         let geometry = &image.geometry;
         let mut next = first;
         while next < last {
+            self.shared.check_not_cut_short()?;
             let l1_index = geometry.l1_index(GuestCluster(next));
             // Where nothing is allocated, and nothing shines through or need not be hidden, there is nothing to do.
             if image.map.l1(l1_index) == 0 && (!backed || how == Clearing::Discard) {

@@ -458,6 +458,12 @@ impl Device {
         self.core.on_resize().push(Box::new(action));
     }
 
+    /// From now on a discard or write-zeroes that is under way ends at its next step, with [`Error::Closed`]; its range may
+    /// be cleared in part. Before a [`close`](Self::close) that is not to wait for requests over terabytes.
+    pub fn cut_clearing_short(&self) {
+        self.core.shared.cut_clearing_short();
+    }
+
     /// Ends the device: waits for the requests in flight on every queue, makes everything durable, clears the
     /// dirty bit, lets go of the locks, and says whether all that worked. Requests submitted afterwards fail
     /// with [`Error::Closed`]. Closing again does nothing. Dropping the last handle does the same, but can only
