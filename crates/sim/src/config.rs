@@ -64,6 +64,10 @@ pub struct Config {
     pub far: Option<u64>,
     /// Who wrote it before has not closed it, and promised something that this engine does not know.
     pub left_open: bool,
+    /// …and has not kept its refcounts.
+    pub miscounted: bool,
+    /// Another process may put another image in its place while the device is paused.
+    pub swaps: bool,
     /// The file behind it.
     pub backing: Backing,
     /// Queues.
@@ -90,6 +94,8 @@ pub struct Config {
 
 /// Versions of stamps in backing files.
 const BACKING_VERSIONS: u64 = 1 << 20;
+/// Versions of stamps in images that take another's place, for each.
+const SWAPPED_VERSIONS: u64 = 1 << 24;
 /// Versions of stamps that the workload writes.
 pub const FIRST_VERSION: u64 = 1 << 32;
 
@@ -104,6 +110,8 @@ pub struct Fixture {
     pub initial: Vec<Content>,
     /// What the backing file shows to the image, byte by byte.
     pub behind: Option<Vec<u8>>,
+    /// The same, sector by sector.
+    pub behind_contents: Option<Vec<Content>>,
     /// What the internal snapshot shows, byte by byte.
     pub snapshot: Option<Vec<u8>>,
 }
@@ -125,6 +133,8 @@ impl Config {
             snapshot: false,
             far: None,
             left_open: false,
+            miscounted: false,
+            swaps: false,
             backing: Backing::None,
             queues: 1,
             depth: 8,
@@ -170,21 +180,7 @@ impl Config {
                 .collect();
             (image::bytes_of(&contents), contents, None)
         } else {
-            let mut plan = self.plan(self.sectors * 512);
-            plan.fill = self.fill;
-            plan.compressed = self.compressed.is_some();
-            plan.snapshot = self.snapshot;
-            plan.far = self.far;
-            plan.left_open = self.left_open;
-            plan.backing = behind.is_some().then(|| contents.clone());
-            plan.options.backing = match self.backing {
-                Backing::None => None,
-                Backing::Raw(_) => Some(image::backing_name("base", "raw")),
-                Backing::Qcow2(_) | Backing::Chain(..) => {
-                    Some(image::backing_name("base", "qcow2"))
-                }
-            };
-            let built = image::build(&plan, rng);
+            let built = self.image(behind.as_deref(), self.sectors, 0, rng);
             let snapshot = built.snapshot.map(|contents| image::bytes_of(&contents));
             (built.bytes, built.active, snapshot)
         };
@@ -213,8 +209,34 @@ impl Config {
             raw,
             initial,
             behind: behind.is_some().then(|| image::bytes_of(&contents)),
+            behind_contents: behind,
             snapshot,
         }
+    }
+
+    /// An image over what its backing file shows. Of several for one device each has stamps of its own.
+    pub(crate) fn image(
+        &self,
+        behind: Option<&[Content]>,
+        sectors: u64,
+        number: u64,
+        rng: &mut Rng,
+    ) -> image::Built {
+        let mut plan = self.plan(sectors * 512);
+        plan.fill = self.fill;
+        plan.compressed = self.compressed.is_some();
+        plan.snapshot = self.snapshot;
+        plan.far = self.far;
+        plan.left_open = self.left_open;
+        plan.miscounted = self.miscounted;
+        plan.first_version += number * SWAPPED_VERSIONS;
+        plan.backing = behind.map(<[Content]>::to_vec);
+        plan.options.backing = match self.backing {
+            Backing::None => None,
+            Backing::Raw(_) => Some(image::backing_name("base", "raw")),
+            Backing::Qcow2(_) | Backing::Chain(..) => Some(image::backing_name("base", "qcow2")),
+        };
+        image::build(&plan, rng)
     }
 
     /// What the backing file shows, and the bytes of all that lie behind the image, each with whether it is raw.
@@ -736,6 +758,145 @@ pub fn all() -> Vec<Config> {
             fill: 128,
             queues: 2,
             ..c("left open")
+        },
+    ]
+    .into_iter()
+    .chain(asked())
+    .chain(swapped())
+    .chain(miscounted())
+    .collect()
+}
+
+/// What a block status says: much is asked of images that hold all kinds of clusters.
+fn asked() -> Vec<Config> {
+    let c = |name| Config {
+        load: Load::Asked,
+        fill: 128,
+        queues: 2,
+        ..Config::small(name)
+    };
+    let (deflate, zstd) = (Some(Compression::Deflate), Some(Compression::Zstd));
+    vec![
+        Config {
+            compressed: deflate,
+            snapshot: true,
+            ..c("asked")
+        },
+        Config {
+            backing: Backing::Raw(60),
+            fill: 64,
+            ..c("asked, short raw backing")
+        },
+        Config {
+            backing: Backing::Qcow2(70),
+            version: 2,
+            fill: 48,
+            ..c("asked, version 2, backed")
+        },
+        Config {
+            backing: Backing::Chain(71, 130),
+            fill: 48,
+            compressed: zstd,
+            cluster_bits: 11,
+            sectors: 512,
+            ..c("asked, chain")
+        },
+        Config {
+            backing: Backing::Qcow2(80),
+            fill: 32,
+            cache_bytes: 0,
+            sectors: 1600,
+            grows: 300,
+            ..c("asked, tiny cache, grows")
+        },
+        Config {
+            raw: true,
+            ..c("asked, raw")
+        },
+    ]
+}
+
+/// Another process puts another image in the place of this one while the device is paused.
+fn swapped() -> Vec<Config> {
+    let c = |name| Config {
+        swaps: true,
+        fill: 128,
+        queues: 2,
+        ..Config::small(name)
+    };
+    let (deflate, zstd) = (Some(Compression::Deflate), Some(Compression::Zstd));
+    vec![
+        Config {
+            compressed: deflate,
+            ..c("swapped")
+        },
+        Config {
+            compressed: zstd,
+            snapshot: true,
+            fill: 200,
+            backing: Backing::Raw(80),
+            ..c("swapped, snapshot, zstd, backed")
+        },
+        Config {
+            backing: Backing::Chain(71, 130),
+            compressed: deflate,
+            fill: 64,
+            cluster_bits: 10,
+            sectors: 512,
+            ..c("swapped, chain")
+        },
+        Config {
+            cache_bytes: 0,
+            sectors: 1600,
+            fill: 64,
+            refcount_order: 6,
+            grows: 400,
+            queues: 3,
+            ..c("swapped, tiny cache, grows")
+        },
+        Config {
+            left_open: true,
+            miscounted: true,
+            ..c("swapped, miscounted")
+        },
+        Config {
+            device: true,
+            fill: 64,
+            ..c("swapped, block device")
+        },
+    ]
+}
+
+/// Whoever wrote the image before did not keep its refcounts, and was stopped: it is repaired when it opens.
+fn miscounted() -> Vec<Config> {
+    let c = |name| Config {
+        left_open: true,
+        miscounted: true,
+        fill: 128,
+        ..Config::small(name)
+    };
+    let deflate = Some(Compression::Deflate);
+    vec![
+        c("miscounted"),
+        Config {
+            cache_bytes: 0,
+            sectors: 1600,
+            fill: 64,
+            refcount_order: 6,
+            queues: 3,
+            load: Load::Churn,
+            ..c("miscounted, tiny cache, 64-bit refcounts")
+        },
+        Config {
+            compressed: deflate,
+            snapshot: true,
+            fill: 160,
+            ..c("miscounted, compressed, snapshot")
+        },
+        Config {
+            refcount_order: 0,
+            fill: 96,
+            ..c("miscounted, 1-bit refcounts")
         },
     ]
 }

@@ -461,7 +461,10 @@ impl World {
         if matches!(op.kind, OpKind::Punch { .. }) && !self.config.gives_back {
             self.complain(format!("{:?} was punched, and was not to be", op.file));
         }
-        if let Some(action @ (Action::Enospc | Action::Eintr | Action::Eagain)) = op.fault {
+        if let Some(
+            action @ (Action::Enospc | Action::Eintr | Action::Eagain | Action::Eopnotsupp),
+        ) = op.fault
+        {
             return Some(errno_of(action));
         }
         let unsupported = match op.kind {
@@ -521,6 +524,7 @@ fn errno_of(action: Action) -> i32 {
         Action::Enospc => errno::ENOSPC,
         Action::Eintr => errno::EINTR,
         Action::Eagain => errno::EAGAIN,
+        Action::Eopnotsupp => errno::EOPNOTSUPP,
         _ => errno::EIO,
     }
 }

@@ -418,6 +418,23 @@ impl SimWorld {
         plan.faults = faults;
     }
 
+    /// Another process has written the file while the device was paused: it holds these bytes now, durably. A block device keeps its length.
+    pub fn replace(&self, file: FileId, mut bytes: Vec<u8>) {
+        let mut world = self.0.borrow_mut();
+        assert!(world.running.is_empty(), "nothing of ours is in flight");
+        let old = &world.files[usize::from(file.0)].contents;
+        let contents = if old.is_fixed() {
+            assert!(bytes.len() <= old.bytes().len(), "it fits the device");
+            bytes.extend_from_slice(&old.bytes()[bytes.len()..]);
+            Contents::fixed(bytes)
+        } else {
+            Contents::new(bytes)
+        };
+        world.files[usize::from(file.0)].contents = contents.clone();
+        world.trace.add(contents.hash());
+        world.record(Event::Replaced { file, contents });
+    }
+
     /// From now on every change of a file is a complaint.
     pub(crate) fn forbid_writes(&self) {
         let files = &mut self.0.borrow_mut().files;
@@ -484,6 +501,14 @@ impl SimWorld {
     #[must_use]
     pub fn injected_syncs(&self) -> u64 {
         self.0.borrow().faults.injected_syncs
+    }
+
+    /// Writes of the header that failed by planned errors, EINTR and its like not counted.
+    #[must_use]
+    pub fn injected_headers(&self) -> usize {
+        let world = self.0.borrow();
+        let touches = world.faults.touches.iter().flatten();
+        touches.filter(|touch| touch.fails_header()).count()
     }
 
     /// Operations submitted whose completions were not seen.
