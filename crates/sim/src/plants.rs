@@ -42,6 +42,13 @@ fn homes(bug: Bug) -> &'static [&'static str] {
         Bug::GrowthShowsBacking => &["grows over a longer backing file"],
         Bug::EarlyL1Table => &["grows", "grows, outlives"],
         Bug::SkipsShortLayer => &["chain, short middle, tiny cache", "chain, grows"],
+        Bug::StatusHidesBacking | Bug::StatusBelowTheEnd => {
+            &["asked, short raw backing", "asked, chain"]
+        }
+        Bug::KeepsDecoded => &["swapped", "swapped, snapshot, zstd, backed"],
+        Bug::KeepsReserved => &["swapped", "swapped, tiny cache, grows"],
+        Bug::PunchTakenForDone => &["churn", "full", "1K"],
+        Bug::ZeroTakenForDone => &["raw", "grows, raw", "asked, raw"],
         Bug::EarlyPunch => &["compressed", "zstd", "4-bit, compressed"],
         _ => &[],
     }
@@ -51,6 +58,7 @@ fn homes(bug: Bug) -> &'static [&'static str] {
 fn with_errors(bug: Bug) -> u64 {
     match bug {
         Bug::DoubleGiveBack | Bug::NoPoison | Bug::SilentSyncFailure | Bug::SettleAfterFailure => 3,
+        Bug::PunchTakenForDone | Bug::ZeroTakenForDone => 3,
         _ => 1,
     }
 }
