@@ -84,6 +84,8 @@ pub struct Config {
     pub alignment: u32,
     /// The file system can punch holes.
     pub punch: bool,
+    /// So many in 256 times it cannot do what it said it could.
+    pub unsupported: u32,
     /// What the machine is like.
     pub behaviour: Behaviour,
     /// What the guest does.
@@ -143,6 +145,7 @@ impl Config {
             device: false,
             alignment: 1,
             punch: true,
+            unsupported: 0,
             behaviour: Behaviour::Any,
             load: Load::Mixed,
             outlives: false,
@@ -302,6 +305,7 @@ impl Config {
     pub fn machine(&self, rng: &mut Rng) -> SimConfig {
         let mut config = SimConfig::random(rng);
         config.gives_back = self.discard;
+        config.unsupported = self.unsupported;
         match self.behaviour {
             Behaviour::Any => {}
             Behaviour::Eager => config.eager = true,
@@ -764,6 +768,7 @@ pub fn all() -> Vec<Config> {
     .chain(asked())
     .chain(swapped())
     .chain(miscounted())
+    .chain(unsupported())
     .collect()
 }
 
@@ -837,6 +842,15 @@ fn swapped() -> Vec<Config> {
             backing: Backing::Raw(80),
             ..c("swapped, snapshot, zstd, backed")
         },
+        // Reads of parts of clusters, which are decoded for later.
+        Config {
+            compressed: deflate,
+            fill: 220,
+            cluster_bits: 12,
+            sectors: 512,
+            load: Load::Scattered,
+            ..c("swapped, compressed, 4K")
+        },
         Config {
             backing: Backing::Chain(71, 130),
             compressed: deflate,
@@ -863,6 +877,30 @@ fn swapped() -> Vec<Config> {
             device: true,
             fill: 64,
             ..c("swapped, block device")
+        },
+    ]
+}
+
+/// A file system that cannot do what its files were said to be able to, or not always.
+fn unsupported() -> Vec<Config> {
+    let c = |name| Config {
+        unsupported: 256,
+        fill: 128,
+        cluster_bits: 10,
+        ..Config::small(name)
+    };
+    vec![
+        c("nothing supported"),
+        Config {
+            unsupported: 100,
+            load: Load::Churn,
+            queues: 2,
+            cluster_bits: 11,
+            ..c("sometimes supported, churn")
+        },
+        Config {
+            raw: true,
+            ..c("raw, nothing supported")
         },
     ]
 }

@@ -467,12 +467,16 @@ impl World {
         {
             return Some(errno_of(action));
         }
-        let unsupported = match op.kind {
-            OpKind::Punch { .. } => !properties.can_punch,
-            OpKind::ZeroRange { .. } => !properties.can_zero_range,
-            OpKind::Allocate { .. } => !properties.regular,
-            _ => false,
+        let can = match op.kind {
+            OpKind::Punch { .. } => Some(properties.can_punch),
+            OpKind::ZeroRange { .. } => Some(properties.can_zero_range),
+            OpKind::Allocate { .. } => Some(properties.regular),
+            _ => None,
         };
+        let most = self.config.unsupported;
+        // Decided when it begins, not in its middle.
+        let refused = most > 0 && can.is_some() && op.left.is_none() && self.rng.chance(most);
+        let unsupported = refused || can == Some(false);
         if unsupported {
             return Some(errno::EOPNOTSUPP);
         }

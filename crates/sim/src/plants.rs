@@ -45,10 +45,10 @@ fn homes(bug: Bug) -> &'static [&'static str] {
         Bug::StatusHidesBacking | Bug::StatusBelowTheEnd => {
             &["asked, short raw backing", "asked, chain"]
         }
-        Bug::KeepsDecoded => &["swapped", "swapped, snapshot, zstd, backed"],
+        Bug::KeepsDecoded => &["swapped, compressed, 4K"],
         Bug::KeepsReserved => &["swapped", "swapped, tiny cache, grows"],
-        Bug::PunchTakenForDone => &["churn", "full", "1K"],
-        Bug::ZeroTakenForDone => &["raw", "grows, raw", "asked, raw"],
+        Bug::PunchTakenForDone => &["nothing supported", "sometimes supported, churn"],
+        Bug::ZeroTakenForDone => &["raw, nothing supported"],
         Bug::EarlyPunch => &["compressed", "zstd", "4-bit, compressed"],
         _ => &[],
     }
@@ -58,7 +58,6 @@ fn homes(bug: Bug) -> &'static [&'static str] {
 fn with_errors(bug: Bug) -> u64 {
     match bug {
         Bug::DoubleGiveBack | Bug::NoPoison | Bug::SilentSyncFailure | Bug::SettleAfterFailure => 3,
-        Bug::PunchTakenForDone | Bug::ZeroTakenForDone => 3,
         _ => 1,
     }
 }

@@ -331,7 +331,8 @@ impl Run<'_> {
                 self.grow(&mut machine, &mut workload, rng)?;
             }
             let pauses = self.effort.pauses || self.scene.config.swaps;
-            if pauses && rng.below(requests) < 2 {
+            let often = if self.scene.config.swaps { 4 } else { 2 };
+            if pauses && rng.below(requests) < often {
                 self.pause(&mut machine, &mut workload, rng)?;
             }
             machine.ask(workload.next_ask())?;

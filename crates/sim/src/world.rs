@@ -115,6 +115,8 @@ pub struct SimConfig {
     pub eager: bool,
     /// Whether the device may punch holes; where it was told not to, one is a complaint.
     pub gives_back: bool,
+    /// So many in 256 punches, zero ranges and allocations are answered by EOPNOTSUPP, though the file is said to be able to do them.
+    pub unsupported: u32,
 }
 
 impl Default for SimConfig {
@@ -127,6 +129,7 @@ impl Default for SimConfig {
             split: 48,
             eager: false,
             gives_back: true,
+            unsupported: 0,
         }
     }
 }
@@ -144,6 +147,7 @@ impl SimConfig {
             split: pick(rng, &[0, 32, 128]),
             eager: rng.chance(64),
             gives_back: true,
+            unsupported: 0,
         }
     }
 }
