@@ -45,6 +45,8 @@ pub(crate) struct Device<S: Storage> {
     pub(crate) no_punch: Cell<bool>,
     /// All of the L1 table has its room on the disk.
     l1_has_room: Cell<bool>,
+    /// The metadata was to be read again, and could not be: nothing of it is to be used.
+    half_read: Cell<bool>,
 }
 
 /// The maintenance executor of one device. It belongs to the thread that made it.
@@ -72,6 +74,7 @@ impl<S: Storage> Maintenance<S> {
             header_turn: Turn::default(),
             no_punch: Cell::new(false),
             l1_has_room: Cell::new(false),
+            half_read: Cell::new(false),
         });
         let service = Rc::clone(&device);
         worker
@@ -325,8 +328,20 @@ impl<S: Storage> Device<S> {
 
     async fn resume(&self, header: Option<Box<Header>>) -> Result<()> {
         if let Some(header) = header {
+            self.half_read.set(true);
             let image = open::reload(&self.worker, *header).await?;
             *self.image.borrow_mut() = image.map(Rc::new);
+            // The L1 table may be another one.
+            self.l1_has_room.set(false);
+            self.half_read.set(false);
+        }
+        if self.half_read.get() {
+            return Err(Error::Unsupported {
+                what: format!(
+                    "{} cannot go on: its metadata could not be read after the pause; read it again",
+                    self.shared().image_name()
+                ),
+            });
         }
         self.open_gate();
         Ok(())

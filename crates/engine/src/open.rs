@@ -17,6 +17,7 @@ use crate::limits;
 use crate::maintenance::ImageState;
 use crate::map::Map;
 use crate::pins::Pins;
+use crate::planted::{self, Bug};
 use crate::refcounts::Refcounts;
 use crate::shared::{
     Layer, LayerFormat, LayerKind, LayerSpec, Mail, Meta, Options, Owner, Owners, Qcow2Layer,
@@ -49,7 +50,8 @@ pub(crate) fn open<S: Storage>(
     let mut frames = Vec::with_capacity(specs.len());
     for (index, spec) in specs.into_iter().enumerate() {
         let writable = index == 0 && !options.read_only;
-        let (layer, layer_frames, header) = layer_of(spec, &storage, writable, frame_budget)?;
+        let (layer, layer_frames, header) =
+            layer_of(spec, &storage, (index == 0, writable), frame_budget)?;
         layers.push(layer);
         frames.push(layer_frames);
         headers.push(header);
@@ -116,7 +118,7 @@ pub fn check_image<S: Storage>(
         name,
         format: LayerFormat::Raw,
     };
-    let (layer, frames, _) = layer_of(spec, &storage, false, 0)?;
+    let (layer, frames, _) = layer_of(spec, &storage, (true, false), 0)?;
     let options = Options {
         read_only: repair == Repair::None,
         ..Options::default()
@@ -132,7 +134,7 @@ pub fn check_image<S: Storage>(
 fn layer_of<S: Storage>(
     spec: LayerSpec,
     storage: &S,
-    writable: bool,
+    (is_image, writable): (bool, bool),
     frame_budget: u64,
 ) -> Result<(Layer, Frames, Option<Box<Header>>)> {
     let LayerSpec { file, name, format } = spec;
@@ -173,7 +175,8 @@ fn layer_of<S: Storage>(
             let slice_bytes = limits::SLICE_BYTES.min(geometry.cluster_bytes());
             let max_frames = to_usize(frame_budget / slice_bytes).max(limits::MIN_FRAMES);
             let tables = u64::from(header.l1_entries);
-            let max_tables = if writable {
+            // The image may grow here, and in a pause by another process, also where it is only read.
+            let max_tables = if is_image {
                 limits::L1_TABLE_BYTES / 8
             } else {
                 tables
@@ -208,7 +211,9 @@ async fn open_image<S: Storage>(
     mut header: Header,
 ) -> Result<Option<ImageState>> {
     let writable = !worker.shared.read_only();
-    if writable && header.incompatible & incompatible::DIRTY != 0 {
+    // O11: once a sync has failed nothing more is written, also where the image is read again after a pause.
+    let mends = writable && !worker.shared.is_poisoned();
+    if mends && header.incompatible & incompatible::DIRTY != 0 {
         tracing::warn!(
             image = worker.shared.image_name(),
             "the image was not closed: repairing its refcounts"
@@ -226,7 +231,9 @@ async fn open_image<S: Storage>(
         return Ok(None);
     }
     let image = writable_state(worker, &mut header).await?;
-    clear_unknown_autoclear(worker, &image).await?;
+    if mends {
+        clear_unknown_autoclear(worker, &image).await?;
+    }
     Ok(Some(image))
 }
 
@@ -263,8 +270,12 @@ pub(crate) async fn reload<S: Storage>(
             }
         }
     }
-    shared.decoded.clear();
-    shared.generation.fetch_add(1, Ordering::SeqCst);
+    if !planted::is(Bug::KeepsDecoded) {
+        shared.decoded.clear();
+    }
+    if !planted::is(Bug::KeepsReserved) {
+        shared.generation.fetch_add(1, Ordering::SeqCst);
+    }
     shared.mail.lock().given_back.clear();
     shared.layers[0]
         .size

@@ -70,11 +70,23 @@ pub enum Bug {
     EarlyL1Table = 30,
     /// A backing file that ends early is passed over as if it had nothing, and what lies beneath it shows.
     SkipsShortLayer = 31,
+    /// A block status says zero of what the image leaves to its backing file.
+    StatusHidesBacking = 40,
+    /// A block status past the end of a shorter backing file names that file, and not the layer above.
+    StatusBelowTheEnd = 41,
+    /// O19: what was decoded of an image is kept when another process has written it during a pause.
+    KeepsDecoded = 42,
+    /// Clusters that a queue reserved before a pause count as free after another process has written the image.
+    KeepsReserved = 43,
+    /// O5: a punch that the file system cannot do counts as done, so that what is left there counts as zero.
+    PunchTakenForDone = 44,
+    /// Zeroes that the file system cannot make of a range of a raw image count as made.
+    ZeroTakenForDone = 45,
 }
 
 impl Bug {
     /// Every planted bug.
-    pub const ALL: [Self; 31] = [
+    pub const ALL: [Self; 37] = [
         Self::RefcountsAfterPointers,
         Self::NoBarrierBeforePointers,
         Self::EarlyL1Entry,
@@ -106,6 +118,12 @@ impl Bug {
         Self::GrowthShowsBacking,
         Self::EarlyL1Table,
         Self::SkipsShortLayer,
+        Self::StatusHidesBacking,
+        Self::StatusBelowTheEnd,
+        Self::KeepsDecoded,
+        Self::KeepsReserved,
+        Self::PunchTakenForDone,
+        Self::ZeroTakenForDone,
     ];
 }
 

@@ -4,6 +4,7 @@ use urus_format::L2Entry;
 
 use crate::error::Result;
 use crate::limits;
+use crate::planted::{self, Bug};
 use crate::request::Extent;
 use crate::resolve::LayerEntry;
 use crate::shared::LayerKind;
@@ -44,7 +45,9 @@ impl<S: Storage> Worker<S> {
             let size = layer.size();
             if offset >= size {
                 // Past the end of a backing file. As QEMU counts, the layer above has these zeroes, without saying so.
-                extent.depth = extent.depth.saturating_sub(1);
+                if !planted::is(Bug::StatusBelowTheEnd) {
+                    extent.depth = extent.depth.saturating_sub(1);
+                }
                 return Ok(extent);
             }
             extent.len = extent.len.min(size - offset);
@@ -83,6 +86,7 @@ impl<S: Storage> Worker<S> {
                 }
             };
             match entry {
+                L2Entry::Unallocated if planted::is(Bug::StatusHidesBacking) => {}
                 L2Entry::Unallocated => continue,
                 L2Entry::Zero => {}
                 L2Entry::ZeroAllocated { host, .. } => extent.host = Some(host.0 + within),

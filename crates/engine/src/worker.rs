@@ -13,6 +13,7 @@ use crate::frames::{Install, NoCleanFrame};
 use crate::hit::Direct;
 use crate::limits;
 use crate::map::SliceId;
+use crate::planted::{self, Bug};
 use crate::reactor::Reactor;
 use crate::shared::{Owner, Run, Shared};
 use crate::storage::{FileId, IMAGE, Memory, OpKind, Storage};
@@ -554,13 +555,18 @@ impl<S: Storage> Worker<S> {
         runs
     }
 
-    /// fdatasync of the image.
+    /// fdatasync of the image. One that fails poisons the device, whoever asked for it (O11, O17): a repair and the opening after a pause too.
     pub(crate) async fn barrier(&self) -> Result<()> {
         Shared::count(&self.shared.stats.barriers, 1);
         // A failed sync is not tried again: what it covered is unknown (ordering.md, assumptions).
         match self.reactor.run(IMAGE, OpKind::SyncData).await {
             Ok(_) => Ok(()),
-            Err(error) => Err(self.io_error("fdatasync", IMAGE, 0, 0, &error)),
+            Err(error) => {
+                if !planted::is(Bug::NoPoison) {
+                    self.shared.poisoned.store(true, Ordering::SeqCst);
+                }
+                Err(self.io_error("fdatasync", IMAGE, 0, 0, &error))
+            }
         }
     }
 }

@@ -64,6 +64,10 @@ pub struct Config {
     pub far: Option<u64>,
     /// Who wrote it before has not closed it, and promised something that this engine does not know.
     pub left_open: bool,
+    /// …and has not kept its refcounts.
+    pub miscounted: bool,
+    /// Another process may put another image in its place while the device is paused.
+    pub swaps: bool,
     /// The file behind it.
     pub backing: Backing,
     /// Queues.
@@ -80,6 +84,8 @@ pub struct Config {
     pub alignment: u32,
     /// The file system can punch holes.
     pub punch: bool,
+    /// So many in 256 times it cannot do what it said it could.
+    pub unsupported: u32,
     /// What the machine is like.
     pub behaviour: Behaviour,
     /// What the guest does.
@@ -90,6 +96,8 @@ pub struct Config {
 
 /// Versions of stamps in backing files.
 const BACKING_VERSIONS: u64 = 1 << 20;
+/// Versions of stamps in images that take another's place, for each.
+const SWAPPED_VERSIONS: u64 = 1 << 24;
 /// Versions of stamps that the workload writes.
 pub const FIRST_VERSION: u64 = 1 << 32;
 
@@ -104,6 +112,8 @@ pub struct Fixture {
     pub initial: Vec<Content>,
     /// What the backing file shows to the image, byte by byte.
     pub behind: Option<Vec<u8>>,
+    /// The same, sector by sector.
+    pub behind_contents: Option<Vec<Content>>,
     /// What the internal snapshot shows, byte by byte.
     pub snapshot: Option<Vec<u8>>,
 }
@@ -125,6 +135,8 @@ impl Config {
             snapshot: false,
             far: None,
             left_open: false,
+            miscounted: false,
+            swaps: false,
             backing: Backing::None,
             queues: 1,
             depth: 8,
@@ -133,6 +145,7 @@ impl Config {
             device: false,
             alignment: 1,
             punch: true,
+            unsupported: 0,
             behaviour: Behaviour::Any,
             load: Load::Mixed,
             outlives: false,
@@ -170,21 +183,7 @@ impl Config {
                 .collect();
             (image::bytes_of(&contents), contents, None)
         } else {
-            let mut plan = self.plan(self.sectors * 512);
-            plan.fill = self.fill;
-            plan.compressed = self.compressed.is_some();
-            plan.snapshot = self.snapshot;
-            plan.far = self.far;
-            plan.left_open = self.left_open;
-            plan.backing = behind.is_some().then(|| contents.clone());
-            plan.options.backing = match self.backing {
-                Backing::None => None,
-                Backing::Raw(_) => Some(image::backing_name("base", "raw")),
-                Backing::Qcow2(_) | Backing::Chain(..) => {
-                    Some(image::backing_name("base", "qcow2"))
-                }
-            };
-            let built = image::build(&plan, rng);
+            let built = self.image(behind.as_deref(), self.sectors, 0, rng);
             let snapshot = built.snapshot.map(|contents| image::bytes_of(&contents));
             (built.bytes, built.active, snapshot)
         };
@@ -213,8 +212,34 @@ impl Config {
             raw,
             initial,
             behind: behind.is_some().then(|| image::bytes_of(&contents)),
+            behind_contents: behind,
             snapshot,
         }
+    }
+
+    /// An image over what its backing file shows. Of several for one device each has stamps of its own.
+    pub(crate) fn image(
+        &self,
+        behind: Option<&[Content]>,
+        sectors: u64,
+        number: u64,
+        rng: &mut Rng,
+    ) -> image::Built {
+        let mut plan = self.plan(sectors * 512);
+        plan.fill = self.fill;
+        plan.compressed = self.compressed.is_some();
+        plan.snapshot = self.snapshot;
+        plan.far = self.far;
+        plan.left_open = self.left_open;
+        plan.miscounted = self.miscounted;
+        plan.first_version += number * SWAPPED_VERSIONS;
+        plan.backing = behind.map(<[Content]>::to_vec);
+        plan.options.backing = match self.backing {
+            Backing::None => None,
+            Backing::Raw(_) => Some(image::backing_name("base", "raw")),
+            Backing::Qcow2(_) | Backing::Chain(..) => Some(image::backing_name("base", "qcow2")),
+        };
+        image::build(&plan, rng)
     }
 
     /// What the backing file shows, and the bytes of all that lie behind the image, each with whether it is raw.
@@ -280,6 +305,7 @@ impl Config {
     pub fn machine(&self, rng: &mut Rng) -> SimConfig {
         let mut config = SimConfig::random(rng);
         config.gives_back = self.discard;
+        config.unsupported = self.unsupported;
         match self.behaviour {
             Behaviour::Any => {}
             Behaviour::Eager => config.eager = true,
@@ -744,6 +770,179 @@ pub fn all() -> Vec<Config> {
             fill: 64,
             queues: 2,
             ..c("block device, grows")
+        },
+    ]
+    .into_iter()
+    .chain(asked())
+    .chain(swapped())
+    .chain(miscounted())
+    .chain(unsupported())
+    .collect()
+}
+
+/// What a block status says: much is asked of images that hold all kinds of clusters.
+fn asked() -> Vec<Config> {
+    let c = |name| Config {
+        load: Load::Asked,
+        fill: 128,
+        queues: 2,
+        ..Config::small(name)
+    };
+    let (deflate, zstd) = (Some(Compression::Deflate), Some(Compression::Zstd));
+    vec![
+        Config {
+            compressed: deflate,
+            snapshot: true,
+            ..c("asked")
+        },
+        Config {
+            backing: Backing::Raw(60),
+            fill: 64,
+            ..c("asked, short raw backing")
+        },
+        Config {
+            backing: Backing::Qcow2(70),
+            version: 2,
+            fill: 48,
+            ..c("asked, version 2, backed")
+        },
+        Config {
+            backing: Backing::Chain(71, 130),
+            fill: 48,
+            compressed: zstd,
+            cluster_bits: 11,
+            sectors: 512,
+            ..c("asked, chain")
+        },
+        Config {
+            backing: Backing::Qcow2(80),
+            fill: 32,
+            cache_bytes: 0,
+            sectors: 1600,
+            grows: 300,
+            ..c("asked, tiny cache, grows")
+        },
+        Config {
+            raw: true,
+            ..c("asked, raw")
+        },
+    ]
+}
+
+/// Another process puts another image in the place of this one while the device is paused.
+fn swapped() -> Vec<Config> {
+    let c = |name| Config {
+        swaps: true,
+        fill: 128,
+        queues: 2,
+        ..Config::small(name)
+    };
+    let (deflate, zstd) = (Some(Compression::Deflate), Some(Compression::Zstd));
+    vec![
+        Config {
+            compressed: deflate,
+            ..c("swapped")
+        },
+        Config {
+            compressed: zstd,
+            snapshot: true,
+            fill: 200,
+            backing: Backing::Raw(80),
+            ..c("swapped, snapshot, zstd, backed")
+        },
+        // Reads of parts of clusters, which are decoded for later.
+        Config {
+            compressed: deflate,
+            fill: 220,
+            cluster_bits: 12,
+            sectors: 512,
+            load: Load::Scattered,
+            ..c("swapped, compressed, 4K")
+        },
+        Config {
+            backing: Backing::Chain(71, 130),
+            compressed: deflate,
+            fill: 64,
+            cluster_bits: 10,
+            sectors: 512,
+            ..c("swapped, chain")
+        },
+        Config {
+            cache_bytes: 0,
+            sectors: 1600,
+            fill: 64,
+            refcount_order: 6,
+            grows: 400,
+            queues: 3,
+            ..c("swapped, tiny cache, grows")
+        },
+        Config {
+            left_open: true,
+            miscounted: true,
+            ..c("swapped, miscounted")
+        },
+        Config {
+            device: true,
+            fill: 64,
+            ..c("swapped, block device")
+        },
+    ]
+}
+
+/// A file system that cannot do what its files were said to be able to, or not always.
+fn unsupported() -> Vec<Config> {
+    let c = |name| Config {
+        unsupported: 256,
+        fill: 128,
+        cluster_bits: 10,
+        ..Config::small(name)
+    };
+    vec![
+        c("nothing supported"),
+        Config {
+            unsupported: 100,
+            load: Load::Churn,
+            queues: 2,
+            cluster_bits: 11,
+            ..c("sometimes supported, churn")
+        },
+        Config {
+            raw: true,
+            ..c("raw, nothing supported")
+        },
+    ]
+}
+
+/// Whoever wrote the image before did not keep its refcounts, and was stopped: it is repaired when it opens.
+fn miscounted() -> Vec<Config> {
+    let c = |name| Config {
+        left_open: true,
+        miscounted: true,
+        fill: 128,
+        ..Config::small(name)
+    };
+    let deflate = Some(Compression::Deflate);
+    vec![
+        c("miscounted"),
+        Config {
+            cache_bytes: 0,
+            sectors: 1600,
+            fill: 64,
+            refcount_order: 6,
+            queues: 3,
+            load: Load::Churn,
+            ..c("miscounted, tiny cache, 64-bit refcounts")
+        },
+        Config {
+            compressed: deflate,
+            snapshot: true,
+            fill: 160,
+            ..c("miscounted, compressed, snapshot")
+        },
+        Config {
+            refcount_order: 0,
+            fill: 96,
+            ..c("miscounted, 1-bit refcounts")
         },
     ]
 }

@@ -28,6 +28,8 @@ pub struct Plan {
     pub far: Option<u64>,
     /// It is marked as not closed, and has an autoclear bit that nobody knows.
     pub left_open: bool,
+    /// Its refcounts are wrong: whoever wrote it meant to count again.
+    pub miscounted: bool,
     /// Stamps have versions from here on.
     pub first_version: u64,
     /// Guest sectors as the backing file shows them.
@@ -364,6 +366,21 @@ impl Builder<'_> {
         header.snapshot_table = place;
     }
 
+    /// Some clusters that are in use count as free, or for less than they are; some that nobody uses, or too few, count as used.
+    fn miscount(&mut self) {
+        let most = self.geometry.refcount_max();
+        for cluster in 1..self.next {
+            let counted = self.counts.get(&cluster).copied().unwrap_or(0);
+            let wrong = match self.rng.index(12) {
+                0 => 0,
+                1 => counted / 2,
+                2 => (counted + 1).min(most),
+                _ => continue,
+            };
+            self.counts.insert(cluster, wrong);
+        }
+    }
+
     /// Refcounts come last and count themselves.
     fn put_refcounts(&mut self, header: &mut Header) {
         let bits = self.geometry.refcount_block_bits();
@@ -388,6 +405,9 @@ impl Builder<'_> {
         self.next = start + table_clusters + blocks.len() as u64;
         for cluster in start..self.next {
             self.counts.insert(cluster, 1);
+        }
+        if self.plan.miscounted {
+            self.miscount();
         }
         let cluster = self.cluster();
         let mut table = vec![0; index(table_clusters * cluster)];
@@ -445,6 +465,7 @@ pub fn plan(size: u64, cluster_bits: u32, version: u32, refcount_order: u32) -> 
         snapshot: false,
         far: None,
         left_open: false,
+        miscounted: false,
         first_version: 1,
         backing: None,
     }

@@ -12,6 +12,7 @@ pub mod config;
 pub mod contents;
 pub mod crash;
 pub mod errors;
+pub mod extents;
 pub mod fault;
 pub mod flat;
 pub mod image;

@@ -42,6 +42,13 @@ fn homes(bug: Bug) -> &'static [&'static str] {
         Bug::GrowthShowsBacking => &["grows over a longer backing file"],
         Bug::EarlyL1Table => &["grows", "grows, outlives"],
         Bug::SkipsShortLayer => &["chain, short middle, tiny cache", "chain, grows"],
+        Bug::StatusHidesBacking | Bug::StatusBelowTheEnd => {
+            &["asked, short raw backing", "asked, chain"]
+        }
+        Bug::KeepsDecoded => &["swapped, compressed, 4K"],
+        Bug::KeepsReserved => &["swapped", "swapped, tiny cache, grows"],
+        Bug::PunchTakenForDone => &["nothing supported", "sometimes supported, churn"],
+        Bug::ZeroTakenForDone => &["raw, nothing supported"],
         Bug::EarlyPunch => &["compressed", "zstd", "4-bit, compressed"],
         _ => &[],
     }

@@ -14,7 +14,7 @@ mod walk;
 
 use std::fmt;
 
-pub use reader::{Backing, GuestReader};
+pub use reader::{Backing, GuestReader, State};
 pub use walk::check;
 
 /// Which mapping.
