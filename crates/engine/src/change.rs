@@ -7,9 +7,9 @@
 use urus_format::{GuestCluster, L1Entry, L2Entry, L2Raw};
 
 use crate::error::{Error, Result};
-use crate::limits;
 use crate::map::Lookup;
 use crate::planted::{self, Bug};
+use crate::seen::{Way, note};
 use crate::shared::{Meta, NewTable, Owner, Qcow2Layer, Removed, Run, Shared};
 use crate::storage::Storage;
 use crate::to_usize;
@@ -91,6 +91,7 @@ impl<S: Storage> Worker<S> {
                 }
             }
             if missing_frame {
+                note(Way::NoFrame, || true);
                 self.shared
                     .request_flush()
                     .receive()
@@ -244,7 +245,10 @@ impl<S: Storage> Worker<S> {
     fn ask_for_commit(&self, meta: &Meta) {
         let frames = &meta.frames[0];
         let many_dirty = frames.dirty_count() >= frames.max() / 2;
-        if many_dirty || meta.removed.len() >= limits::PENDING_FREES {
+        let many_freed = meta.removed.len() >= self.shared.options.sizes.pending_frees;
+        note(Way::ManyDirty, || many_dirty);
+        note(Way::ManyFreed, || many_freed);
+        if many_dirty || many_freed {
             self.shared.request_commit();
         }
     }

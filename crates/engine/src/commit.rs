@@ -20,6 +20,7 @@ use crate::maintenance::Device;
 use crate::map::SliceId;
 use crate::planted::{self, Bug};
 use crate::refcounts::FrozenSlice;
+use crate::seen::{Way, note};
 use crate::shared::{NewTable, Owner, Removed, Shared};
 use crate::storage::{IMAGE, Storage};
 use crate::sync::Ordering;
@@ -115,8 +116,10 @@ impl<S: Storage> Device<S> {
         let image = self.worker.image();
         let (table, entries) =
             self.with_header(|header| (header.l1_table.0, u64::from(header.l1_entries)));
-        let per_sector = self.sector_bytes() / 8;
+        let per_sector = self.table_unit_bytes() / 8;
         let sectors: BTreeSet<u64> = changed.iter().map(|index| index / per_sector).collect();
+        note(Way::LaterL1Sector, || sectors.last() > Some(&0));
+        note(Way::L1Sectors, || sectors.len() > 1);
         sectors
             .into_iter()
             .map(|sector| {
@@ -321,8 +324,9 @@ impl<S: Storage> Device<S> {
         let mut entries = refcounts.dirty_entries();
         // O8: a block added since the seal waits for the next commit.
         entries.retain(|entry| *entry < room && !new.contains(entry));
-        let per_sector = self.sector_bytes() / 8;
+        let per_sector = self.table_unit_bytes() / 8;
         let sectors: BTreeSet<u64> = entries.iter().map(|entry| entry / per_sector).collect();
+        note(Way::LaterTableSector, || sectors.last() > Some(&0));
         for sector in sectors {
             let mut bytes = Vec::with_capacity(to_usize(per_sector * 8));
             for entry in sector * per_sector..(sector + 1) * per_sector {
@@ -358,6 +362,9 @@ impl<S: Storage> Device<S> {
             let last = SliceId((l1_index + 1) * slices_per_table);
             for (slice, part) in sealed.slices.range(first..last) {
                 let at = to_usize(image.map.offset_in_table(*slice));
+                note(Way::LaterSliceOfNewTable, || {
+                    image.map.is_later_slice(*slice)
+                });
                 bytes[at..at + part.len()].copy_from_slice(part);
             }
             tables.push((*offset, bytes));
@@ -388,8 +395,14 @@ impl<S: Storage> Device<S> {
             let live =
                 planted::is(Bug::LiveEntries).then(|| image.map.frame_bytes(sealed.frames[slice]));
             let bytes = live.as_ref().unwrap_or(frozen);
+            note(Way::LaterSliceWritten, || image.map.is_later_slice(*slice));
+            note(Way::GapInTable, || {
+                let before = joined.last().map_or(0, |(start, _)| *start);
+                before >= entry.table.0 && before < offset
+            });
             match joined.last_mut() {
                 Some((start, run)) if *start + run.len() as u64 == offset => {
+                    note(Way::SlicesJoined, || offset > entry.table.0);
                     run.extend_from_slice(bytes)
                 }
                 _ => joined.push((offset, bytes.clone())),

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use crate::map::{Map, SliceId};
 use crate::planted::{self, Bug};
+use crate::seen::{Way, note};
 use crate::wake::WaitList;
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -98,6 +99,12 @@ impl Frames {
             if map.take_used(number) {
                 continue;
             }
+            note(Way::EvictedBesideDirty, || {
+                let tables = self.dirty.keys().map(|slice| map.table_of(*slice));
+                map.owner_of(number).is_some_and(|slice| {
+                    tables.into_iter().any(|table| table == map.table_of(slice))
+                })
+            });
             map.release(number);
             self.evicted += 1;
             return Ok(number);
@@ -193,6 +200,21 @@ impl Frames {
         }
     }
 
+    /// Frames in use, and the bound. The bookkeeping is looked over: what is wrong with it.
+    pub(crate) fn looked_over(&self, map: &Map) -> Result<(usize, usize), String> {
+        let busy = self.states.iter().filter(|s| s.dirty || s.committing);
+        let dirty = |(slice, frame): (&SliceId, &u32)| {
+            self.states[*frame as usize].dirty && map.owner_of(*frame) == Some(*slice)
+        };
+        if busy.count() != self.busy {
+            return Err(format!("{} frames count as busy", self.busy));
+        }
+        if !self.dirty.iter().all(dirty) {
+            return Err("a dirty slice is not in its frame".to_owned());
+        }
+        Ok((self.states.len(), self.max))
+    }
+
     /// Forgets every clean slice (the file may have changed while the device was paused).
     pub(crate) fn forget_clean(&mut self, map: &Map) {
         self.free.clear();
@@ -217,7 +239,12 @@ mod tests {
 
     /// Clusters of 512 bytes: each slice is a whole table of 64 entries.
     fn map() -> Map {
-        let map = Map::new(Geometry::new(9, 4, 8, 3), (64, 64), 8);
+        let map = Map::new(
+            Geometry::new(9, 4, 8, 3),
+            (64, 64),
+            8,
+            &crate::limits::Sizes::default(),
+        );
         (0..64).for_each(|table| map.set_l1(table, (table + 1) << 9));
         map
     }

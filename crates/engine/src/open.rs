@@ -13,7 +13,7 @@ use crate::counters::Stats;
 use crate::decoded::DecodedCache;
 use crate::error::{Error, Result};
 use crate::frames::Frames;
-use crate::limits;
+use crate::limits::{self, Sizes};
 use crate::maintenance::ImageState;
 use crate::map::Map;
 use crate::pins::Pins;
@@ -49,7 +49,8 @@ pub(crate) fn open<S: Storage>(
     let mut frames = Vec::with_capacity(specs.len());
     for (index, spec) in specs.into_iter().enumerate() {
         let writable = index == 0 && !options.read_only;
-        let (layer, layer_frames, header) = layer_of(spec, &storage, writable, frame_budget)?;
+        let (layer, layer_frames, header) =
+            layer_of(spec, &storage, writable, frame_budget, options.sizes)?;
         layers.push(layer);
         frames.push(layer_frames);
         headers.push(header);
@@ -74,9 +75,8 @@ pub(crate) fn open<S: Storage>(
 
 pub(crate) fn share(layers: Vec<Layer>, frames: Vec<Frames>, options: Options) -> Arc<Shared> {
     Arc::new(Shared {
-        skips: Skips::of(&layers),
+        skips: Skips::of(&layers, options.sizes.skips),
         layers,
-        options,
         pins: Arc::new(Pins::new()),
         locks: Arc::new(ClusterLocks::new()),
         meta: Mutex::new(Meta {
@@ -88,13 +88,14 @@ pub(crate) fn share(layers: Vec<Layer>, frames: Vec<Frames>, options: Options) -
             owners: Owners::default(),
         }),
         mail: Mutex::new(Mail::default()),
-        decoded: DecodedCache::default(),
+        decoded: DecodedCache::new(options.sizes.decoded_bytes),
         poisoned: AtomicBool::new(false),
         gate_closed: AtomicBool::new(false),
         closed: AtomicBool::new(false),
         serialize_writes: AtomicBool::new(false),
         generation: AtomicU64::new(0),
         stats: Stats::default(),
+        options,
     })
 }
 
@@ -115,7 +116,7 @@ pub fn check_image<S: Storage>(
         name,
         format: LayerFormat::Raw,
     };
-    let (layer, frames, _) = layer_of(spec, &storage, false, 0)?;
+    let (layer, frames, _) = layer_of(spec, &storage, false, 0, Sizes::default())?;
     let options = Options {
         read_only: repair == Repair::None,
         ..Options::default()
@@ -133,6 +134,7 @@ fn layer_of<S: Storage>(
     storage: &S,
     writable: bool,
     frame_budget: u64,
+    mut sizes: Sizes,
 ) -> Result<(Layer, Frames, Option<Box<Header>>)> {
     let LayerSpec { file, name, format } = spec;
     match format {
@@ -169,8 +171,11 @@ fn layer_of<S: Storage>(
                     ),
                 });
             }
-            let slice_bytes = limits::SLICE_BYTES.min(geometry.cluster_bytes());
-            let max_frames = to_usize(frame_budget / slice_bytes).max(limits::MIN_FRAMES);
+            // A slice is read and written by itself.
+            sizes.slice_bytes = sizes
+                .slice_bytes
+                .clamp(alignment, geometry.cluster_bytes().max(alignment));
+            let max_frames = to_usize(frame_budget / sizes.slice_bytes).max(sizes.min_frames);
             let tables = u64::from(header.l1_entries);
             let max_tables = if writable {
                 limits::L1_TABLE_BYTES / 8
@@ -180,7 +185,7 @@ fn layer_of<S: Storage>(
             let kind = LayerKind::Qcow2(Qcow2Layer {
                 geometry,
                 compression: header.compression,
-                map: Map::new(geometry, (tables, max_tables), max_frames),
+                map: Map::new(geometry, (tables, max_tables), max_frames, &sizes),
             });
             let size = AtomicU64::new(usable_size(&header));
             Ok((
@@ -317,7 +322,10 @@ async fn writable_state<S: Storage>(
     }
     let owners = collect_owners(worker, header, &geometry, &table).await?;
     worker.shared.meta.lock().owners = owners;
-    let refcounts = Refcounts::new(geometry, table, worker.shared.options.refcount_cache_slices);
+    let options = &worker.shared.options;
+    let alignment = u64::from(worker.reactor.properties(IMAGE).alignment);
+    let slice_bytes = options.sizes.refcount_slice_bytes.max(alignment);
+    let refcounts = Refcounts::new(geometry, table, options.refcount_cache_slices, slice_bytes);
     let place = TablePlace {
         offset: header.refcount_table.0,
         clusters: u64::from(header.refcount_table_clusters),

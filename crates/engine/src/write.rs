@@ -4,9 +4,9 @@ use urus_format::{ClusterIndex, GuestCluster, GuestOffset, HostOffset, L2Entry};
 
 use crate::change::Outcome;
 use crate::error::{Error, Result};
-use crate::limits;
 use crate::planted::{self, Bug};
 use crate::resolve::LayerEntry;
+use crate::seen::{Way, note};
 use crate::shared::{LayerKind, Run, Shared};
 use crate::storage::{FileId, IMAGE, Memory, OpKind, Storage};
 use crate::to_usize;
@@ -93,7 +93,8 @@ impl<S: Storage> Worker<S> {
     fn changing_bytes(&self, at: u64, len: u64) -> u64 {
         let geometry = self.image().geometry;
         let mut bytes = (geometry.cluster_bytes() - geometry.in_cluster(at)).min(len);
-        let limit = len.min(limits::WRITE_STEP_CLUSTERS << geometry.cluster_bits());
+        let most = self.shared.options.sizes.write_step_clusters;
+        let limit = len.min(most << geometry.cluster_bits());
         while bytes < limit {
             match self.layer_entry(0, at + bytes) {
                 LayerEntry::Entry(L2Entry::Data { copied, .. }) if writable_in_place(copied) => {
@@ -103,6 +104,7 @@ impl<S: Storage> Worker<S> {
                 LayerEntry::Miss(_) | LayerEntry::Bad(_) => break,
             }
         }
+        note(Way::WriteStep, || bytes == limit && limit < len);
         bytes
     }
 
@@ -218,6 +220,11 @@ impl<S: Storage> Worker<S> {
         let geometry = self.image().geometry;
         let want = self.fresh_clusters(at, memory.len() as u64).await?;
         let run = self.take_clusters(want).await?;
+        note(Way::ShortRun, || run.count < want);
+        note(Way::PartialCluster, || {
+            at + memory.len() as u64 == self.shared.size()
+                && geometry.in_cluster(self.shared.size()) != 0
+        });
         let start = geometry.in_cluster(at);
         let bytes = ((run.count << geometry.cluster_bits()) - start).min(memory.len() as u64);
         let memory = memory.slice(0, to_usize(bytes));
@@ -351,6 +358,7 @@ impl<S: Storage> Worker<S> {
                 return Err(error);
             }
             done += part.count;
+            note(Way::PublishedAcrossSlices, || done < run.count);
         }
         Ok(())
     }
@@ -367,7 +375,7 @@ impl<S: Storage> Worker<S> {
         let align = u64::from(properties.alignment);
         let data_end = data_host + memory.len() as u64;
         let apart = |bytes: u64| {
-            bytes >= limits::ZERO_RANGE_FROM_BYTES
+            bytes >= self.shared.options.sizes.zero_range_from_bytes
                 && properties.can_zero_range
                 && data_host.is_multiple_of(align)
                 && data_end.is_multiple_of(align)
@@ -413,6 +421,7 @@ impl<S: Storage> Worker<S> {
     }
 
     async fn zero_range(&self, offset: u64, len: u64) -> Result<()> {
+        note(Way::ZeroRange, || true);
         self.simple("zero range", IMAGE, offset, len, || OpKind::ZeroRange {
             offset,
             len,

@@ -9,6 +9,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use urus_engine::planted::Bug;
+use urus_engine::seen::Way;
 use urus_sim::config::{self, Config};
 use urus_sim::qemu;
 use urus_sim::runner::{Effort, quiet_panics, run};
@@ -163,6 +164,12 @@ fn sweep_part(part: Part, arguments: &Arguments) -> bool {
     if !tally.census.is_empty() {
         println!("  {}", tally.census);
     }
+    let missed: Vec<Way> = tally.ways.missed().collect();
+    println!(
+        "  {} of {} ways that only large images take; not taken: {missed:?}",
+        Way::ALL.len() - missed.len(),
+        Way::ALL.len()
+    );
     for violation in &tally.violations {
         println!("  VIOLATION: {violation}");
     }

@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use urus_engine::planted::Bug;
+use urus_engine::seen::Ways;
 
 use crate::census::Census;
 use crate::config::{self, Config};
@@ -85,6 +86,8 @@ pub struct Tally {
     pub injected: u64,
     /// What they hit, and what they did not.
     pub census: Census,
+    /// Ways through the engine that only large images take.
+    pub ways: Ways,
     /// The first violations, each with how to see it again.
     pub violations: Vec<String>,
     /// Clusters leaked in the worst state.
@@ -107,6 +110,7 @@ impl Tally {
             qemu: 0,
             injected: 0,
             census: Census::default(),
+            ways: Ways::default(),
             violations: Vec::new(),
             largest_leak: 0,
             trace: TraceHash::default(),
@@ -122,6 +126,7 @@ impl Tally {
         self.qemu += outcome.qemu;
         self.injected += outcome.injected;
         self.census.add(outcome.census);
+        self.ways.add(outcome.ways);
         self.largest_leak = self.largest_leak.max(outcome.largest_leak);
         self.trace.add(outcome.trace);
         self.violations.extend(outcome.violation);
@@ -311,6 +316,7 @@ fn every_error(config: &Config, seed: u64, budget: &Budget) -> Outcome {
         sum.reopened += outcome.reopened;
         sum.injected += outcome.injected;
         sum.census.add(std::mem::take(&mut outcome.census));
+        sum.ways.add(outcome.ways);
         sum.largest_leak = sum.largest_leak.max(outcome.largest_leak);
         sum.trace = mix(sum.trace ^ outcome.trace);
         if outcome.violation.is_some() {
