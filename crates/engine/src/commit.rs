@@ -133,6 +133,9 @@ impl<S: Storage> Device<S> {
                     };
                     bytes.extend_from_slice(&entry.to_be_bytes());
                 }
+                if planted::is(Bug::SecondL1SectorMisplaced) {
+                    return (table, bytes);
+                }
                 (table + first * 8, bytes)
             })
             .collect()
@@ -391,7 +394,10 @@ impl<S: Storage> Device<S> {
                 .shared()
                 .l1_entry(0, table)?
                 .ok_or_else(|| self.lost_table(table))?;
-            let offset = entry.table.0 + image.map.offset_in_table(*slice);
+            let mut offset = entry.table.0 + image.map.offset_in_table(*slice);
+            if planted::is(Bug::ThirdSliceMisplaced) && image.map.is_later_slice(*slice) {
+                offset -= image.map.slice_bytes();
+            }
             let live =
                 planted::is(Bug::LiveEntries).then(|| image.map.frame_bytes(sealed.frames[slice]));
             let bytes = live.as_ref().unwrap_or(frozen);

@@ -70,11 +70,23 @@ pub enum Bug {
     EarlyL1Table = 30,
     /// A backing file that ends early is passed over as if it had nothing, and what lies beneath it shows.
     SkipsShortLayer = 31,
+    /// A changed slice of an L2 table in use is written one slice too early, from the table's third on.
+    ThirdSliceMisplaced = 32,
+    /// A changed sector of the L1 table is written over the first, whichever it is.
+    SecondL1SectorMisplaced = 33,
+    /// The third slice of a refcount block is written in the place of the first.
+    WrongCountsSlice = 34,
+    /// The cache of refcounts keeps all that a commit has cleaned.
+    CountsNeverShrink = 35,
+    /// A raw backing file that ends inside a sector is taken to end before it.
+    OddEndCutOff = 36,
+    /// The last cluster of a disk that ends in it counts as whole when the disk grows: what it holds beyond the old end shows.
+    PartialClusterTakenWhole = 37,
 }
 
 impl Bug {
     /// Every planted bug.
-    pub const ALL: [Self; 31] = [
+    pub const ALL: [Self; 37] = [
         Self::RefcountsAfterPointers,
         Self::NoBarrierBeforePointers,
         Self::EarlyL1Entry,
@@ -106,6 +118,12 @@ impl Bug {
         Self::GrowthShowsBacking,
         Self::EarlyL1Table,
         Self::SkipsShortLayer,
+        Self::ThirdSliceMisplaced,
+        Self::SecondL1SectorMisplaced,
+        Self::WrongCountsSlice,
+        Self::CountsNeverShrink,
+        Self::OddEndCutOff,
+        Self::PartialClusterTakenWhole,
     ];
 }
 

@@ -4,6 +4,7 @@ use urus_format::{GuestCluster, GuestOffset, L2Entry};
 
 use crate::change::Outcome;
 use crate::error::{Error, Result};
+use crate::planted::{self, Bug};
 use crate::resolve::LayerEntry;
 use crate::seen::{Way, note};
 use crate::shared::LayerKind;
@@ -221,7 +222,7 @@ impl<S: Storage> Worker<S> {
         let len = end - offset;
         let geometry = self.image().geometry;
         let within = geometry.in_cluster(offset);
-        if within != 0 {
+        if within != 0 && !planted::is(Bug::PartialClusterTakenWhole) {
             let part = len.min(geometry.cluster_bytes() - within);
             let entry = self.loaded_entry(GuestOffset(offset).0).await?;
             if !matches!(

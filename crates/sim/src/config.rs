@@ -1029,7 +1029,7 @@ fn odd_sizes() -> Vec<Config> {
         Config {
             fill: 48,
             cluster_bits: 11,
-            backing: Backing::Raw(100),
+            backing: Backing::Raw(90),
             odd: 100,
             queues: 2,
             sizes: slices,
@@ -1062,7 +1062,7 @@ fn odd_sizes() -> Vec<Config> {
             cluster_bits: 12,
             sectors: 335,
             grows: 150,
-            backing: Backing::Raw(140),
+            backing: Backing::Raw(80),
             odd: 24,
             sizes: slices,
             ..Config::small("grows in a cluster over odd raw backing")
