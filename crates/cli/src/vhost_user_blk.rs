@@ -15,8 +15,8 @@ use crate::control::{Control, ControlArgs, Controlled};
 use crate::failure::{Failure, Outcome};
 use crate::metrics::{Metrics, MetricsArgs, Sources};
 use crate::output::print;
-use crate::serve::{OpenError, patiently};
 use crate::patience::Patience;
+use crate::serve::{OpenError, patiently};
 use crate::signals::Stop;
 
 /// What this program can do, in the words of the conventions' block device features.

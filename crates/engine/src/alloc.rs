@@ -12,6 +12,7 @@ use crate::error::{Error, Result};
 use crate::limits;
 use crate::ranges::RangeSet;
 use crate::refcounts::Refcounts;
+use crate::seen::{Way, note};
 use crate::shared::{Owner, Owners, Run, Shared};
 use crate::storage::{IMAGE, OpKind, Storage};
 use crate::worker::Worker;
@@ -183,7 +184,8 @@ impl Allocator {
     /// One bounded step of the search for free clusters.
     async fn scan<S: Storage>(&self, worker: &Worker<S>, count: u64) -> Result<Option<Run>> {
         let mut slices = 0;
-        while self.cursor.get() < self.end.get() && slices < limits::SCAN_SLICES_PER_STEP {
+        let most = worker.shared.options.sizes.scan_slices;
+        while self.cursor.get() < self.end.get() && slices < most {
             let start = self.cursor.get();
             let block = self.refcounts.block_of(start);
             if self.refcounts.block_offset(block) == 0 {
@@ -195,8 +197,8 @@ impl Allocator {
             slices += u64::from(self.refcounts.get(start).is_none());
             self.refcounts.load(worker, start).await?;
             self.room_to_count(worker, block).await?;
-            // Another reservation may have gone on meanwhile.
-            if self.cursor.get() != start {
+            // Another reservation may have gone on meanwhile; or the slice is gone again, and says of nothing that it is free.
+            if self.cursor.get() != start || self.refcounts.get(start).is_none() {
                 continue;
             }
             let slice_end = self.refcounts.slice_end(start).min(self.end.get());
@@ -215,6 +217,7 @@ impl Allocator {
             self.cursor.set(first + last);
             return Ok(Some(self.hand_out(first, last, zero)));
         }
+        note(Way::SearchEnded, || self.cursor.get() < self.end.get());
         Ok(None)
     }
 
@@ -253,7 +256,7 @@ impl Allocator {
             }
             self.refcounts.load(worker, first).await?;
             self.room_to_count(worker, block).await?;
-            if self.end.get() != first {
+            if self.end.get() != first || self.refcounts.get(first).is_none() {
                 continue;
             }
             let owners = &worker.shared.meta.lock().owners;
@@ -320,8 +323,9 @@ impl Allocator {
         if !self.regular || end <= self.grown.get() {
             return;
         }
+        let sizes = &worker.shared.options.sizes;
         let step = ((end << bits) / limits::GROW_PART)
-            .clamp(limits::GROW_BYTES_MIN, limits::GROW_BYTES_MAX)
+            .clamp(sizes.grow_bytes_min, sizes.grow_bytes_max)
             .div_ceil(1 << bits);
         // Before it has grown: a failure counts until this much is used up, too.
         self.grown.set(end + step);
@@ -635,7 +639,7 @@ mod tests {
     /// 64-bit refcounts in clusters of 512 bytes: a block has those of 64 clusters. Two blocks, in clusters 2 and 3.
     fn allocator(file_bytes: u64, regular: bool) -> Allocator {
         let geometry = Geometry::new(BITS, 6, 8, 3);
-        let refcounts = Refcounts::new(geometry, Vec::new(), 8);
+        let refcounts = Refcounts::new(geometry, Vec::new(), 8, limits::REFCOUNT_SLICE_BYTES);
         refcounts.add_block(0, 2 << BITS);
         refcounts.add_block(1, 3 << BITS);
         Allocator::new(refcounts, place(1), file_bytes, regular)
@@ -751,14 +755,14 @@ mod tests {
             size: AtomicU64::new(0),
             kind: LayerKind::Raw,
         };
-        share(vec![layer], vec![Frames::new(0)], Options::default())
+        share(vec![layer], vec![Frames::new(0, 0)], Options::default())
     }
 
     /// An image whose blocks fill its table to the last entry: what is next, is in a block that no table names.
     fn full(blocks: u64, limit: u64) -> Allocator {
         let geometry = Geometry::new(BITS, 6, 8, 3);
         let table = vec![2 << BITS; to_usize(blocks)];
-        let refcounts = Refcounts::new(geometry, table, 8);
+        let refcounts = Refcounts::new(geometry, table, 8, limits::REFCOUNT_SLICE_BYTES);
         let place = TablePlace {
             offset: 1 << BITS,
             clusters: blocks / 64,

@@ -14,11 +14,11 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use crate::error::{Error, Result};
-use crate::limits;
 use crate::maintenance::Device;
 use crate::map::SliceId;
 use crate::planted::{self, Bug};
 use crate::refcounts::FrozenSlice;
+use crate::seen::{Way, note};
 use crate::shared::{NewTable, Owner, Removed, Shared};
 use crate::storage::{IMAGE, Storage};
 use crate::sync::Ordering;
@@ -112,8 +112,10 @@ impl<S: Storage> Device<S> {
         let image = self.worker.image();
         let (table, entries) =
             self.with_header(|header| (header.l1_table.0, u64::from(header.l1_entries)));
-        let per_sector = self.sector_bytes() / 8;
+        let per_sector = self.table_unit_bytes() / 8;
         let sectors: BTreeSet<u64> = changed.iter().map(|index| index / per_sector).collect();
+        note(Way::LaterL1Sector, || sectors.last() > Some(&0));
+        note(Way::L1Sectors, || sectors.len() > 1);
         sectors
             .into_iter()
             .map(|sector| {
@@ -126,6 +128,9 @@ impl<S: Storage> Device<S> {
                         0
                     };
                     bytes.extend_from_slice(&entry.to_be_bytes());
+                }
+                if planted::is(Bug::SecondL1SectorMisplaced) {
+                    return (table, bytes);
                 }
                 (table + first * 8, bytes)
             })
@@ -324,8 +329,9 @@ impl<S: Storage> Device<S> {
         let mut entries = refcounts.dirty_entries();
         // O8: a block added since the seal waits for the next commit.
         entries.retain(|entry| *entry < room && !new.contains(entry));
-        let per_sector = self.sector_bytes() / 8;
+        let per_sector = self.table_unit_bytes() / 8;
         let sectors: BTreeSet<u64> = entries.iter().map(|entry| entry / per_sector).collect();
+        note(Way::LaterTableSector, || sectors.last() > Some(&0));
         for sector in sectors {
             let mut bytes = Vec::with_capacity(to_usize(per_sector * 8));
             for entry in sector * per_sector..(sector + 1) * per_sector {
@@ -364,6 +370,9 @@ impl<S: Storage> Device<S> {
         let last = SliceId((l1_index + 1) * slices_per_table);
         for (slice, part) in sealed.slices.range(first..last) {
             let at = to_usize(image.map.offset_in_table(*slice));
+            note(Way::LaterSliceOfNewTable, || {
+                image.map.is_later_slice(*slice)
+            });
             bytes[at..at + part.len()].copy_from_slice(part);
         }
         self.write_metadata(offset, &bytes, Owner::L2Table).await
@@ -377,7 +386,10 @@ impl<S: Storage> Device<S> {
             .iter()
             .map(|(l1_index, _, _)| *l1_index)
             .collect();
-        let most_joined = image.geometry.cluster_bytes().max(limits::JOINED_BYTES);
+        let most_joined = image
+            .geometry
+            .cluster_bytes()
+            .max(self.shared().options.sizes.joined_bytes);
         let mut writes = self.writes(most_joined);
         let mut failed = None;
         // Neighbouring slices become one write.
@@ -398,15 +410,26 @@ impl<S: Storage> Device<S> {
                     break;
                 }
             };
-            let offset = entry.table.0 + image.map.offset_in_table(*slice);
+            let mut offset = entry.table.0 + image.map.offset_in_table(*slice);
+            if planted::is(Bug::ThirdSliceMisplaced) && image.map.is_later_slice(*slice) {
+                offset -= image.map.slice_bytes();
+            }
             let live =
                 planted::is(Bug::LiveEntries).then(|| image.map.frame_bytes(sealed.frames[slice]));
             let bytes = live.as_ref().unwrap_or(frozen);
+            note(Way::LaterSliceWritten, || image.map.is_later_slice(*slice));
+            note(Way::GapInTable, || {
+                let end = joined
+                    .as_ref()
+                    .map_or(0, |(start, run)| *start + run.len() as u64);
+                end > entry.table.0 && end < offset
+            });
             match &mut joined {
                 Some((start, run))
                     if *start + run.len() as u64 == offset
                         && run.len() as u64 + bytes.len() as u64 <= most_joined =>
                 {
+                    note(Way::SlicesJoined, || offset > entry.table.0);
                     run.extend_from_slice(bytes);
                 }
                 other => {
@@ -434,7 +457,8 @@ impl<S: Storage> Device<S> {
 
     /// Room for writes of at most so many bytes each, side by side.
     fn writes<'a>(&self, each: u64) -> Window<'a, Error> {
-        Window::new(to_usize(limits::COMMIT_WINDOW_BYTES / each).min(limits::PARTS_AT_ONCE))
+        let sizes = &self.shared().options.sizes;
+        Window::new(to_usize(sizes.commit_window_bytes / each).min(sizes.parts_at_once))
     }
 
     async fn write_owned(&self, offset: u64, bytes: Vec<u8>, owner: Owner) -> Result<()> {

@@ -16,7 +16,16 @@ impl<S: Storage> Device<S> {
 
     /// The unit in which metadata is changed in place: written whole or not at all.
     pub(crate) fn sector_bytes(&self) -> u64 {
-        u64::from(self.worker.reactor.properties(IMAGE).alignment).max(512)
+        self.unit(crate::limits::SECTOR_BYTES)
+    }
+
+    /// The same for the L1 table and the refcount table, which are in memory: what is written where an entry has changed.
+    pub(crate) fn table_unit_bytes(&self) -> u64 {
+        self.unit(self.shared().options.sizes.table_unit_bytes)
+    }
+
+    fn unit(&self, least: u64) -> u64 {
+        u64::from(self.worker.reactor.properties(IMAGE).alignment).max(least)
     }
 
     /// Changes the header on disk, durably. What changes lies in its first sector; the memory follows when it is

@@ -27,7 +27,12 @@ fn raw(entry: u64, subclusters: u64) -> L2Raw {
 
 /// A map of 512-byte clusters whose slices have as few entries as can be, with slice 0 in frame 0.
 fn map(entry_bytes: u32) -> Arc<Map> {
-    let map = Map::new(Geometry::new(9, 4, entry_bytes, 3), (1, 1), 1);
+    let map = Map::new(
+        Geometry::new(9, 4, entry_bytes, 3),
+        (1, 1),
+        1,
+        &crate::limits::Sizes::default(),
+    );
     map.set_l1(0, 1 << 63 | 512);
     // What differs per slice tells whose entry a look-up found.
     map.install(0, SliceId(0), &[10, 11]);

@@ -19,6 +19,8 @@ pub mod limits;
 pub mod parts;
 pub mod planted;
 pub mod request;
+#[doc(hidden)]
+pub mod seen;
 pub mod storage;
 pub mod sync;
 

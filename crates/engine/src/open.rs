@@ -13,7 +13,7 @@ use crate::counters::Stats;
 use crate::decoded::DecodedCache;
 use crate::error::{Error, Result};
 use crate::frames::Frames;
-use crate::limits;
+use crate::limits::{self, Sizes};
 use crate::maintenance::ImageState;
 use crate::map::Map;
 use crate::pins::Pins;
@@ -50,8 +50,13 @@ pub(crate) fn open<S: Storage>(
     let mut frames = Vec::with_capacity(specs.len());
     for (index, spec) in specs.into_iter().enumerate() {
         let writable = index == 0 && !options.read_only;
-        let (layer, layer_frames, header) =
-            layer_of(spec, &storage, (index == 0, writable), frame_budget)?;
+        let (layer, layer_frames, header) = layer_of(
+            spec,
+            &storage,
+            (index == 0, writable),
+            frame_budget,
+            options.sizes,
+        )?;
         layers.push(layer);
         frames.push(layer_frames);
         headers.push(header);
@@ -76,9 +81,8 @@ pub(crate) fn open<S: Storage>(
 
 pub(crate) fn share(layers: Vec<Layer>, frames: Vec<Frames>, options: Options) -> Arc<Shared> {
     Arc::new(Shared {
-        skips: Skips::of(&layers),
+        skips: Skips::of(&layers, options.sizes.skips),
         layers,
-        options,
         pins: Arc::new(Pins::new()),
         locks: Arc::new(ClusterLocks::new()),
         meta: Mutex::new(Meta {
@@ -90,7 +94,7 @@ pub(crate) fn share(layers: Vec<Layer>, frames: Vec<Frames>, options: Options) -
             owners: Owners::default(),
         }),
         mail: Mutex::new(Mail::default()),
-        decoded: DecodedCache::default(),
+        decoded: DecodedCache::new(options.sizes.decoded_bytes),
         poisoned: AtomicBool::new(false),
         gate_closed: AtomicBool::new(false),
         closed: AtomicBool::new(false),
@@ -98,6 +102,7 @@ pub(crate) fn share(layers: Vec<Layer>, frames: Vec<Frames>, options: Options) -
         serialize_writes: AtomicBool::new(false),
         generation: AtomicU64::new(0),
         stats: Stats::default(),
+        options,
     })
 }
 
@@ -118,7 +123,7 @@ pub fn check_image<S: Storage>(
         name,
         format: LayerFormat::Raw,
     };
-    let (layer, frames, _) = layer_of(spec, &storage, (true, false), 0)?;
+    let (layer, frames, _) = layer_of(spec, &storage, (true, false), 0, Sizes::default())?;
     let options = Options {
         read_only: repair == Repair::None,
         ..Options::default()
@@ -136,6 +141,7 @@ fn layer_of<S: Storage>(
     storage: &S,
     (is_image, writable): (bool, bool),
     frame_budget: u64,
+    mut sizes: Sizes,
 ) -> Result<(Layer, Frames, Option<Box<Header>>)> {
     let LayerSpec { file, name, format } = spec;
     match format {
@@ -153,7 +159,7 @@ fn layer_of<S: Storage>(
                 size: AtomicU64::new(size),
                 kind: LayerKind::Raw,
             };
-            Ok((layer, Frames::new(0), None))
+            Ok((layer, Frames::new(0, 0), None))
         }
         LayerFormat::Qcow2(header) => {
             let format_error = |source| Error::Format {
@@ -172,8 +178,11 @@ fn layer_of<S: Storage>(
                     ),
                 });
             }
-            let slice_bytes = limits::SLICE_BYTES.min(geometry.cluster_bytes());
-            let max_frames = to_usize(frame_budget / slice_bytes).max(limits::MIN_FRAMES);
+            // A slice is read and written by itself.
+            sizes.slice_bytes = sizes
+                .slice_bytes
+                .clamp(alignment, geometry.cluster_bytes().max(alignment));
+            let max_frames = to_usize(frame_budget / sizes.slice_bytes).max(sizes.min_frames);
             let tables = u64::from(header.l1_entries);
             // The image may grow here, and in a pause by another process, also where it is only read.
             let max_tables = if is_image {
@@ -184,7 +193,7 @@ fn layer_of<S: Storage>(
             let kind = LayerKind::Qcow2(Qcow2Layer {
                 geometry,
                 compression: header.compression,
-                map: Map::new(geometry, (tables, max_tables), max_frames),
+                map: Map::new(geometry, (tables, max_tables), max_frames, &sizes),
             });
             let size = AtomicU64::new(usable_size(&header));
             Ok((
@@ -194,7 +203,7 @@ fn layer_of<S: Storage>(
                     size,
                     kind,
                 },
-                Frames::new(max_frames),
+                Frames::new(max_frames, sizes.dirty_slices),
                 Some(header),
             ))
         }
@@ -329,7 +338,10 @@ async fn writable_state<S: Storage>(
     }
     let owners = collect_owners(worker, header, &geometry, &table).await?;
     worker.shared.meta.lock().owners = owners;
-    let refcounts = Refcounts::new(geometry, table, worker.shared.options.refcount_cache_slices);
+    let options = &worker.shared.options;
+    let alignment = u64::from(worker.reactor.properties(IMAGE).alignment);
+    let slice_bytes = options.sizes.refcount_slice_bytes.max(alignment);
+    let refcounts = Refcounts::new(geometry, table, options.refcount_cache_slices, slice_bytes);
     let place = TablePlace {
         offset: header.refcount_table.0,
         clusters: u64::from(header.refcount_table_clusters),

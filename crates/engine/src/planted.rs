@@ -70,6 +70,18 @@ pub enum Bug {
     EarlyL1Table = 30,
     /// A backing file that ends early is passed over as if it had nothing, and what lies beneath it shows.
     SkipsShortLayer = 31,
+    /// A changed slice of an L2 table in use is written one slice too early, from the table's third on.
+    ThirdSliceMisplaced = 32,
+    /// A changed sector of the L1 table is written over the first, whichever it is.
+    SecondL1SectorMisplaced = 33,
+    /// The third slice of a refcount block is written in the place of the first.
+    WrongCountsSlice = 34,
+    /// The cache of refcounts keeps all that a commit has cleaned.
+    CountsNeverShrink = 35,
+    /// A raw backing file that ends inside a sector is taken to end before it.
+    OddEndCutOff = 36,
+    /// The last cluster of a disk that ends in it counts as whole when the disk grows: what it holds beyond the old end shows.
+    PartialClusterTakenWhole = 37,
     /// A block status says zero of what the image leaves to its backing file.
     StatusHidesBacking = 40,
     /// A block status past the end of a shorter backing file names that file, and not the layer above.
@@ -86,7 +98,7 @@ pub enum Bug {
 
 impl Bug {
     /// Every planted bug.
-    pub const ALL: [Self; 37] = [
+    pub const ALL: [Self; 43] = [
         Self::RefcountsAfterPointers,
         Self::NoBarrierBeforePointers,
         Self::EarlyL1Entry,
@@ -118,6 +130,12 @@ impl Bug {
         Self::GrowthShowsBacking,
         Self::EarlyL1Table,
         Self::SkipsShortLayer,
+        Self::ThirdSliceMisplaced,
+        Self::SecondL1SectorMisplaced,
+        Self::WrongCountsSlice,
+        Self::CountsNeverShrink,
+        Self::OddEndCutOff,
+        Self::PartialClusterTakenWhole,
         Self::StatusHidesBacking,
         Self::StatusBelowTheEnd,
         Self::KeepsDecoded,

@@ -3,7 +3,6 @@
 use urus_format::CompressedExtent;
 
 use crate::error::{Error, Result};
-use crate::limits;
 use crate::resolve::Piece;
 use crate::shared::Shared;
 use crate::storage::{FileId, Memory, OpKind, Storage};
@@ -22,7 +21,7 @@ impl<S: Storage> Worker<S> {
         memory: S::Memory,
     ) -> Result<()> {
         let total = memory.len() as u64;
-        let mut running = Window::new(limits::PARTS_AT_ONCE);
+        let mut running = Window::new(self.shared.options.sizes.parts_at_once);
         // (file, host offset, start in memory, bytes) that may still grow.
         let mut open: Option<(FileId, u64, u64, u64)> = None;
         let mut done = 0;

@@ -6,7 +6,6 @@ use std::future::poll_fn;
 use std::task::Poll;
 
 use crate::error::{Error, Result};
-use crate::limits;
 use crate::maintenance::Device;
 use crate::planted::{self, Bug};
 use crate::shared::{Removed, Shared};
@@ -41,9 +40,8 @@ fn left(refcount: u64, lost: u64) -> Left {
 }
 
 /// Takes clusters of one step off the front of `todo`: how many references each has lost.
-fn take_step(todo: &mut VecDeque<(u64, u64)>) -> BTreeMap<u64, u64> {
+fn take_step(todo: &mut VecDeque<(u64, u64)>, mut room: u64) -> BTreeMap<u64, u64> {
     let mut lost = BTreeMap::new();
-    let mut room = limits::SETTLE_STEP_CLUSTERS;
     while room > 0
         && let Some((first, count)) = todo.front_mut()
     {
@@ -170,17 +168,16 @@ impl<S: Storage> Device<S> {
         let kept = std::mem::take(&mut *self.unsettled.borrow_mut());
         let ready = ready.iter().map(|removed| (removed.first, removed.count));
         let mut todo: VecDeque<(u64, u64)> = ready.chain(kept).collect();
+        let step = self.shared().options.sizes.settle_step_clusters;
         while !todo.is_empty() {
-            let result = self.settle_step(take_step(&mut todo)).await;
+            let result = self.settle_step(take_step(&mut todo, step)).await;
             if result.is_err() {
                 self.unsettled.borrow_mut().extend(todo);
                 return result;
             }
-            let most = self.image().allocator.refcounts.most_slices();
+            let (_, dirty, most) = self.image().allocator.refcounts.cached();
             // Not within a commit, as the planted bug O6 has it.
-            if self.image().allocator.refcounts.dirty_slices() > most
-                && !planted::is(Bug::EarlyDecrement)
-            {
+            if dirty > most && !planted::is(Bug::EarlyDecrement) {
                 // A failed commit is told to those who flush; the refcounts stay dirty.
                 let _: Result<()> = self.flush().await;
             }
@@ -293,7 +290,7 @@ impl<S: Storage> Device<S> {
         }
         let bits = self.image().allocator.refcounts.geometry.cluster_bits();
         let outcomes = std::cell::RefCell::new(vec![false; ranges.len()]);
-        let mut running: Window<'_, Error> = Window::new(limits::PARTS_AT_ONCE);
+        let mut running: Window<'_, Error> = Window::new(self.shared().options.sizes.parts_at_once);
         for (index, (first, count)) in ranges.iter().enumerate() {
             let (offset, len) = (first << bits, count << bits);
             let outcomes = &outcomes;
@@ -348,17 +345,17 @@ mod tests {
     /// A step is bounded, whatever the runs are; a cluster that occurs twice has lost two references.
     #[test]
     fn a_step_takes_a_bounded_part_of_what_was_removed() {
-        let step = limits::SETTLE_STEP_CLUSTERS;
+        let step = 4096;
         let mut todo = VecDeque::from([(10, 3), (11, 1), (100, 2 * step)]);
-        let first = take_step(&mut todo);
+        let first = take_step(&mut todo, step);
         assert_eq!(first.values().sum::<u64>(), step);
         assert_eq!((first[&10], first[&11], first[&12]), (1, 2, 1));
         assert_eq!(first.keys().last().copied(), Some(100 + step - 5));
-        assert_eq!(take_step(&mut todo).len() as u64, step);
+        assert_eq!(take_step(&mut todo, step).len() as u64, step);
         assert_eq!(todo, [(96 + 2 * step, 4)]);
-        let last = take_step(&mut todo);
+        let last = take_step(&mut todo, step);
         assert_eq!((last.len(), last[&(96 + 2 * step)]), (4, 1));
-        assert!(todo.is_empty() && take_step(&mut todo).is_empty());
+        assert!(todo.is_empty() && take_step(&mut todo, step).is_empty());
     }
 
     #[test]

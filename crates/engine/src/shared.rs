@@ -52,6 +52,9 @@ pub struct Options {
     pub refcount_cache_slices: usize,
     /// Discarded and otherwise freed clusters are given back to the file system.
     pub discard: bool,
+    /// For the simulator.
+    #[doc(hidden)]
+    pub sizes: limits::Sizes,
 }
 
 impl Default for Options {
@@ -61,6 +64,7 @@ impl Default for Options {
             l2_cache_bytes: limits::DEFAULT_L2_CACHE_BYTES,
             refcount_cache_slices: limits::REFCOUNT_CACHE_SLICES,
             discard: true,
+            sizes: limits::Sizes::default(),
         }
     }
 }

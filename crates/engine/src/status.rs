@@ -3,10 +3,10 @@
 use urus_format::L2Entry;
 
 use crate::error::Result;
-use crate::limits;
 use crate::planted::{self, Bug};
 use crate::request::Extent;
 use crate::resolve::LayerEntry;
+use crate::seen::{Way, note};
 use crate::shared::LayerKind;
 use crate::storage::Storage;
 use crate::worker::Worker;
@@ -19,10 +19,13 @@ impl<S: Storage> Worker<S> {
         while done < len {
             let extent = self.extent_at(offset + done, len - done).await?;
             done += extent.len;
-            let full = extents.len() == limits::STATUS_EXTENTS;
+            let full = extents.len() >= self.shared.options.sizes.status_extents;
             match extents.last_mut() {
                 Some(last) if continues(last, &extent) => last.len += extent.len,
-                _ if full => break,
+                _ if full => {
+                    note(Way::StatusFull, || true);
+                    break;
+                }
                 _ => extents.push(extent),
             }
         }

@@ -4,9 +4,9 @@ use urus_format::{ClusterIndex, GuestCluster, GuestOffset, HostOffset, L2Entry};
 
 use crate::change::Outcome;
 use crate::error::Result;
-use crate::limits;
 use crate::planted::{self, Bug};
 use crate::resolve::LayerEntry;
+use crate::seen::{Way, note};
 use crate::shared::{LayerKind, Run, Shared};
 use crate::storage::{FileId, IMAGE, Memory, OpKind, Storage};
 use crate::to_usize;
@@ -47,7 +47,7 @@ impl<S: Storage> Worker<S> {
     async fn write_mapped(&self, offset: u64, memory: S::Memory) -> Result<()> {
         let geometry = self.image().geometry;
         let total = memory.len() as u64;
-        let mut running = Window::new(limits::PARTS_AT_ONCE);
+        let mut running = Window::new(self.shared.options.sizes.parts_at_once);
         let mut done = 0;
         let mut failed = None;
         while done < total {
@@ -89,7 +89,8 @@ impl<S: Storage> Worker<S> {
     fn changing_bytes(&self, at: u64, len: u64) -> u64 {
         let geometry = self.image().geometry;
         let mut bytes = (geometry.cluster_bytes() - geometry.in_cluster(at)).min(len);
-        let limit = len.min(limits::WRITE_STEP_CLUSTERS << geometry.cluster_bits());
+        let most = self.shared.options.sizes.write_step_clusters;
+        let limit = len.min(most << geometry.cluster_bits());
         while bytes < limit {
             match self.layer_entry(0, at + bytes) {
                 LayerEntry::Entry(L2Entry::Data { copied, .. }) if writable_in_place(copied) => {
@@ -99,6 +100,7 @@ impl<S: Storage> Worker<S> {
                 LayerEntry::Miss(_) | LayerEntry::Bad(_) => break,
             }
         }
+        note(Way::WriteStep, || bytes == limit && limit < len);
         bytes
     }
 
@@ -214,6 +216,11 @@ impl<S: Storage> Worker<S> {
         let geometry = self.image().geometry;
         let want = self.fresh_clusters(at, memory.len() as u64).await?;
         let run = self.take_clusters(want).await?;
+        note(Way::ShortRun, || run.count < want);
+        note(Way::PartialCluster, || {
+            at + memory.len() as u64 == self.shared.size()
+                && geometry.in_cluster(self.shared.size()) != 0
+        });
         let start = geometry.in_cluster(at);
         let bytes = ((run.count << geometry.cluster_bits()) - start).min(memory.len() as u64);
         let memory = memory.slice(0, to_usize(bytes));
@@ -347,6 +354,7 @@ impl<S: Storage> Worker<S> {
                 return Err(error);
             }
             done += part.count;
+            note(Way::PublishedAcrossSlices, || done < run.count);
         }
         Ok(())
     }
@@ -363,7 +371,7 @@ impl<S: Storage> Worker<S> {
         let align = u64::from(properties.alignment);
         let data_end = data_host + memory.len() as u64;
         let apart = |bytes: u64| {
-            bytes >= limits::ZERO_RANGE_FROM_BYTES
+            bytes >= self.shared.options.sizes.zero_range_from_bytes
                 && properties.can_zero_range
                 && data_host.is_multiple_of(align)
                 && data_end.is_multiple_of(align)
@@ -375,7 +383,7 @@ impl<S: Storage> Worker<S> {
         };
         let mut first = data_host;
         let mut parts = Vec::with_capacity(3);
-        let mut running = Window::new(limits::PARTS_AT_ONCE);
+        let mut running = Window::new(self.shared.options.sizes.parts_at_once);
         match head {
             Filler::None | Filler::Zero(0) => {}
             Filler::Zero(bytes) if apart(bytes) => {
@@ -411,6 +419,7 @@ impl<S: Storage> Worker<S> {
     }
 
     async fn zero_range(&self, offset: u64, len: u64) -> Result<()> {
+        note(Way::ZeroRange, || true);
         self.simple("zero range", IMAGE, offset, len, || OpKind::ZeroRange {
             offset,
             len,

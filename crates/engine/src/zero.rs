@@ -4,9 +4,9 @@ use urus_format::{GuestCluster, GuestOffset, L2Entry};
 
 use crate::change::Outcome;
 use crate::error::{Error, Result};
-use crate::limits;
 use crate::planted::{self, Bug};
 use crate::resolve::LayerEntry;
+use crate::seen::{Way, note};
 use crate::shared::LayerKind;
 use crate::storage::{IMAGE, OpKind, Storage};
 use crate::worker::Worker;
@@ -76,9 +76,11 @@ impl<S: Storage> Worker<S> {
     /// Writes zeroes as data.
     async fn write_zeroes(&self, offset: u64, len: u64) -> Result<()> {
         let mut done = 0;
+        let most = self.shared.options.sizes.zero_buffer_bytes;
+        note(Way::ZeroBuffers, || len > most);
         while done < len {
             self.shared.check_not_cut_short()?;
-            let step = (len - done).min(limits::ZERO_BUFFER_BYTES);
+            let step = (len - done).min(most);
             let zeroes = self.reactor.allocate(step);
             self.write_guest(offset + done, zeroes).await?;
             done += step;
@@ -97,6 +99,9 @@ impl<S: Storage> Worker<S> {
         } else {
             end / cluster_bytes
         };
+        note(Way::PartialClusterCleared, || {
+            first < last && last * cluster_bytes > end
+        });
         if first >= last {
             return if how == Clearing::Discard {
                 Ok(())
@@ -160,7 +165,9 @@ impl<S: Storage> Worker<S> {
                 continue;
             }
             let in_slice = image.map.slice_entries() - (next & (image.map.slice_entries() - 1));
-            let count = in_slice.min(last - next).min(limits::ZERO_STEP_CLUSTERS);
+            let most = self.shared.options.sizes.zero_step_clusters;
+            let count = in_slice.min(last - next).min(most);
+            note(Way::ZeroStep, || count == most && most < in_slice);
             self.clear_step(GuestCluster(next), count, how, backed)
                 .await?;
             next += count;
@@ -218,7 +225,7 @@ impl<S: Storage> Worker<S> {
         let len = end - offset;
         let geometry = self.image().geometry;
         let within = geometry.in_cluster(offset);
-        if within != 0 {
+        if within != 0 && !planted::is(Bug::PartialClusterTakenWhole) {
             let part = len.min(geometry.cluster_bytes() - within);
             let entry = self.loaded_entry(GuestOffset(offset).0).await?;
             if !matches!(

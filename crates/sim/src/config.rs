@@ -1,5 +1,6 @@
 //! What is simulated: the image, the chain, the device's options and the machine's behaviour.
 
+use urus_engine::limits::Sizes;
 use urus_engine::storage::FileId;
 use urus_engine::{LayerFormat, LayerSpec, Options};
 use urus_format::{Compression, Header};
@@ -7,7 +8,7 @@ use urus_format::{Compression, Header};
 use crate::contents::index;
 use crate::image;
 use crate::rng::Rng;
-use crate::stamp::Content;
+use crate::stamp::{Content, content, stamp_until};
 use crate::workload::Load;
 use crate::world::{FileSpec, SimConfig};
 
@@ -92,12 +93,22 @@ pub struct Config {
     pub load: Load,
     /// Completed writes outlive the process; it is also killed.
     pub outlives: bool,
+    /// What else small images never reach.
+    pub sizes: Sizes,
+    /// Slices of refcounts that are kept though they are clean; none: as many as the engine keeps.
+    pub refcount_slices: Option<usize>,
+    /// The disk's size is drawn by lot: as said, or a sector or a cluster more or less, or some slices less.
+    pub around: bool,
+    /// So many bytes more than whole sectors have the raw files (24 at least, so that a stamp says whose they are, or none).
+    pub odd: usize,
 }
 
 /// Versions of stamps in backing files.
 const BACKING_VERSIONS: u64 = 1 << 20;
 /// Versions of stamps in images that take another's place, for each.
 const SWAPPED_VERSIONS: u64 = 1 << 24;
+/// What stands behind the last whole sector of a raw image that has a part of one.
+pub const ODD: u8 = 0x6f;
 /// Versions of stamps that the workload writes.
 pub const FIRST_VERSION: u64 = 1 << 32;
 
@@ -149,7 +160,30 @@ impl Config {
             behaviour: Behaviour::Any,
             load: Load::Mixed,
             outlives: false,
+            sizes: Sizes::default(),
+            refcount_slices: None,
+            around: false,
+            odd: 0,
         }
+    }
+
+    /// What is drawn by lot for each workload, drawn.
+    #[must_use]
+    pub fn settled(&self, rng: &mut Rng) -> Self {
+        let mut config = self.clone();
+        if self.around {
+            let cluster = self.cluster_sectors();
+            let slice = self.sizes.slice_bytes / 8 * cluster;
+            let most = (self.sectors / 2 / slice).min(2);
+            let sectors = self.sectors - slice * rng.below(most + 1);
+            let more = [0, 1, cluster, cluster + 1];
+            let less = [1, cluster, cluster + 1];
+            config.sectors = match rng.index(more.len() + less.len()) {
+                drawn if drawn < more.len() => sectors + more[drawn],
+                drawn => sectors - less[drawn - more.len()],
+            };
+        }
+        config
     }
 
     /// Sectors of a cluster.
@@ -181,7 +215,9 @@ impl Config {
                     }
                 })
                 .collect();
-            (image::bytes_of(&contents), contents, None)
+            let mut bytes = image::bytes_of(&contents);
+            bytes.extend(std::iter::repeat_n(ODD, self.odd));
+            (bytes, contents, None)
         } else {
             let built = self.image(behind.as_deref(), self.sectors, 0, rng);
             let snapshot = built.snapshot.map(|contents| image::bytes_of(&contents));
@@ -258,7 +294,14 @@ impl Config {
                         }
                     })
                     .collect();
-                let bytes = image::bytes_of(&contents);
+                let mut bytes = image::bytes_of(&contents);
+                let mut contents = contents;
+                if self.odd > 0 {
+                    let mut sector = vec![0; 512];
+                    stamp_until(&mut sector, sectors, BACKING_VERSIONS, self.odd);
+                    contents.push(content(&sector, sectors));
+                    bytes.extend_from_slice(&sector[..self.odd]);
+                }
                 (Some(contents), vec![(bytes, true)])
             }
             Backing::Qcow2(percent) => {
@@ -296,6 +339,10 @@ impl Config {
         if self.cache_bytes == 0 {
             options.refcount_cache_slices = 2;
         }
+        if let Some(slices) = self.refcount_slices {
+            options.refcount_cache_slices = slices;
+        }
+        options.sizes = self.sizes;
         options.discard = self.discard;
         options
     }
@@ -777,6 +824,8 @@ pub fn all() -> Vec<Config> {
     .chain(swapped())
     .chain(miscounted())
     .chain(unsupported())
+    .chain(large_in_small())
+    .chain(odd_sizes())
     .collect()
 }
 
@@ -943,6 +992,291 @@ fn miscounted() -> Vec<Config> {
             refcount_order: 0,
             fill: 96,
             ..c("miscounted, 1-bit refcounts")
+        },
+    ]
+}
+
+/// Every size of the engine so small that a small disk is as large for it as any.
+pub const TINY: Sizes = Sizes {
+    slice_bytes: 128,
+    refcount_slice_bytes: 128,
+    min_frames: 8,
+    near_tables: 2,
+    scan_slices: 3,
+    run_clusters: 6,
+    run_bytes: 1 << 20,
+    grow_bytes_min: 2048,
+    grow_bytes_max: 8192,
+    pending_frees: 6,
+    decoded_bytes: 1536,
+    zero_step_clusters: 5,
+    write_step_clusters: 4,
+    zero_buffer_bytes: 1024,
+    zero_range_from_bytes: 512,
+    status_extents: 3,
+    skips: 8,
+    table_unit_bytes: 64,
+    dirty_slices: 12,
+    pending_changes: 16,
+    parts_at_once: 3,
+    commit_window_bytes: 4096,
+    joined_bytes: 256,
+    settle_step_clusters: 3,
+};
+
+/// What only large images have: tables of many slices, L1 tables of many sectors, refcount blocks larger than their cache, caches that have
+/// grown past their bound.
+fn large_in_small() -> Vec<Config> {
+    let c = |name| Config {
+        sizes: TINY,
+        cache_bytes: 8192,
+        refcount_slices: Some(3),
+        ..Config::small(name)
+    };
+    let slices = |bytes, refcounts| Sizes {
+        slice_bytes: bytes,
+        refcount_slice_bytes: refcounts,
+        ..Sizes::default()
+    };
+    vec![
+        // What found fastest when bugs were planted by hand.
+        Config {
+            load: Load::Churn,
+            behaviour: Behaviour::Slow,
+            queues: 3,
+            sectors: 24,
+            ..Config::small("churn, slow, three queues, 24 sectors")
+        },
+        Config {
+            load: Load::Churn,
+            behaviour: Behaviour::Slow,
+            queues: 3,
+            sectors: 40,
+            sizes: slices(64, 64),
+            ..c("slices, churn, 40 sectors")
+        },
+        Config {
+            fill: 96,
+            queues: 2,
+            sizes: slices(128, 128),
+            ..c("slices")
+        },
+        Config {
+            fill: 64,
+            queues: 3,
+            depth: 16,
+            sectors: 640,
+            cache_bytes: 0,
+            refcount_slices: Some(1),
+            behaviour: Behaviour::Slow,
+            load: Load::Scattered,
+            ..c("slices, tiny cache, scattered")
+        },
+        Config {
+            fill: 160,
+            snapshot: true,
+            queues: 2,
+            cache_bytes: 0,
+            ..c("slices, snapshot")
+        },
+        Config {
+            fill: 100,
+            queues: 2,
+            refcount_order: 6,
+            refcount_slices: Some(1),
+            far: Some(64 * 8 - 12),
+            sectors: 640,
+            sizes: Sizes {
+                slice_bytes: 64,
+                refcount_slice_bytes: 64,
+                ..TINY
+            },
+            ..c("slices of 64 bytes, 64-bit refcounts")
+        },
+        Config {
+            fill: 200,
+            queues: 2,
+            refcount_order: 5,
+            refcount_slices: Some(2),
+            sizes: slices(512, 64),
+            load: Load::Churn,
+            ..c("refcount blocks larger than their cache")
+        },
+        Config {
+            fill: 6,
+            queues: 2,
+            sectors: 1280,
+            load: Load::Scattered,
+            cache_bytes: 1 << 20,
+            sizes: Sizes {
+                table_unit_bytes: 64,
+                ..slices(128, 4096)
+            },
+            ..c("small units of L1")
+        },
+        Config {
+            fill: 3,
+            queues: 2,
+            sectors: 66 * 64,
+            load: Load::Scattered,
+            ..Config::small("two sectors of L1")
+        },
+        Config {
+            fill: 12,
+            sectors: 62 * 64,
+            grows: 300,
+            cache_bytes: 0,
+            sizes: slices(128, 128),
+            ..c("grows into a second sector of L1")
+        },
+        Config {
+            fill: 64,
+            queues: 2,
+            grows: 300,
+            ..c("slices, grows")
+        },
+        Config {
+            fill: 64,
+            queues: 2,
+            outlives: true,
+            ..c("slices, outlives")
+        },
+        Config {
+            fill: 220,
+            queues: 2,
+            compressed: Some(Compression::Zstd),
+            ..c("small steps, compressed")
+        },
+        Config {
+            fill: 128,
+            cluster_bits: 12,
+            sectors: 1024,
+            queues: 2,
+            sizes: Sizes {
+                slice_bytes: 512,
+                refcount_slice_bytes: 512,
+                run_bytes: 16 << 10,
+                ..TINY
+            },
+            alignment: 512,
+            ..c("slices, 4K, direct I/O")
+        },
+        Config {
+            fill: 48,
+            queues: 2,
+            cache_bytes: 0,
+            backing: Backing::Chain(100, 70),
+            ..c("slices, chain")
+        },
+        Config {
+            fill: 64,
+            queues: 2,
+            device: true,
+            discard: false,
+            ..c("slices, block device")
+        },
+        Config {
+            fill: 96,
+            version: 2,
+            snapshot: true,
+            compressed: Some(Compression::Deflate),
+            refcount_slices: Some(1),
+            ..c("slices, version 2")
+        },
+    ]
+}
+
+/// Disks and raw files that end where nobody expects it: just before or behind the border of a slice, a table, a cluster or a sector.
+fn odd_sizes() -> Vec<Config> {
+    let c = |name| Config {
+        around: true,
+        ..Config::small(name)
+    };
+    let slices = Sizes {
+        slice_bytes: 128,
+        refcount_slice_bytes: 128,
+        ..Sizes::default()
+    };
+    vec![
+        Config {
+            fill: 96,
+            queues: 2,
+            sizes: slices,
+            ..c("ends at borders")
+        },
+        Config {
+            fill: 96,
+            cluster_bits: 10,
+            sectors: 256,
+            queues: 2,
+            sizes: slices,
+            backing: Backing::Qcow2(130),
+            ..c("ends at borders, 1K, backed")
+        },
+        Config {
+            fill: 96,
+            cluster_bits: 12,
+            sectors: 384,
+            sizes: Sizes {
+                slice_bytes: 64,
+                ..slices
+            },
+            snapshot: true,
+            ..c("ends at borders, 4K, snapshot")
+        },
+        Config {
+            fill: 64,
+            cluster_bits: 12,
+            sectors: 512,
+            alignment: 512,
+            sizes: Sizes {
+                slice_bytes: 512,
+                ..slices
+            },
+            backing: Backing::Raw(73),
+            odd: 488,
+            ..c("ends in a cluster, odd raw backing, direct I/O")
+        },
+        Config {
+            fill: 48,
+            cluster_bits: 11,
+            backing: Backing::Raw(90),
+            odd: 100,
+            queues: 2,
+            sizes: slices,
+            ..c("ends in a cluster, odd raw backing")
+        },
+        Config {
+            fill: 64,
+            cluster_bits: 12,
+            compressed: Some(Compression::Deflate),
+            version: 2,
+            sizes: slices,
+            ..c("ends in a cluster, version 2")
+        },
+        Config {
+            fill: 128,
+            raw: true,
+            odd: 300,
+            queues: 2,
+            ..Config::small("raw, odd")
+        },
+        Config {
+            fill: 128,
+            raw: true,
+            odd: 300,
+            alignment: 512,
+            ..Config::small("raw, odd, direct I/O")
+        },
+        Config {
+            fill: 64,
+            cluster_bits: 12,
+            sectors: 335,
+            grows: 150,
+            backing: Backing::Raw(80),
+            odd: 24,
+            sizes: slices,
+            ..Config::small("grows in a cluster over odd raw backing")
         },
     ]
 }

@@ -1,10 +1,11 @@
 //! Against a flat array: any bytes, any alignment, and no cuts. All cluster sizes and refcount widths.
 
 use urus_engine::Control;
+use urus_engine::limits::Sizes;
 use urus_engine::request::RequestKind;
 use urus_engine::storage::FileId;
 
-use crate::config::{Backing, Config};
+use crate::config::{Backing, Config, TINY};
 use crate::contents::index;
 use crate::judge::Scene;
 use crate::machine::Machine;
@@ -61,6 +62,25 @@ pub fn config(number: u64, rng: &mut Rng) -> Config {
         _ => 1,
     };
     config.device = rng.chance(24);
+    if rng.chance(128) {
+        // Whatever a slice is, in whatever cluster.
+        let slice = |rng: &mut Rng| 1 << (6 + rng.below(7));
+        let unit = u64::from(config.alignment);
+        config.sizes = Sizes {
+            slice_bytes: slice(rng),
+            refcount_slice_bytes: slice(rng),
+            zero_buffer_bytes: unit.max(512) << rng.below(4),
+            ..TINY
+        };
+        config.refcount_slices = Some(1 + rng.index(6));
+        config.cache_bytes = 16 << 10;
+    }
+    if rng.chance(24) {
+        (config.raw, config.device, config.backing) = (true, false, Backing::None);
+    }
+    if config.raw || matches!(config.backing, Backing::Raw(_)) {
+        config.odd = [0, 24 + rng.index(512 - 24)][rng.index(2)];
+    }
     config
 }
 
@@ -111,7 +131,11 @@ fn attempt(
     let scene = Scene::new(config, &mut rng.fork(1));
     let mut files = scene.files().to_vec();
     let mut flat = Flat {
-        bytes: crate::image::bytes_of(&scene.fixture.initial),
+        bytes: if config.raw {
+            files[0].bytes().to_vec()
+        } else {
+            crate::image::bytes_of(&scene.fixture.initial)
+        },
         flights: Vec::new(),
         rng: rng.fork(2),
         requests: 0,

@@ -11,7 +11,7 @@ use urus_format::{
 
 use crate::contents::index;
 use crate::rng::Rng;
-use crate::stamp::{Content, stamp};
+use crate::stamp::{Content, stamp, stamp_until};
 
 /// What to build.
 #[derive(Clone, Debug)]
@@ -442,8 +442,10 @@ pub fn backing_name(name: &str, format: &str) -> BackingName {
 pub fn bytes_of(contents: &[Content]) -> Vec<u8> {
     let mut bytes = vec![0; contents.len() * 512];
     for ((lba, content), sector) in (0..).zip(contents).zip(bytes.chunks_exact_mut(512)) {
-        if let Content::Version(version) = content {
-            stamp(sector, lba, *version);
+        match content {
+            Content::Version(version) => stamp(sector, lba, *version),
+            Content::Cut(version, end) => stamp_until(sector, lba, *version, usize::from(*end)),
+            Content::Zero | Content::Foreign => {}
         }
     }
     bytes

@@ -9,7 +9,7 @@ use urus_engine::{Maintenance, Options, check_image};
 use urus_format::Header;
 
 use crate::checker::{self, GuestReader, Report, Violation};
-use crate::config::{Config, Fixture, layers};
+use crate::config::{Config, Fixture, ODD, layers};
 use crate::contents::{Change, Contents, index};
 use crate::crash::{Class, CrashCursor, Limits, State};
 use crate::fault::Fault;
@@ -47,10 +47,11 @@ impl Scene {
     /// Makes the files of a configuration.
     #[must_use]
     pub fn new(config: &Config, rng: &mut Rng) -> Self {
+        let config = config.settled(rng);
         let fixture = config.fixture(rng);
         let files = fixture.files.iter().cloned().map(FileSpec::into_contents);
         Self {
-            config: config.clone(),
+            config,
             files: files.collect(),
             fixture,
         }
@@ -80,6 +81,13 @@ impl Scene {
         let sizes: Vec<u64> = view.sizes().iter().map(|sectors| sectors * 512).collect();
         let snapshot = view.snapshot().or(self.fixture.snapshot.as_deref());
         let (guest, mut report) = self.read(files, &sizes, snapshot)?;
+        if self.config.raw && self.config.odd > 0 {
+            // What lies behind the last whole sector is nobody's to change.
+            let behind = &files[0].bytes()[index(sizes[0])..];
+            if behind != vec![ODD; self.config.odd] {
+                return Err("what lies behind the last whole sector has changed".to_owned());
+            }
+        }
         if self.is_miscounted(&report) {
             // Whoever opens it for writing counts anew.
             report.leak_count = 0;

@@ -620,6 +620,7 @@ impl Machine {
         }
         let waiting = self.open.len();
         self.settle()?;
+        self.look_over_caches()?;
         if self.open.len() == waiting {
             Ok(true)
         } else {
@@ -705,9 +706,17 @@ impl Machine {
     pub fn close(&mut self) -> Result<(), String> {
         self.drain()?;
         let result = self.control(Control::Close);
+        self.look_over_caches()?;
         self.seats.clear();
         self.maintenance = None;
         result.map_err(|error| format!("closing failed: {error}"))
+    }
+
+    /// None of the engine's caches holds more than it may. Nothing is under way.
+    fn look_over_caches(&self) -> Result<(), String> {
+        let maintenance = self.maintenance.as_ref().expect("the device is open");
+        urus_engine::parts::look_over_caches(maintenance)
+            .map_err(|error| format!("caches: {error}"))
     }
 
     /// Reads the whole disk, in pieces.

@@ -6,6 +6,7 @@ use std::collections::{BTreeSet, HashSet};
 use std::ops::ControlFlow;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
+use urus_engine::seen::{self, Ways};
 use urus_engine::storage::FileId;
 use urus_format::Header;
 
@@ -48,6 +49,8 @@ pub struct Outcome {
     pub syncs: u64,
     /// What each operation of the first life is, where errors were planned.
     pub(crate) kinds: Vec<Kind>,
+    /// Ways through the engine that only large images take, and this has taken.
+    pub ways: Ways,
     /// Names the run.
     pub trace: u64,
     /// What is wrong, and where.
@@ -157,7 +160,9 @@ pub fn run_with(
 /// Runs something that fills an outcome; an error or a panic is its violation.
 pub fn guarded(f: impl FnOnce(&mut Outcome) -> Result<(), String>) -> Outcome {
     let mut outcome = Outcome::default();
+    let _ = seen::take();
     let result = catch_unwind(AssertUnwindSafe(|| f(&mut outcome)));
+    outcome.ways = seen::take();
     outcome.violation = match result {
         Ok(Ok(())) => None,
         Ok(Err(violation)) => Some(violation),
@@ -202,7 +207,7 @@ fn attempt(
     let scene = Scene::new(config, &mut rng.fork(1));
     let files = scene.files();
     let model = Model::new(scene.fixture.initial.clone(), FIRST_VERSION)
-        .with_room(config.sectors + config.grows);
+        .with_room(scene.config.sectors + scene.config.grows);
     let initial = scene
         .judge(files, &model.after_cut(0))
         .map_err(|error| format!("before the first request: {error}"))?;
