@@ -95,8 +95,14 @@ impl<S: Storage> Device<S> {
             // No space: nothing of the sector was written.
             return failure;
         }
+        let mut bytes = before.to_vec();
+        if planted::is(Bug::RestoredAnew)
+            && let Ok(own) = self.with_header(Header::encode)
+        {
+            bytes.copy_from_slice(&own[..before.len()]);
+        }
         let restored = async {
-            self.write_metadata(0, before, Owner::Header).await?;
+            self.write_metadata(0, &bytes, Owner::Header).await?;
             self.data_barrier().await
         }
         .await;

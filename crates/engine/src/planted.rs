@@ -78,11 +78,13 @@ pub enum Bug {
     FeatureBitsAnyVersion = 62,
     /// The snapshot table is taken to be as long as this engine would write it.
     OwnSnapshotTable = 63,
+    /// O28: after a failed write of the header it is written as this engine would lay it out.
+    RestoredAnew = 64,
 }
 
 impl Bug {
     /// Every planted bug.
-    pub const ALL: [Self; 35] = [
+    pub const ALL: [Self; 36] = [
         Self::RefcountsAfterPointers,
         Self::NoBarrierBeforePointers,
         Self::EarlyL1Entry,
@@ -118,6 +120,7 @@ impl Bug {
         Self::StaleHeader,
         Self::FeatureBitsAnyVersion,
         Self::OwnSnapshotTable,
+        Self::RestoredAnew,
     ];
 }
 

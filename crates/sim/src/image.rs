@@ -10,6 +10,7 @@ use urus_format::{
 };
 
 use crate::contents::index;
+use crate::foreign::{self, Foreign};
 use crate::rng::Rng;
 use crate::stamp::{Content, stamp};
 
@@ -28,6 +29,8 @@ pub struct Plan {
     pub far: Option<u64>,
     /// It is marked as not closed, and has an autoclear bit that nobody knows.
     pub left_open: bool,
+    /// Another program than QEMU laid out its header and its snapshot table.
+    pub foreign: Option<Foreign>,
     /// Stamps have versions from here on.
     pub first_version: u64,
     /// Guest sectors as the backing file shows them.
@@ -175,7 +178,10 @@ impl Builder<'_> {
             header.incompatible |= incompatible::DIRTY;
             header.autoclear |= 1 << 40;
         }
-        let bytes = header.encode().expect("a valid header");
+        let bytes = match self.plan.foreign {
+            None => header.encode().expect("a valid header"),
+            Some(foreign) => foreign::lay_out(&header, foreign),
+        };
         // Stale bytes behind the header would be taken for its extensions.
         self.put(0, &vec![0; index(self.cluster())]);
         self.put(0, &bytes);
@@ -351,7 +357,10 @@ impl Builder<'_> {
             icount: None,
             unknown_extra: Vec::new(),
         };
-        let table = encode_table(&[snapshot]).expect("one short snapshot");
+        let table = match self.plan.foreign {
+            None => encode_table(&[snapshot]).expect("one short snapshot"),
+            Some(_) => foreign::snapshot_table(&snapshot, self.cluster()),
+        };
         let bytes = table.len() as u64;
         let place = self.take(self.geometry.clusters_for(bytes));
         self.count(place, bytes, 1);
@@ -445,6 +454,7 @@ pub fn plan(size: u64, cluster_bits: u32, version: u32, refcount_order: u32) -> 
         snapshot: false,
         far: None,
         left_open: false,
+        foreign: None,
         first_version: 1,
         backing: None,
     }

@@ -14,6 +14,7 @@ pub mod crash;
 pub mod errors;
 pub mod fault;
 pub mod flat;
+pub mod foreign;
 pub mod image;
 pub mod judge;
 pub mod log;

@@ -43,6 +43,14 @@ fn homes(bug: Bug) -> &'static [&'static str] {
         Bug::EarlyL1Table => &["grows", "grows, outlives"],
         Bug::SkipsShortLayer => &["chain, short middle, tiny cache", "chain, grows"],
         Bug::EarlyPunch => &["compressed", "zstd", "4-bit, compressed"],
+        Bug::WholeHeader | Bug::RestoredAnew => &[
+            "foreign, name further back, grows",
+            "foreign, unknown extension, left open, grows",
+            "foreign, refcount table grows",
+        ],
+        Bug::StaleHeader => &["grows", "foreign, name further back, grows"],
+        Bug::FeatureBitsAnyVersion => &["foreign, no end marker, version 2, grows"],
+        Bug::OwnSnapshotTable => &["foreign, snapshot"],
         _ => &[],
     }
 }
@@ -50,7 +58,11 @@ fn homes(bug: Bug) -> &'static [&'static str] {
 /// Of three workloads, so many have errors.
 fn with_errors(bug: Bug) -> u64 {
     match bug {
-        Bug::DoubleGiveBack | Bug::NoPoison | Bug::SilentSyncFailure | Bug::SettleAfterFailure => 3,
+        Bug::DoubleGiveBack
+        | Bug::NoPoison
+        | Bug::SilentSyncFailure
+        | Bug::SettleAfterFailure
+        | Bug::RestoredAnew => 3,
         _ => 1,
     }
 }
