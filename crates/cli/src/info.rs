@@ -46,9 +46,7 @@ pub(crate) fn run(args: Args) -> Outcome {
     for info in &chain {
         for fault in info.qcow2.iter().flat_map(|qcow2| &qcow2.faults) {
             let image = info.path.display();
-            complain(&format!(
-                "urus: warning: {image}: {fault}; it cannot be opened"
-            ));
+            complain(&format!("urus: warning: {image}: {fault}"));
         }
     }
     match args.output {

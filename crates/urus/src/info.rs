@@ -240,11 +240,11 @@ fn qcow2_info(file: &OpenFile, path: &Path, header: &Header, mut faults: Vec<Str
         .or_else(|| unsupported.map(|error| error.to_string()));
     let mut told = |error: String| faults.push(error);
     let snapshots = read_snapshots(file, header).unwrap_or_else(|error| {
-        told(format!("the snapshot table: {error}"));
+        told(format!("snapshots are not shown: {error}"));
         Vec::new()
     });
     let bitmaps = read_bitmaps(file, header).unwrap_or_else(|error| {
-        told(format!("the bitmap directory: {error}"));
+        told(format!("bitmaps are not shown: {error}"));
         Vec::new()
     });
     Qcow2Info {
