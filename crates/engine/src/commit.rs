@@ -13,6 +13,8 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use urus_format::{HeaderChange, HostOffset};
+
 use crate::error::{Error, Result};
 use crate::maintenance::Device;
 use crate::map::SliceId;
@@ -224,13 +226,9 @@ impl<S: Storage> Device<S> {
         }
         refcounts.blocks_written(&blocks);
         if let Some(place) = next_place {
-            let switched = self
-                .switch_header(|header| {
-                    header.refcount_table = urus_format::HostOffset(place.offset);
-                    header.refcount_table_clusters =
-                        u32::try_from(place.clusters).expect("at most 8 MiB");
-                })
-                .await;
+            let clusters = u32::try_from(place.clusters).expect("at most 8 MiB");
+            let table = HeaderChange::RefcountTable(HostOffset(place.offset), clusters);
+            let switched = self.switch_header(&[table]).await;
             if let Err(error) = switched {
                 image.allocator.move_failed(place);
                 return Err(error);

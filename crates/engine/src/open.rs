@@ -4,7 +4,9 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
 
-use urus_format::{Geometry, Header, HostOffset, L1Entry, autoclear, incompatible, snapshot};
+use urus_format::{
+    Geometry, Header, HeaderChange, HostOffset, L1Entry, autoclear, incompatible, snapshot,
+};
 
 use crate::alloc::{Allocator, TablePlace};
 use crate::check::{self, CheckReport, Repair};
@@ -13,6 +15,7 @@ use crate::counters::Stats;
 use crate::decoded::DecodedCache;
 use crate::error::{Error, Result};
 use crate::frames::Frames;
+use crate::header;
 use crate::limits::{self, Sizes};
 use crate::maintenance::ImageState;
 use crate::map::Map;
@@ -153,6 +156,10 @@ fn layer_of<S: Storage>(
                 bytes: 0,
                 errno: error.raw_os_error().unwrap_or(5),
             })?;
+            // Whole sectors, as QEMU has it: what the file does not have of the last one reads as zeroes.
+            let size = size
+                .checked_next_multiple_of(limits::SECTOR_BYTES)
+                .unwrap_or(size);
             let layer = Layer {
                 file,
                 name,
@@ -195,7 +202,7 @@ fn layer_of<S: Storage>(
                 compression: header.compression,
                 map: Map::new(geometry, (tables, max_tables), max_frames, &sizes),
             });
-            let size = AtomicU64::new(usable_size(&header));
+            let size = AtomicU64::new(header.disk_bytes());
             Ok((
                 Layer {
                     file,
@@ -208,11 +215,6 @@ fn layer_of<S: Storage>(
             ))
         }
     }
-}
-
-/// Bytes of the virtual disk: whole sectors.
-fn usable_size(header: &Header) -> u64 {
-    header.size & !511
 }
 
 async fn open_image<S: Storage>(
@@ -288,7 +290,7 @@ pub(crate) async fn reload<S: Storage>(
     shared.mail.lock().given_back.clear();
     shared.layers[0]
         .size
-        .store(usable_size(&header), Ordering::Release);
+        .store(header.disk_bytes(), Ordering::Release);
     open_image(worker, header).await
 }
 
@@ -299,7 +301,8 @@ async fn load_l1<S: Storage>(
     header: &Header,
 ) -> Result<()> {
     let layer = &worker.shared.layers[layer_index];
-    let map = &layer.qcow2().expect("only qcow2 layers have a header").map;
+    let qcow2 = layer.qcow2().expect("only qcow2 layers have a header");
+    let map = &qcow2.map;
     if header.l1_entries == 0 {
         return Ok(());
     }
@@ -312,7 +315,8 @@ async fn load_l1<S: Storage>(
         .await?;
     for (index, entry) in bytes.chunks_exact(8).enumerate() {
         let raw = u64::from_be_bytes(entry.try_into().expect("chunks of eight"));
-        if raw != 0 {
+        // An entry of flags alone names no table. One that makes no sense is told when it is needed.
+        if L1Entry::decode(raw, &qcow2.geometry) != Ok(None) {
             map.set_l1(index as u64, raw);
         }
     }
@@ -453,20 +457,19 @@ async fn collect_owners<S: Storage>(
         }
     }
     if header.snapshot_count > 0 {
-        let snapshots = read_snapshots(worker, header).await?;
-        let bytes = snapshot::encode_table(&snapshots)
-            .map_err(|source| Error::Format {
-                file: name.to_owned(),
-                source,
-            })?
-            .len();
+        let mut table = read_snapshots(worker, header).await?;
+        if planted::is(Bug::OwnSnapshotTable)
+            && let Ok(own) = snapshot::encode_table(&table.snapshots)
+        {
+            table.bytes = own.len() as u64;
+        }
         claim(
             header.snapshot_table.0,
-            bytes as u64,
+            table.bytes,
             Owner::Snapshots,
             &|| "the header's snapshot table".to_owned(),
         )?;
-        for (index, snapshot) in snapshots.iter().enumerate() {
+        for (index, snapshot) in table.snapshots.iter().enumerate() {
             snapshot
                 .check_l1(geometry)
                 .map_err(|source| Error::Format {
@@ -485,11 +488,18 @@ async fn collect_owners<S: Storage>(
     Ok(owners)
 }
 
+/// The snapshot table as it is on disk.
+pub(crate) struct SnapshotTable {
+    pub(crate) snapshots: Vec<snapshot::Snapshot>,
+    /// Its length there: entries of other programs may be shorter or longer than those written here (O28).
+    bytes: u64,
+}
+
 /// Reads the snapshot table, no more of it than there is.
-async fn read_snapshots<S: Storage>(
+pub(crate) async fn read_snapshots<S: Storage>(
     worker: &Worker<S>,
     header: &Header,
-) -> Result<Vec<snapshot::Snapshot>> {
+) -> Result<SnapshotTable> {
     let file = worker.shared.image_name();
     let format_error = |source| Error::Format {
         file: file.to_owned(),
@@ -506,8 +516,13 @@ async fn read_snapshots<S: Storage>(
             .read_bytes(IMAGE, header.snapshot_table.0, step)
             .await?;
         match snapshot::table_bytes(&bytes, header.snapshot_count).map_err(format_error)? {
-            snapshot::TableBytes::Exactly(_) => {
-                return snapshot::parse_table(&bytes, header.snapshot_count).map_err(format_error);
+            snapshot::TableBytes::Exactly(table_bytes) => {
+                let snapshots =
+                    snapshot::parse_table(&bytes, header.snapshot_count).map_err(format_error)?;
+                return Ok(SnapshotTable {
+                    snapshots,
+                    bytes: table_bytes,
+                });
             }
             snapshot::TableBytes::AtLeast(need_bytes) if need_bytes > rest => {
                 let source = urus_format::Error::Truncated {
@@ -525,17 +540,16 @@ async fn read_snapshots<S: Storage>(
 /// Unknown autoclear bits promise something that this writer does not keep. Cleared only now, when the open is
 /// known to succeed.
 async fn clear_unknown_autoclear<S: Storage>(worker: &Worker<S>, image: &ImageState) -> Result<()> {
-    let mut header = image.header.borrow().clone();
-    if header.autoclear & !autoclear::KNOWN == 0 {
+    let known = image.header.borrow().autoclear & autoclear::KNOWN;
+    if image.header.borrow().autoclear == known {
         return Ok(());
     }
-    header.autoclear &= autoclear::KNOWN;
-    let bytes = header.encode().map_err(|source| Error::Format {
-        file: worker.shared.image_name().to_owned(),
-        source,
-    })?;
-    let sector = worker.reactor.properties(IMAGE).alignment.max(512) as usize;
-    worker.write_bytes(IMAGE, 0, &bytes[..sector]).await?;
+    // O28: nothing else of the header changes.
+    let before = worker.read_header_sector().await?;
+    let changes = [HeaderChange::Autoclear(known)];
+    let name = worker.shared.image_name();
+    let (after, header) = header::patch(name, &image.header.borrow(), &changes, &before)?;
+    worker.write_bytes(IMAGE, 0, &after).await?;
     worker.barrier().await?;
     *image.header.borrow_mut() = header;
     Ok(())

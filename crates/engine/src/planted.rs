@@ -94,11 +94,21 @@ pub enum Bug {
     PunchTakenForDone = 44,
     /// Zeroes that the file system cannot make of a range of a raw image count as made.
     ZeroTakenForDone = 45,
+    /// O28: a change of the header writes it as this engine would lay it out.
+    WholeHeader = 60,
+    /// O28: a change of the header is put into bytes that were read before another change.
+    StaleHeader = 61,
+    /// O28: feature bits are written in version 2 too, which has other things there.
+    FeatureBitsAnyVersion = 62,
+    /// The snapshot table is taken to be as long as this engine would write it.
+    OwnSnapshotTable = 63,
+    /// O28: after a failed write of the header it is written as this engine would lay it out.
+    RestoredAnew = 64,
 }
 
 impl Bug {
     /// Every planted bug.
-    pub const ALL: [Self; 43] = [
+    pub const ALL: [Self; 48] = [
         Self::RefcountsAfterPointers,
         Self::NoBarrierBeforePointers,
         Self::EarlyL1Entry,
@@ -142,16 +152,22 @@ impl Bug {
         Self::KeepsReserved,
         Self::PunchTakenForDone,
         Self::ZeroTakenForDone,
+        Self::WholeHeader,
+        Self::StaleHeader,
+        Self::FeatureBitsAnyVersion,
+        Self::OwnSnapshotTable,
+        Self::RestoredAnew,
     ];
 }
 
 #[cfg(feature = "planted-bugs")]
 mod switch {
     use super::Bug;
-    use std::cell::Cell;
+    use std::cell::{Cell, RefCell};
 
     thread_local! {
         static PLANTED: Cell<Bug> = const { Cell::new(Bug::None) };
+        static KEPT: RefCell<Option<Vec<u8>>> = const { RefCell::new(None) };
     }
 
     /// Plants a bug on this thread (the simulator runs a whole device on one).
@@ -162,14 +178,35 @@ mod switch {
     pub(crate) fn is(bug: Bug) -> bool {
         PLANTED.with(Cell::get) == bug
     }
+
+    /// Bytes that a bug uses later than it should.
+    pub(crate) fn keep(bytes: Option<Vec<u8>>) {
+        KEPT.set(bytes);
+    }
+
+    pub(crate) fn kept() -> Option<Vec<u8>> {
+        if is(Bug::StaleHeader) {
+            KEPT.with_borrow(Clone::clone)
+        } else {
+            None
+        }
+    }
 }
 
 #[cfg(feature = "planted-bugs")]
-pub(crate) use switch::is;
-#[cfg(feature = "planted-bugs")]
 pub use switch::plant;
+#[cfg(feature = "planted-bugs")]
+pub(crate) use switch::{is, keep, kept};
 
 #[cfg(not(feature = "planted-bugs"))]
 pub(crate) const fn is(_bug: Bug) -> bool {
     false
+}
+
+#[cfg(not(feature = "planted-bugs"))]
+pub(crate) fn keep(_bytes: Option<Vec<u8>>) {}
+
+#[cfg(not(feature = "planted-bugs"))]
+pub(crate) const fn kept() -> Option<Vec<u8>> {
+    None
 }

@@ -6,6 +6,7 @@ use urus_engine::{LayerFormat, LayerSpec, Options};
 use urus_format::{Compression, Header};
 
 use crate::contents::index;
+use crate::foreign::Foreign;
 use crate::image;
 use crate::rng::Rng;
 use crate::stamp::{Content, content, stamp_until};
@@ -69,6 +70,8 @@ pub struct Config {
     pub miscounted: bool,
     /// Another process may put another image in its place while the device is paused.
     pub swaps: bool,
+    /// Another program than QEMU laid out its header and its snapshot table.
+    pub foreign: Option<Foreign>,
     /// The file behind it.
     pub backing: Backing,
     /// Queues.
@@ -148,6 +151,7 @@ impl Config {
             left_open: false,
             miscounted: false,
             swaps: false,
+            foreign: None,
             backing: Backing::None,
             queues: 1,
             depth: 8,
@@ -267,6 +271,7 @@ impl Config {
         plan.snapshot = self.snapshot;
         plan.far = self.far;
         plan.left_open = self.left_open;
+        plan.foreign = self.foreign;
         plan.miscounted = self.miscounted;
         plan.first_version += number * SWAPPED_VERSIONS;
         plan.backing = behind.map(<[Content]>::to_vec);
@@ -826,6 +831,7 @@ pub fn all() -> Vec<Config> {
     .chain(unsupported())
     .chain(large_in_small())
     .chain(odd_sizes())
+    .chain(foreign())
     .collect()
 }
 
@@ -1277,6 +1283,73 @@ fn odd_sizes() -> Vec<Config> {
             odd: 24,
             sizes: slices,
             ..Config::small("grows in a cluster over odd raw backing")
+        },
+    ]
+}
+
+/// Headers of other programs: every byte but the changed fields has to stay (O28).
+fn foreign() -> Vec<Config> {
+    let c = Config::small;
+    vec![
+        Config {
+            foreign: Some(Foreign::NameFurtherBack),
+            backing: Backing::Raw(100),
+            grows: 400,
+            fill: 64,
+            queues: 2,
+            ..c("foreign, name further back, grows")
+        },
+        Config {
+            foreign: Some(Foreign::NoEndMarker),
+            version: 2,
+            backing: Backing::Qcow2(100),
+            grows: 300,
+            fill: 64,
+            ..c("foreign, no end marker, version 2, grows")
+        },
+        Config {
+            foreign: Some(Foreign::UnknownFirst),
+            left_open: true,
+            backing: Backing::Raw(100),
+            grows: 300,
+            fill: 128,
+            ..c("foreign, unknown extension, left open, grows")
+        },
+        Config {
+            foreign: Some(Foreign::LongName),
+            cluster_bits: 10,
+            sectors: 333,
+            snapshot: true,
+            backing: Backing::Qcow2(150),
+            grows: 300,
+            fill: 128,
+            ..c("foreign, long name, snapshot, 1K, grows")
+        },
+        Config {
+            foreign: Some(Foreign::NameFurtherBack),
+            refcount_order: 6,
+            far: Some(64 * 63),
+            backing: Backing::Raw(100),
+            grows: 300,
+            fill: 48,
+            ..c("foreign, refcount table grows")
+        },
+        Config {
+            foreign: Some(Foreign::NoEndMarker),
+            snapshot: true,
+            backing: Backing::Raw(70),
+            fill: 160,
+            ..c("foreign, snapshot")
+        },
+        Config {
+            foreign: Some(Foreign::UnknownFirst),
+            alignment: 4096,
+            cluster_bits: 12,
+            sectors: 512,
+            backing: Backing::Raw(90),
+            grows: 12_000,
+            fill: 64,
+            ..c("foreign, direct I/O, 4096, grows")
         },
     ]
 }

@@ -10,6 +10,7 @@ use urus_format::{
 };
 
 use crate::contents::index;
+use crate::foreign::{self, Foreign};
 use crate::rng::Rng;
 use crate::stamp::{Content, stamp, stamp_until};
 
@@ -30,6 +31,8 @@ pub struct Plan {
     pub left_open: bool,
     /// Its refcounts are wrong: whoever wrote it meant to count again.
     pub miscounted: bool,
+    /// Another program than QEMU laid out its header and its snapshot table.
+    pub foreign: Option<Foreign>,
     /// Stamps have versions from here on.
     pub first_version: u64,
     /// Guest sectors as the backing file shows them.
@@ -177,7 +180,10 @@ impl Builder<'_> {
             header.incompatible |= incompatible::DIRTY;
             header.autoclear |= 1 << 40;
         }
-        let bytes = header.encode().expect("a valid header");
+        let bytes = match self.plan.foreign {
+            None => header.encode().expect("a valid header"),
+            Some(foreign) => foreign::lay_out(&header, foreign),
+        };
         // Stale bytes behind the header would be taken for its extensions.
         self.put(0, &vec![0; index(self.cluster())]);
         self.put(0, &bytes);
@@ -353,7 +359,10 @@ impl Builder<'_> {
             icount: None,
             unknown_extra: Vec::new(),
         };
-        let table = encode_table(&[snapshot]).expect("one short snapshot");
+        let table = match self.plan.foreign {
+            None => encode_table(&[snapshot]).expect("one short snapshot"),
+            Some(_) => foreign::snapshot_table(&snapshot, self.cluster()),
+        };
         let bytes = table.len() as u64;
         let place = self.take(self.geometry.clusters_for(bytes));
         self.count(place, bytes, 1);
@@ -468,6 +477,7 @@ pub fn plan(size: u64, cluster_bits: u32, version: u32, refcount_order: u32) -> 
         far: None,
         left_open: false,
         miscounted: false,
+        foreign: None,
         first_version: 1,
         backing: None,
     }

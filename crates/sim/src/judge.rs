@@ -154,6 +154,9 @@ impl Scene {
         if let Some(violation) = violations.find(|violation| !is_about_counts(violation)) {
             return Err(violation.to_string());
         }
+        // O28: whoever has made the image, its header is what it was but for what had to change.
+        checker::header_kept(self.files[0].bytes(), files[0].bytes())
+            .map_err(|violation| violation.to_string())?;
         let behind = |offset: u64, len: usize| {
             let bytes = self.fixture.behind.as_deref().unwrap_or_default();
             let start = index(offset).min(bytes.len());

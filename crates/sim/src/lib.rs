@@ -15,6 +15,7 @@ pub mod errors;
 pub mod extents;
 pub mod fault;
 pub mod flat;
+pub mod foreign;
 pub mod image;
 pub mod judge;
 pub mod log;

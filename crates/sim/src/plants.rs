@@ -56,6 +56,14 @@ fn homes(bug: Bug) -> &'static [&'static str] {
         Bug::OddEndCutOff => &["ends in a cluster, odd raw backing"],
         Bug::PartialClusterTakenWhole => &["grows, snapshot, backed, 1K"],
         Bug::EarlyPunch => &["compressed", "zstd", "4-bit, compressed"],
+        Bug::WholeHeader | Bug::RestoredAnew => &[
+            "foreign, name further back, grows",
+            "foreign, unknown extension, left open, grows",
+            "foreign, refcount table grows",
+        ],
+        Bug::StaleHeader => &["grows", "foreign, name further back, grows"],
+        Bug::FeatureBitsAnyVersion => &["foreign, no end marker, version 2, grows"],
+        Bug::OwnSnapshotTable => &["foreign, snapshot"],
         _ => &[],
     }
 }
@@ -63,7 +71,11 @@ fn homes(bug: Bug) -> &'static [&'static str] {
 /// Of three workloads, so many have errors.
 fn with_errors(bug: Bug) -> u64 {
     match bug {
-        Bug::DoubleGiveBack | Bug::NoPoison | Bug::SilentSyncFailure | Bug::SettleAfterFailure => 3,
+        Bug::DoubleGiveBack
+        | Bug::NoPoison
+        | Bug::SilentSyncFailure
+        | Bug::SettleAfterFailure
+        | Bug::RestoredAnew => 3,
         _ => 1,
     }
 }

@@ -429,7 +429,7 @@ impl Device {
         Ok(())
     }
 
-    /// Changes the size of the virtual disk, in bytes. What is new reads as zeroes, also with a longer backing file.
+    /// Changes the size of the virtual disk, in bytes; rounded up to whole sectors of 512. What is new reads as zeroes, also with a longer backing file.
     /// Durable on return. Blocks.
     ///
     /// # Errors

@@ -214,7 +214,8 @@ impl<'a> GuestReader<'a> {
             }
             return Ok(());
         }
-        if entry & 1 != 0 && layout.version == 3 {
+        // Version 2 does not define the flag; `check` tells it, and it can mean nothing else.
+        if entry & 1 != 0 {
             return Ok(());
         }
         // With a data file, offset 0 is allocated when COPIED says so.
