@@ -139,8 +139,12 @@ fn main() -> ExitCode {
     if wanted("plants") || arguments.plant.is_some() {
         let bugs = arguments.plant.map_or(Bug::ALL.to_vec(), |bug| vec![bug]);
         if arguments.by_config {
-            let lines =
-                sweep::hunt_by_config(&bugs, arguments.seed, arguments.states, arguments.threads);
+            let lines = sweep::hunt_by_config(
+                &bugs,
+                arguments.seed,
+                (arguments.states, arguments.cuts),
+                arguments.threads,
+            );
             lines.iter().for_each(|line| println!("{line}"));
             return ExitCode::SUCCESS;
         }

@@ -134,9 +134,13 @@ fn needs_errors(bug: Bug) -> bool {
 }
 
 /// Runs workloads of one configuration with a bug planted, as the parts `cuts` or (where the bug needs that) `errors` do, until it shows or so
-/// many states were judged.
+/// many states were judged, at so many cuts of each workload.
 #[must_use]
-pub fn hunt_in(config: &Config, bug: Bug, seed: u64, states: u64) -> Hunt {
+pub fn hunt_in(config: &Config, bug: Bug, seed: u64, (states, cuts): (u64, u64)) -> Hunt {
+    let effort = Effort {
+        cuts,
+        ..Effort::QUICK
+    };
     let mut hunt = Hunt {
         workloads: 0,
         states: 0,
@@ -149,7 +153,7 @@ pub fn hunt_in(config: &Config, bug: Bug, seed: u64, states: u64) -> Hunt {
             let mut rng = Rng::new(seed);
             with_errors_in(bug, config, &mut rng, seed)
         } else {
-            runner::run(config, seed, &Effort::QUICK)
+            runner::run(config, seed, &effort)
         };
         hunt.workloads += 1;
         hunt.states += outcome.states + 1;

@@ -350,10 +350,10 @@ pub fn exact(part: Part, config: &Config, seed: u64, inject: Option<usize>) -> O
     }
 }
 
-/// Hunts each of the planted bugs in each configuration, up to so many states, and gives the lines of two tables: for each bug the
+/// Hunts each of the planted bugs in each configuration, up to so many states (at so many cuts of each workload), and gives the lines of two tables: for each bug the
 /// configurations that found it first, and for each configuration what it is good for.
 #[must_use]
-pub fn hunt_by_config(bugs: &[Bug], seed: u64, states: u64, threads: usize) -> Vec<String> {
+pub fn hunt_by_config(bugs: &[Bug], seed: u64, effort: (u64, u64), threads: usize) -> Vec<String> {
     let configs = config::all();
     let hunts = (bugs.len() * configs.len()) as u64;
     let next = AtomicU64::new(0);
@@ -369,7 +369,7 @@ pub fn hunt_by_config(bugs: &[Bug], seed: u64, states: u64, threads: usize) -> V
                     let (bug, config) =
                         (index(number) / configs.len(), index(number) % configs.len());
                     let seed = seed_of(seed, number);
-                    let hunt = plants::hunt_in(&configs[config], bugs[bug], seed, states);
+                    let hunt = plants::hunt_in(&configs[config], bugs[bug], seed, effort);
                     if hunt.found.is_some() {
                         let mut done = done.lock().expect("no hunt panics");
                         done.push((bug, config, hunt.states));
