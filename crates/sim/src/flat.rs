@@ -13,7 +13,7 @@ use crate::memory::SimMemory;
 use crate::model::Model;
 use crate::rng::{Rng, mix};
 use crate::runner::{Outcome, guarded};
-use urus_format::Compression;
+use urus_format::{Compression, Header};
 
 /// Cluster sizes times refcount widths.
 pub const GEOMETRIES: u64 = 13 * 7;
@@ -140,6 +140,7 @@ fn attempt(
         rng: rng.fork(2),
         requests: 0,
     };
+    let mut swaps = Rng::new(mix(rng.clone().next_u64()));
     for life in 0..3 {
         let driving = scene.driving(rng);
         let model = Model::zeroed(0);
@@ -147,6 +148,10 @@ fn attempt(
         flat.life(&mut machine, requests / 3)?;
         if life < 2 && !config.device && rng.chance(96) {
             flat.grow(&mut machine, config)?;
+            flat.life(&mut machine, requests / 9)?;
+        }
+        if !config.device && !config.snapshot && swaps.chance(96) {
+            flat.swap(&mut machine, &scene, u64::from(life) + 1, &mut swaps)?;
             flat.life(&mut machine, requests / 9)?;
         }
         machine.close()?;
@@ -348,6 +353,25 @@ impl Flat {
             }
         }
         Ok(())
+    }
+
+    /// Another process puts another image in the place of this one during a pause. Nothing is in flight.
+    fn swap(
+        &mut self,
+        machine: &mut Machine,
+        scene: &Scene,
+        number: u64,
+        rng: &mut Rng,
+    ) -> Result<(), String> {
+        machine.control(Control::Pause)?;
+        let sectors = self.bytes.len() as u64 / 512 + rng.below(2) * rng.below(300);
+        let built = scene.another(sectors, number, rng);
+        self.bytes = crate::image::bytes_of(&built.active);
+        let header = Header::parse(&built.bytes, built.bytes.len() as u64);
+        let header = header.map_err(|error| error.to_string())?;
+        machine.world.replace(FileId(0), built.bytes);
+        let resumed = machine.resume(Some(header))?;
+        resumed.then_some(()).ok_or_else(|| "not resumed".into())
     }
 
     fn grow(&mut self, machine: &mut Machine, config: &Config) -> Result<(), String> {

@@ -3,6 +3,7 @@
 
 use std::cell::OnceCell;
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::rc::Rc;
 
 use urus_engine::request::{Extent, Reply, Request, RequestKind};
@@ -80,6 +81,8 @@ pub struct Machine {
     pub replies: Vec<Answer>,
     /// The image as it was opened, or as another process has put it there since.
     pub opened: Contents,
+    /// Events of the log during which the image was opened, or read again.
+    pub openings: Vec<Range<usize>>,
     /// Other disks that this one was before, each with the moment at which it ended.
     past: Vec<(u64, Model)>,
     base: Base,
@@ -115,6 +118,7 @@ impl Machine {
             .iter()
             .map(|layer| (layer.file, is_raw(layer)))
             .collect();
+        let began = world.log().events.len();
         let storage = world.handle();
         let maintenance_handle = storage.number();
         let mut maintenance = Maintenance::open(storage, layers, options)
@@ -138,6 +142,7 @@ impl Machine {
             failed: 0,
             replies: Vec::new(),
             opened: world.contents(IMAGE).clone(),
+            openings: std::iter::once(began..world.log().events.len()).collect(),
             past: Vec::new(),
             base: Base::now(world, &files),
             layers: files,
@@ -659,7 +664,11 @@ impl Machine {
     /// As [`step`](Self::step); a failure that nobody expects.
     pub fn resume(&mut self, header: Option<Header>) -> Result<bool, String> {
         let header = header.map(Box::new);
-        match self.answer(|reply| Control::Resume(header, reply))? {
+        let began = self.world.log().events.len();
+        let result = self.answer(|reply| Control::Resume(header, reply))?;
+        let ended = self.world.log().events.len();
+        self.openings.push(began..ended);
+        match result {
             Ok(()) => Ok(true),
             Err(error) if self.is_expected(&error) => Ok(false),
             Err(error) => Err(format!("resuming failed: {error}")),

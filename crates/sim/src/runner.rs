@@ -380,6 +380,7 @@ impl Run<'_> {
         let mut again = !self.scene.config.raw && rng.chance(192);
         if self.scene.config.swaps && rng.chance(160) {
             self.swap(machine, rng);
+            workload.grow_to(machine.model.sectors());
             again = true;
         }
         let header = || {
@@ -405,7 +406,10 @@ impl Run<'_> {
         let (_, past) = machine.model_at(u64::MAX);
         // What was there before the power failed has stamps of its own, too.
         let number = 1 + past + 16 * u64::from(self.depth - 1);
-        let built = self.scene.another(machine.model.sectors(), number, rng);
+        let (sectors, room) = (machine.model.sectors(), machine.model.room());
+        // It may have grown the disk, too.
+        let sectors = sectors + rng.below(room - sectors + 1);
+        let built = self.scene.another(sectors, number, rng);
         let device = machine.world.contents(FileId(0)).clone();
         if !device.is_fixed() || built.bytes.len() <= device.bytes().len() {
             machine.replace(built);
@@ -497,10 +501,18 @@ impl Run<'_> {
         if cuts >= events as u64 {
             return (1..=events).collect();
         }
-        (0..cuts)
+        let mut points: BTreeSet<usize> = (0..cuts)
             .filter(|_| events > 0)
             .map(|_| 1 + rng.index(events))
-            .collect()
+            .collect();
+        if self.scene.config.left_open && self.depth == 1 {
+            // A repair is short; what it does last is to say that all is well.
+            for opening in machine.openings.iter().filter(|range| !range.is_empty()) {
+                points.extend(opening.end.saturating_sub(10).max(opening.start + 1)..=opening.end);
+                points.extend((0..4).map(|_| opening.start + 1 + rng.index(opening.len())));
+            }
+        }
+        points
     }
 
     fn cut(&self, machine: &Machine, rng: &mut Rng, outcome: &mut Outcome) -> Result<(), String> {
