@@ -247,6 +247,8 @@ impl Refcounts {
                 )
                 .await;
             self.loads.set(self.loads.get() - 1);
+            note(Way::CountsReadInCommit, || self.committing.get());
+            note(Way::CountsReadAtOnce, || self.loads.get() > 0);
             let kept = bytes.map(|bytes| {
                 note(Way::LaterCountsRead, || in_block >= 2);
                 note(Way::CountsReadBesideDirty, || self.is_beside_dirty(id));

@@ -38,6 +38,10 @@ pub enum Way {
     LaterCountsWritten,
     /// A slice of refcounts was read while a neighbour in its block was dirty.
     CountsReadBesideDirty,
+    /// A slice of refcounts was read while a commit was writing others.
+    CountsReadInCommit,
+    /// Two slices of refcounts were being read at once.
+    CountsReadAtOnce,
     /// A slice of refcounts was dropped while a neighbour in its block was dirty.
     CountsDroppedBesideDirty,
     /// The cache of refcounts had grown past its bound by several slices, and came back to it.
@@ -76,7 +80,7 @@ pub enum Way {
 
 impl Way {
     /// All of them.
-    pub const ALL: [Self; 33] = [
+    pub const ALL: [Self; 35] = [
         Self::LaterSliceRead,
         Self::LaterSliceWritten,
         Self::LaterSliceOfNewTable,
@@ -93,6 +97,8 @@ impl Way {
         Self::LaterCountsRead,
         Self::LaterCountsWritten,
         Self::CountsReadBesideDirty,
+        Self::CountsReadInCommit,
+        Self::CountsReadAtOnce,
         Self::CountsDroppedBesideDirty,
         Self::CountsShrunk,
         Self::SearchEnded,

@@ -1099,14 +1099,37 @@ fn large_in_small() -> Vec<Config> {
             },
             ..c("slices of 64 bytes, 64-bit refcounts")
         },
+        // Each write reserves, and each frees: so the allocator, the settler and commits want slices of refcounts at once.
         Config {
             fill: 200,
-            queues: 2,
-            refcount_order: 5,
-            refcount_slices: Some(2),
-            sizes: slices(512, 64),
+            queues: 3,
+            refcount_order: 6,
+            refcount_slices: Some(1),
+            sectors: 96,
+            sizes: Sizes {
+                run_clusters: 1,
+                pending_frees: 3,
+                ..slices(512, 64)
+            },
+            behaviour: Behaviour::Slow,
             load: Load::Churn,
             ..c("refcount blocks larger than their cache")
+        },
+        Config {
+            fill: 128,
+            queues: 3,
+            depth: 16,
+            refcount_order: 6,
+            refcount_slices: Some(1),
+            sectors: 256,
+            sizes: Sizes {
+                run_clusters: 1,
+                pending_frees: 2,
+                ..slices(512, 64)
+            },
+            behaviour: Behaviour::Slow,
+            load: Load::Scattered,
+            ..c("refcount blocks larger than their cache, scattered")
         },
         Config {
             fill: 6,
@@ -1129,11 +1152,11 @@ fn large_in_small() -> Vec<Config> {
         },
         Config {
             fill: 12,
-            sectors: 62 * 64,
+            sectors: 65 * 64 + 10,
             grows: 300,
             cache_bytes: 0,
             sizes: slices(128, 128),
-            ..c("grows into a second sector of L1")
+            ..c("grows beyond a sector of L1")
         },
         Config {
             fill: 64,
