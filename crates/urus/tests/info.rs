@@ -272,7 +272,7 @@ fn broken_bitmaps_are_told() {
         .windows(4)
         .position(|part| part == [0x23, 0x85, 0x28, 0x75]);
     let at = at.expect("the extension") + 8;
-    for (from, value) in [(16, 1u64 << 40), (16, 1), (8, u64::MAX), (8, 32 << 20)] {
+    for (from, value) in [(16, 1u64 << 40), (16, 1), (8, u64::MAX)] {
         let mut wild = bytes.clone();
         wild[at + from..at + from + 8].copy_from_slice(&value.to_be_bytes());
         fs::write(&path, &wild).unwrap();
