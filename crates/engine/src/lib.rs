@@ -29,6 +29,7 @@ mod commit;
 mod counters;
 mod decoded;
 mod frames;
+mod gate;
 mod header;
 mod hit;
 #[cfg(all(test, feature = "loom"))]

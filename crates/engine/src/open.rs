@@ -13,6 +13,7 @@ use crate::counters::Stats;
 use crate::decoded::DecodedCache;
 use crate::error::{Error, Result};
 use crate::frames::Frames;
+use crate::gate::Gate;
 use crate::limits;
 use crate::maintenance::ImageState;
 use crate::map::Map;
@@ -90,7 +91,7 @@ pub(crate) fn share(layers: Vec<Layer>, frames: Vec<Frames>, options: Options) -
         mail: Mutex::new(Mail::default()),
         decoded: DecodedCache::default(),
         poisoned: AtomicBool::new(false),
-        gate_closed: AtomicBool::new(false),
+        gate: Gate::new(),
         closed: AtomicBool::new(false),
         serialize_writes: AtomicBool::new(false),
         generation: AtomicU64::new(0),
