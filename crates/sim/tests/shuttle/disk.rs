@@ -76,6 +76,13 @@ struct File {
     properties: FileProperties,
 }
 
+impl File {
+    fn sync(&mut self) {
+        self.durable.clone_from(&self.now);
+        self.pending.clear();
+    }
+}
+
 struct Files {
     /// Never locked across a switch of threads.
     files: std::sync::Mutex<Vec<File>>,
@@ -129,6 +136,12 @@ impl Disk {
         files.iter().map(|file| file.now.clone()).collect()
     }
 
+    /// All of it becomes durable.
+    pub(crate) fn sync(&self) {
+        let mut files = self.0.files.lock().unwrap();
+        files.iter_mut().for_each(File::sync);
+    }
+
     /// Every file as a power cut leaves it, drawn by lot.
     pub(crate) fn after_power_cut(&self) -> Vec<Vec<u8>> {
         // Drawn before the lock: a draw may be a switch of threads.
@@ -153,10 +166,7 @@ impl Disk {
         let still = paused.load(Ordering::SeqCst);
         let change = match kind {
             OpKind::SyncData => {
-                let files = &mut *self.0.files.lock().unwrap();
-                let file = &mut files[usize::from(file.0)];
-                file.durable.clone_from(&file.now);
-                file.pending.clear();
+                self.0.files.lock().unwrap()[usize::from(file.0)].sync();
                 return 0;
             }
             _ if still => panic!("an operation on {file:?} during a pause"),

@@ -11,7 +11,7 @@ use urus_engine::{Counters, Error, Queue, Shared};
 use urus_format::Header;
 use urus_sim::config::{Config, FIRST_VERSION};
 use urus_sim::contents::Contents;
-use urus_sim::judge::Scene;
+use urus_sim::judge::{Found, Scene};
 use urus_sim::memory::SimMemory;
 use urus_sim::model::{GuestOp, Model};
 use urus_sim::rng::Rng;
@@ -51,6 +51,8 @@ pub(crate) struct Ledger {
     /// The device is about to be closed or dropped: requests may be refused.
     pub(crate) closing: AtomicBool,
     counters: std::sync::Mutex<Counters>,
+    /// Clusters that a device has leaked which went without a close.
+    pub(crate) leaked: AtomicU64,
 }
 
 impl Ledger {
@@ -69,6 +71,7 @@ impl Ledger {
             now: AtomicU64::new(0),
             closing: AtomicBool::new(false),
             counters: std::sync::Mutex::default(),
+            leaked: AtomicU64::new(0),
         })
     }
 
@@ -80,8 +83,8 @@ impl Ledger {
         scene(&self.config, self.seed)
     }
 
-    /// Judges files that a kill or a power cut would leave at this moment. Leaks.
-    pub(crate) fn judge(&self, files: Vec<Vec<u8>>, killed: bool) -> Result<u64, String> {
+    /// Judges files that a kill or a power cut would leave at this moment.
+    pub(crate) fn judge(&self, files: Vec<Vec<u8>>, killed: bool) -> Result<Found, String> {
         let view = {
             let model = self.model.lock().unwrap();
             if killed {
@@ -91,7 +94,29 @@ impl Ledger {
             }
         };
         let files: Vec<Contents> = files.into_iter().map(Contents::new).collect();
-        self.scene().judge(&files, &view).map(|found| found.leaks)
+        self.scene().judge(&files, &view)
+    }
+
+    /// Judges files of a device that has nothing to do and nothing left to settle.
+    pub(crate) fn judge_quiet(&self, files: Vec<Vec<u8>>, when: &str) {
+        match self.judge(files, false) {
+            Ok(Found { leaks, .. }) => {
+                let known = self.leaked.load(Ordering::SeqCst);
+                assert!(leaks <= known, "{when}: {leaks} leaks, {known} before");
+            }
+            Err(error) => panic!("{when}: {error}"),
+        }
+    }
+
+    /// A device went without a close: the disk is from now on what its files hold, and they stay as they are.
+    pub(crate) fn adopt(&self) {
+        let found = self.judge(self.disk.now(), false);
+        let found = found.unwrap_or_else(|error| panic!("dropped under its guests: {error}"));
+        self.disk.sync();
+        self.leaked.store(found.leaks, Ordering::SeqCst);
+        let mut model = self.model.lock().unwrap();
+        let adopted = model.adopt(&found.guest);
+        *model = adopted.unwrap_or_else(|mismatch| panic!("dropped: {mismatch}"));
     }
 
     /// O20: the size that a device shows is not ahead of what its file says. And what it counts never goes back.

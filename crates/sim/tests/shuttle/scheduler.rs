@@ -41,7 +41,13 @@ impl Stalling {
 impl Scheduler for Stalling {
     fn new_execution(&mut self) -> Option<Schedule> {
         self.left = self.left.checked_sub(1)?;
-        self.seed = self.seeds.next_u64();
+        self.seed = match std::env::var("URUS_EXACT") {
+            Ok(seed) => {
+                self.left = 0;
+                seed.parse().expect("a number")
+            }
+            Err(_) => self.seeds.next_u64(),
+        };
         self.rng = Rng::new(self.seed);
         self.data = self.rng.fork(1);
         self.step = 0;
@@ -91,7 +97,7 @@ impl Scheduler for Stalling {
 impl Drop for Stalling {
     fn drop(&mut self) {
         if std::thread::panicking() {
-            eprintln!("the schedule's seed: {}", self.seed);
+            eprintln!("this schedule again: URUS_EXACT={}", self.seed);
         }
     }
 }
