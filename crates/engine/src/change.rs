@@ -229,16 +229,7 @@ impl<S: Storage> Worker<S> {
                         zero: false,
                     });
                 }
-                match meta.removed.last_mut() {
-                    Some(last) if last.first + last.count == first && last.mark + 1 == mark => {
-                        last.count += count;
-                        last.mark = mark;
-                    }
-                    Some(last) if last.first + last.count == first && last.mark == mark => {
-                        last.count += count
-                    }
-                    _ => meta.removed.push(Removed { first, count, mark }),
-                }
+                Removed { first, count, mark }.add_to(&mut meta.removed);
             }
         }
         Ok(())

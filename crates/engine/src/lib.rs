@@ -31,6 +31,7 @@ mod commit;
 mod counters;
 mod decoded;
 mod frames;
+mod gate;
 mod header;
 mod hit;
 #[cfg(all(test, feature = "loom"))]

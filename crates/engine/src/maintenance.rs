@@ -13,6 +13,7 @@ use crate::alloc::Allocator;
 use crate::error::{Error, Result};
 use crate::open;
 use crate::pins::IDLE;
+use crate::planted::{self, Bug};
 use crate::shared::{Control, ControlReply, LayerSpec, Mail, Options, Removed, Run, Shared};
 use crate::storage::Storage;
 use crate::sync::{Arc, Ordering};
@@ -150,9 +151,9 @@ impl<S: Storage> Drop for Maintenance<S> {
     fn drop(&mut self) {
         let shared = self.device.shared();
         shared.closed.store(true, Ordering::SeqCst);
-        shared.gate_closed.store(true, Ordering::SeqCst);
-        let mail = std::mem::take(&mut *shared.mail.lock());
-        shared.mail.lock().closed = true;
+        shared.gate.close();
+        // In one step with the mark: what is posted later is not kept either.
+        let mail = shared.mail.lock().end();
         // Not under the lock: dropped senders wake those who wait.
         drop(mail);
         self.device.worker.reactor.abandon_tasks();
@@ -266,7 +267,7 @@ impl<S: Storage> Device<S> {
                 }
                 Control::Resume(header, reply) => reply(self.resume(header).await),
                 Control::Resize(size, reply) => {
-                    let paused = self.shared().gate_closed.load(Ordering::SeqCst);
+                    let paused = self.shared().gate.is_closed();
                     let result = self.resize(size).await;
                     if !paused {
                         self.open_gate();
@@ -292,13 +293,12 @@ impl<S: Storage> Device<S> {
     /// Closes the gate and waits for every request in flight, on every queue. Their owners have to go on polling
     /// their queues.
     pub(crate) async fn quiesce(&self) {
-        self.shared().gate_closed.store(true, Ordering::SeqCst);
+        self.shared().gate.close();
         let _: Option<()> = self.shared().wait_for_pins(IDLE).receive().await;
     }
 
     fn open_gate(&self) {
-        self.shared().gate_closed.store(false, Ordering::SeqCst);
-        self.shared().pins.nudge_queues();
+        self.shared().gate.open(&self.shared().pins);
     }
 
     /// O12: pausing flushes metadata, all of it, so that another process may take the image.
@@ -327,6 +327,9 @@ impl<S: Storage> Device<S> {
     }
 
     async fn resume(&self, header: Option<Box<Header>>) -> Result<()> {
+        if planted::is(Bug::EarlyResume) {
+            self.open_gate();
+        }
         if let Some(header) = header {
             self.half_read.set(true);
             let image = open::reload(&self.worker, *header).await?;
@@ -349,7 +352,7 @@ impl<S: Storage> Device<S> {
 
     async fn close(&self, reply: ControlReply) {
         self.shared().closed.store(true, Ordering::SeqCst);
-        self.shared().gate_closed.store(true, Ordering::SeqCst);
+        self.shared().gate.close();
         self.shared().pins.nudge_queues();
         self.quiesce().await;
         let result = self.commit_and_settle().await;

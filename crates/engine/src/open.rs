@@ -15,6 +15,7 @@ use crate::counters::Stats;
 use crate::decoded::DecodedCache;
 use crate::error::{Error, Result};
 use crate::frames::Frames;
+use crate::gate::Gate;
 use crate::header;
 use crate::limits::{self, Sizes};
 use crate::maintenance::ImageState;
@@ -99,7 +100,7 @@ pub(crate) fn share(layers: Vec<Layer>, frames: Vec<Frames>, options: Options) -
         mail: Mutex::new(Mail::default()),
         decoded: DecodedCache::new(options.sizes.decoded_bytes),
         poisoned: AtomicBool::new(false),
-        gate_closed: AtomicBool::new(false),
+        gate: Gate::new(),
         closed: AtomicBool::new(false),
         cut_short: AtomicBool::new(false),
         serialize_writes: AtomicBool::new(false),

@@ -32,6 +32,9 @@ impl<S: Storage> Device<S> {
         }
         self.quiesce().await;
         self.flush().await?;
+        if planted::is(Bug::EarlySize) {
+            self.shared().layers[0].size.store(size, Ordering::Release);
+        }
         if self.is_raw() {
             self.resize_raw(size).await?;
         } else {

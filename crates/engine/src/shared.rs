@@ -12,9 +12,11 @@ use crate::counters::Stats;
 use crate::decoded::DecodedCache;
 use crate::error::{Error, Result};
 use crate::frames::Frames;
+use crate::gate::Gate;
 use crate::limits;
 use crate::map::{Map, SliceId};
 use crate::pins::Pins;
+use crate::planted::{self, Bug};
 use crate::skips::Skips;
 use crate::storage::FileId;
 use crate::sync::{Arc, AtomicBool, AtomicU64, Mutex, Ordering};
@@ -154,6 +156,28 @@ pub(crate) struct Removed {
     pub(crate) mark: u64,
 }
 
+impl Removed {
+    /// Adds what was removed last. Where it is adjacent to what was removed just before, both become one, which is over with the newer
+    /// mark: a request that began between the two may still use the second.
+    pub(crate) fn add_to(self, list: &mut Vec<Self>) {
+        match list.last_mut() {
+            Some(last)
+                if last.first + last.count == self.first
+                    && (last.mark == self.mark || last.mark + 1 == self.mark) =>
+            {
+                last.count += self.count;
+                // O7
+                last.mark = if planted::is(Bug::OlderMark) {
+                    last.mark
+                } else {
+                    self.mark
+                };
+            }
+            _ => list.push(self),
+        }
+    }
+}
+
 /// The live metadata that differs from the disk, and the bookkeeping of caches.
 pub(crate) struct Meta {
     /// By layer.
@@ -224,6 +248,19 @@ pub(crate) struct Mail {
     pub(crate) settler: WaitList,
 }
 
+impl Mail {
+    /// Nobody takes any more: gives out what is there, for the caller to drop after the lock.
+    pub(crate) fn end(&mut self) -> Self {
+        std::mem::replace(
+            self,
+            Self {
+                closed: true,
+                ..Self::default()
+            },
+        )
+    }
+}
+
 /// Shared by all queues and the maintenance executor of one device.
 pub struct Shared {
     pub(crate) layers: Vec<Layer>,
@@ -236,8 +273,7 @@ pub struct Shared {
     pub(crate) mail: Mutex<Mail>,
     pub(crate) decoded: DecodedCache,
     pub(crate) poisoned: AtomicBool,
-    /// New requests wait (pause, resize).
-    pub(crate) gate_closed: AtomicBool,
+    pub(crate) gate: Gate,
     pub(crate) closed: AtomicBool,
     /// Requests that go on for long end at their next step.
     pub(crate) cut_short: AtomicBool,
@@ -318,7 +354,13 @@ impl Shared {
     }
 
     fn post(&self, put: impl FnOnce(&mut Mail) -> VecDeque<std::task::Waker>) {
-        let wakers = put(&mut self.mail.lock());
+        let (wakers, undeliverable) = {
+            let mut mail = self.mail.lock();
+            let wakers = put(&mut mail);
+            (wakers, mail.closed.then(|| mail.end()))
+        };
+        // Not under the lock: whoever waits for an answer learns that there is none.
+        drop(undeliverable);
         for waker in wakers {
             waker.wake();
         }
