@@ -144,7 +144,7 @@ impl<S: Storage> Worker<S> {
         }
         let start = host - host % align;
         let end = (host + len).next_multiple_of(align);
-        let blocks = self.reactor.allocate(end - start);
+        let blocks = self.reactor.allocate(end - start)?;
         self.read(file, start, blocks.clone()).await?;
         copy(
             &memory,
@@ -296,7 +296,10 @@ impl<S: Storage> Worker<S> {
         {
             return Ok(None);
         }
-        let old = self.reactor.allocate(bytes);
+        let Ok(old) = self.reactor.allocate(bytes) else {
+            // The two parts alone may be had.
+            return Ok(None);
+        };
         // What the guest writes over need not be readable.
         if self.read_guest(0, start, old.clone()).await.is_err() {
             return Ok(None);
@@ -318,7 +321,7 @@ impl<S: Storage> Worker<S> {
                 Filler::Zero(len)
             });
         }
-        let bytes = self.reactor.allocate(len);
+        let bytes = self.reactor.allocate(len)?;
         self.read_guest(0, offset, bytes.clone()).await?;
         Shared::count(&self.shared.stats.copied_bytes, len);
         Ok(Filler::Bytes(bytes))
@@ -387,7 +390,7 @@ impl<S: Storage> Worker<S> {
             }
             Filler::Zero(bytes) => {
                 first = data_host - bytes;
-                parts.push(self.reactor.allocate(bytes));
+                parts.push(self.reactor.allocate(bytes)?);
             }
             Filler::Bytes(bytes) => {
                 first = data_host - bytes.len() as u64;
@@ -400,7 +403,7 @@ impl<S: Storage> Worker<S> {
             Filler::Zero(bytes) if apart(bytes) => {
                 running.push(Box::pin(self.zero_range(data_end, bytes)))
             }
-            Filler::Zero(bytes) => parts.push(self.reactor.allocate(bytes)),
+            Filler::Zero(bytes) => parts.push(self.reactor.allocate(bytes)?),
             Filler::Bytes(bytes) => parts.push(bytes),
         }
         let all = if parts.len() == 1 {

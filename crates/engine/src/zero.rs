@@ -76,7 +76,7 @@ impl<S: Storage> Worker<S> {
         let mut done = 0;
         while done < len {
             let step = (len - done).min(limits::ZERO_BUFFER_BYTES);
-            let zeroes = self.reactor.allocate(step);
+            let zeroes = self.reactor.allocate(step)?;
             self.write_guest(offset + done, zeroes).await?;
             done += step;
         }
@@ -221,11 +221,11 @@ impl<S: Storage> Worker<S> {
                 entry,
                 L2Entry::Unallocated | L2Entry::Zero | L2Entry::ZeroAllocated { .. }
             ) {
-                self.write_guest(offset, self.reactor.allocate(part))
+                self.write_guest(offset, self.reactor.allocate(part)?)
                     .await?;
             } else if matches!(entry, L2Entry::Unallocated) && self.shared.layers.len() > 1 {
                 // The old last cluster shows the backing file up to the old end: it becomes data.
-                self.write_guest(offset, self.reactor.allocate(part))
+                self.write_guest(offset, self.reactor.allocate(part)?)
                     .await?;
             }
         }

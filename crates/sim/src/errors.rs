@@ -22,10 +22,15 @@ pub enum Injection {
     Sync(u64, Action),
     /// At one question for a file's length.
     Length(u64),
+    /// At one of the engine's requests for memory, and so many after it.
+    Memory(u64, u64),
 }
 
 /// Opening asks for lengths, and so does every read that ends inside a sector: so many of the first questions fail in turn.
 const LENGTHS: u64 = 24;
+
+/// So many of the first requests for memory are refused in turn, alone and with all that follow.
+const MEMORIES: u64 = 64;
 
 impl Injection {
     /// As the world takes it.
@@ -37,6 +42,7 @@ impl Injection {
             Self::Every(first, of, action) => (Trigger::Every(first, of), action),
             Self::Sync(sync, action) => (Trigger::Sync(sync), action),
             Self::Length(question) => (Trigger::Length(question), Action::Eio),
+            Self::Memory(first, count) => (Trigger::Memory(first, count), Action::Eio),
         };
         Fault { trigger, action }
     }
@@ -53,7 +59,7 @@ impl Injection {
     }
 
     /// Every operation with every action, every operation with ENOSPC or EIO from there on, errors again and again, every
-    /// fdatasync failing, every one of the first questions for a length.
+    /// fdatasync failing, every one of the first questions for a length and of the first requests for memory.
     #[must_use]
     pub fn every(ops: u64, syncs: u64) -> Vec<Self> {
         let mut all = Vec::new();
@@ -67,6 +73,8 @@ impl Injection {
         }
         all.extend((0..syncs).map(|sync| Self::Sync(sync, Action::Eio)));
         all.extend((0..LENGTHS).map(Self::Length));
+        all.extend((0..MEMORIES).map(|request| Self::Memory(request, 1)));
+        all.extend((0..MEMORIES).map(|request| Self::Memory(request, u64::MAX)));
         all
     }
 }
@@ -104,6 +112,7 @@ enum Sort {
     Every,
     Sync,
     Length,
+    Memory,
 }
 
 impl Measured {
@@ -158,6 +167,7 @@ impl Measured {
             Injection::Every(..) => Sort::Every,
             Injection::Sync(..) => Sort::Sync,
             Injection::Length(_) => Sort::Length,
+            Injection::Memory(..) => Sort::Memory,
         })
     }
 }
