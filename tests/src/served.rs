@@ -1,7 +1,7 @@
 //! `urus serve` as a child process.
 
 use crate::Finished;
-use crate::program::{Program, poll, program, urus, urus_within, wait};
+use crate::program::{Program, poll, program, urus, urus_path, urus_within, wait};
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -75,6 +75,7 @@ pub struct Serve {
     driver: Driver,
     args: Vec<String>,
     memory_bytes: Option<u64>,
+    files: Option<(u64, u64)>,
 }
 
 /// A running server. Dropping it kills it.
@@ -98,6 +99,7 @@ impl Serve {
             driver,
             args: Vec::new(),
             memory_bytes: None,
+            files: None,
         }
     }
 
@@ -119,6 +121,13 @@ impl Serve {
     #[must_use]
     pub fn within(mut self, memory_bytes: u64) -> Self {
         self.memory_bytes = Some(memory_bytes);
+        self
+    }
+
+    /// The limits of open files that the server begins with, soft and hard.
+    #[must_use]
+    pub fn with_files(mut self, soft: u64, hard: u64) -> Self {
+        self.files = Some((soft, hard));
         self
     }
 
@@ -221,7 +230,13 @@ impl Serve {
     }
 
     fn command(&self, socket: &Path) -> Program {
-        let program = self.memory_bytes.map_or_else(urus, urus_within);
+        let program = match self.files {
+            Some((soft, hard)) => program("prlimit")
+                .arg(format!("--nofile={soft}:{hard}"))
+                .arg("--")
+                .arg(urus_path()),
+            None => self.memory_bytes.map_or_else(urus, urus_within),
+        };
         let program = program
             .arg("serve")
             .arg(&self.image)

@@ -229,12 +229,12 @@ impl MemoryStorage {
 impl Storage for MemoryStorage {
     type Memory = Bytes;
 
-    fn allocate(&self, bytes: usize) -> Bytes {
-        Bytes::Own {
+    fn allocate(&self, bytes: usize) -> Option<Bytes> {
+        Some(Bytes::Own {
             block: Rc::new(RefCell::new(vec![0; bytes])),
             start: 0,
             len: bytes,
-        }
+        })
     }
 
     fn submit(&mut self, op: Op<Bytes>, slot: Slot) -> Result<(), Op<Bytes>> {

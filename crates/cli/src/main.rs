@@ -23,6 +23,10 @@ mod vhost_user_blk;
 
 use std::process::ExitCode;
 
+/// A server outlives the moment in which there is no memory: see [`urus::hold_reserve`].
+#[global_allocator]
+static ALLOCATOR: urus::ReservingAllocator = urus::ReservingAllocator;
+
 use clap::{ArgAction, Parser, Subcommand};
 
 /// Fast, crash-safe QCOW2 images: serve, create and inspect them.

@@ -2,6 +2,7 @@
 //! says that it is enough.
 
 mod banner;
+mod descriptors;
 mod export;
 mod service;
 
@@ -162,6 +163,10 @@ pub(crate) fn run(args: Args) -> Outcome {
     // First of all, so that no signal ends the process with the image open.
     let mut stop = Stop::watch()
         .map_err(|error| Failure::new(format!("cannot watch for signals: {error}")))?;
+    descriptors::raise_limit();
+    if let Err(error) = urus::hold_reserve() {
+        tracing::warn!(%error, "no memory can be kept back: if the process runs out of it, it aborts");
+    }
     let places = Places::of(&args)?;
     places.look()?;
     let credentials = args.export.credentials()?;
@@ -182,6 +187,14 @@ pub(crate) fn run(args: Args) -> Outcome {
     let places = places.bind_tcp()?;
     // Not before the image is known to be this process's.
     let pid_file = service::PidFile::write(args.service.pid_file.as_deref())?;
+    let connections = descriptors::connections_that_fit(&descriptors::Plan {
+        open: descriptors::open_now(),
+        images: 1 + others.len() as u64,
+        queues: args.queues() as u64,
+        nbd: !places.list.is_empty(),
+        vhost_user: args.vhost_user.is_some(),
+        connections: args.export.max_connections(),
+    });
     let made = [
         args.vhost_user.as_deref(),
         args.control.path(),
@@ -197,6 +210,7 @@ pub(crate) fn run(args: Args) -> Outcome {
         &others,
         credentials,
     );
+    let nbd = nbd.max_connections(connections);
     let servers = Servers::start(&args, &device, places, nbd, vhost_listener)?;
     let mut control = control
         .map(|listener| Control::start(listener, controlled(&args, &device, &others)))

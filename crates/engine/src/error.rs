@@ -37,6 +37,15 @@ pub enum Error {
         /// Byte offset.
         offset: u64,
     },
+    /// The process has no memory for the request. Nothing was changed; the request can be retried.
+    #[error(
+        "no memory for a block of {bytes} bytes: raise the limit of the process's memory (RLIMIT_AS, overcommit), or have fewer \
+         and smaller requests in flight, and retry"
+    )]
+    OutOfMemory {
+        /// Bytes that were not to be had.
+        bytes: u64,
+    },
     /// A sync failed before: what is on disk is not known. Reads still work; reopen the image to go on writing.
     #[error(
         "{file} takes no more writes: an earlier sync of it failed, so what is on disk is not known; reopen it to check and go on"
@@ -117,6 +126,7 @@ impl Error {
         match self {
             Self::Io { errno, .. } => *errno,
             Self::OutOfSpace { .. } => 28,
+            Self::OutOfMemory { .. } => 12,
             Self::ReadOnly => 1,
             Self::OutOfRange { .. } => 22,
             Self::Unsupported { .. } => 95,

@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use slab::Slab;
 
+use crate::error::{Error, Result};
 use crate::storage::{Completion, FileId, FileProperties, Notify, Op, OpKind, Slot, Storage};
 use crate::sync::{Arc, AtomicBool, Mutex, Ordering, fence};
 
@@ -132,8 +133,9 @@ impl<S: Storage, D> Reactor<S, D> {
         f(&mut self.storage.borrow_mut())
     }
 
-    pub(crate) fn allocate(&self, bytes: u64) -> S::Memory {
-        self.storage.borrow().allocate(crate::to_usize(bytes))
+    pub(crate) fn allocate(&self, bytes: u64) -> Result<S::Memory> {
+        let memory = self.storage.borrow().allocate(crate::to_usize(bytes));
+        memory.ok_or(Error::OutOfMemory { bytes })
     }
 
     pub(crate) fn properties(&self, file: FileId) -> FileProperties {

@@ -9,7 +9,7 @@ use crate::storage::{FileId, Memory, OpKind, Storage};
 use crate::sync::{Arc, Mutex};
 use crate::to_usize;
 use crate::wake::Window;
-use crate::worker::Worker;
+use crate::worker::{Worker, zeroed};
 
 impl<S: Storage> Worker<S> {
     /// Reads a range as the chain from `layer` downwards shows it. Neighbouring host ranges become one operation, separate
@@ -132,11 +132,10 @@ impl<S: Storage> Worker<S> {
             .await?;
         Shared::count(&self.shared.stats.decoded_clusters, 1);
         let compression = qcow2.compression;
-        let cluster_bytes = to_usize(qcow2.geometry.cluster_bytes());
+        let mut cluster = zeroed(qcow2.geometry.cluster_bytes())?;
         let outcome = Arc::new(Mutex::new(None));
         let slot = Arc::clone(&outcome);
         let job = Box::new(move || {
-            let mut cluster = vec![0; cluster_bytes];
             let result = urus_format::compressed::decode(compression, &source, &mut cluster);
             *slot.lock() = Some(result.map(|()| Arc::new(cluster)));
         });

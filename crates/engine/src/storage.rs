@@ -153,8 +153,9 @@ pub trait Storage: 'static {
     /// The memory its operations work on.
     type Memory: Memory;
 
-    /// Memory for the engine's own use: zeroed, aligned for every file of the device.
-    fn allocate(&self, bytes: usize) -> Self::Memory;
+    /// Memory for the engine's own use: zeroed, aligned for every file of the device. None where there is none to be
+    /// had: whatever needed it fails with [`Error::OutOfMemory`](crate::Error::OutOfMemory), and nothing else does.
+    fn allocate(&self, bytes: usize) -> Option<Self::Memory>;
 
     /// Takes an operation, to be started at the latest by [`kick`](Self::kick). Where there is no room it gives the
     /// operation back; the engine tries again after the next completion.

@@ -40,6 +40,15 @@ pub(crate) struct Worker<S: Storage> {
     pub(crate) decoding: Flights<(usize, u64)>,
 }
 
+/// `len` zeroed bytes for a table or a cluster of the image, whose length the image decides.
+pub(crate) fn zeroed(len: u64) -> Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    let reserved = bytes.try_reserve_exact(to_usize(len));
+    reserved.map_err(|_| Error::OutOfMemory { bytes: len })?;
+    bytes.resize(to_usize(len), 0);
+    Ok(bytes)
+}
+
 /// Whether an interrupted operation deserves another try.
 pub(crate) fn interrupted(error: &io::Error) -> bool {
     matches!(
@@ -123,7 +132,7 @@ impl<S: Storage> Worker<S> {
             // O_DIRECT: through memory of our own, widened to whole blocks.
             let start = offset - offset % align;
             let end = (offset + len).next_multiple_of(align);
-            let bounce = self.reactor.allocate(end - start);
+            let bounce = self.reactor.allocate(end - start)?;
             self.read_plain(file, start, bounce.clone()).await?;
             copy(&bounce, to_usize(offset - start), &memory);
             return Ok(());
@@ -219,7 +228,7 @@ impl<S: Storage> Worker<S> {
         let memory = if memory.is_aligned(memory_align) {
             memory
         } else {
-            let bounce = self.reactor.allocate(memory.len() as u64);
+            let bounce = self.reactor.allocate(memory.len() as u64)?;
             copy(&memory, 0, &bounce);
             bounce
         };
@@ -275,16 +284,16 @@ impl<S: Storage> Worker<S> {
 
     /// Writes bytes of metadata.
     pub(crate) async fn write_bytes(&self, file: FileId, offset: u64, bytes: &[u8]) -> Result<()> {
-        let memory = self.reactor.allocate(bytes.len() as u64);
+        let memory = self.reactor.allocate(bytes.len() as u64)?;
         memory.write(0, bytes);
         self.write(file, offset, memory).await
     }
 
     /// Reads bytes of metadata.
     pub(crate) async fn read_bytes(&self, file: FileId, offset: u64, len: u64) -> Result<Vec<u8>> {
-        let memory = self.reactor.allocate(len);
+        let memory = self.reactor.allocate(len)?;
         self.read(file, offset, memory.clone()).await?;
-        let mut bytes = vec![0; to_usize(len)];
+        let mut bytes = zeroed(len)?;
         memory.read(0, &mut bytes);
         Ok(bytes)
     }

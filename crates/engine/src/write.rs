@@ -142,7 +142,7 @@ impl<S: Storage> Worker<S> {
         }
         let start = host - host % align;
         let end = (host + len).next_multiple_of(align);
-        let blocks = self.reactor.allocate(end - start);
+        let blocks = self.reactor.allocate(end - start)?;
         self.read(file, start, blocks.clone()).await?;
         copy(
             &memory,
@@ -299,7 +299,10 @@ impl<S: Storage> Worker<S> {
         {
             return Ok(None);
         }
-        let old = self.reactor.allocate(bytes);
+        let Ok(old) = self.reactor.allocate(bytes) else {
+            // The two parts alone may be had.
+            return Ok(None);
+        };
         // What the guest writes over need not be readable.
         if self.read_guest(0, start, old.clone()).await.is_err() {
             return Ok(None);
@@ -321,7 +324,7 @@ impl<S: Storage> Worker<S> {
                 Filler::Zero(len)
             });
         }
-        let bytes = self.reactor.allocate(len);
+        let bytes = self.reactor.allocate(len)?;
         self.read_guest(0, offset, bytes.clone()).await?;
         Shared::count(&self.shared.stats.copied_bytes, len);
         Ok(Filler::Bytes(bytes))
@@ -383,17 +386,13 @@ impl<S: Storage> Worker<S> {
         };
         let mut first = data_host;
         let mut parts = Vec::with_capacity(3);
-        let mut running = Window::new(self.shared.options.sizes.parts_at_once);
+        let mut zeroes = Vec::new();
         match head {
             Filler::None | Filler::Zero(0) => {}
-            Filler::Zero(bytes) if apart(bytes) => {
-                running
-                    .start(self.zero_range(data_host - bytes, bytes))
-                    .await;
-            }
+            Filler::Zero(bytes) if apart(bytes) => zeroes.push((data_host - bytes, bytes)),
             Filler::Zero(bytes) => {
                 first = data_host - bytes;
-                parts.push(self.reactor.allocate(bytes));
+                parts.push(self.reactor.allocate(bytes)?);
             }
             Filler::Bytes(bytes) => {
                 first = data_host - bytes.len() as u64;
@@ -403,10 +402,8 @@ impl<S: Storage> Worker<S> {
         parts.push(memory);
         match tail {
             Filler::None | Filler::Zero(0) => {}
-            Filler::Zero(bytes) if apart(bytes) => {
-                running.start(self.zero_range(data_end, bytes)).await;
-            }
-            Filler::Zero(bytes) => parts.push(self.reactor.allocate(bytes)),
+            Filler::Zero(bytes) if apart(bytes) => zeroes.push((data_end, bytes)),
+            Filler::Zero(bytes) => parts.push(self.reactor.allocate(bytes)?),
             Filler::Bytes(bytes) => parts.push(bytes),
         }
         let all = if parts.len() == 1 {
@@ -414,6 +411,11 @@ impl<S: Storage> Worker<S> {
         } else {
             S::Memory::chain(parts)
         };
+        // O11: nothing returns from here before all of it has ended, for the clusters are given back then.
+        let mut running = Window::new(self.shared.options.sizes.parts_at_once);
+        for (offset, bytes) in zeroes {
+            running.start(self.zero_range(offset, bytes)).await;
+        }
         running.start(self.write_widened(IMAGE, first, all)).await;
         running.end().await
     }

@@ -81,7 +81,7 @@ impl<S: Storage> Worker<S> {
         while done < len {
             self.shared.check_not_cut_short()?;
             let step = (len - done).min(most);
-            let zeroes = self.reactor.allocate(step);
+            let zeroes = self.reactor.allocate(step)?;
             self.write_guest(offset + done, zeroes).await?;
             done += step;
         }
@@ -232,11 +232,11 @@ impl<S: Storage> Worker<S> {
                 entry,
                 L2Entry::Unallocated | L2Entry::Zero | L2Entry::ZeroAllocated { .. }
             ) {
-                self.write_guest(offset, self.reactor.allocate(part))
+                self.write_guest(offset, self.reactor.allocate(part)?)
                     .await?;
             } else if matches!(entry, L2Entry::Unallocated) && self.shared.layers.len() > 1 {
                 // The old last cluster shows the backing file up to the old end: it becomes data.
-                self.write_guest(offset, self.reactor.allocate(part))
+                self.write_guest(offset, self.reactor.allocate(part)?)
                     .await?;
             }
         }

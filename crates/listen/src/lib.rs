@@ -8,9 +8,11 @@ mod acceptor;
 mod address;
 mod error;
 mod listener;
+mod pressure;
 mod socket_file;
 
-pub use acceptor::{Acceptor, Stopper};
+pub use acceptor::{Acceptor, Next, Stopper};
 pub use address::{Address, Listen};
 pub use error::Error;
 pub use listener::Listener;
+pub use pressure::{Seldom, Spare};

@@ -148,7 +148,7 @@ impl Drop for Permit {
 
 impl Connection {
     /// A connection just accepted, whose socket does not block. It is greeted with the first [`send`](Self::send). `in_ring`: its bytes
-    /// are moved by a ring.
+    /// are moved by a ring. None where there is no memory for it.
     pub(crate) fn new(
         id: u64,
         socket: OwnedFd,
@@ -156,16 +156,16 @@ impl Connection {
         exports: Arc<Exports>,
         times: Times,
         permit: Permit,
-    ) -> Self {
+    ) -> Option<Self> {
         let mut output = Output::default();
         output.push(Reply::handshake(greeting()));
-        Self {
+        Some(Self {
             id,
             phase: Phase::Handshake(Handshake::new(Arc::clone(&exports))),
             exports,
             transport: Some(Transport::plain(socket)),
             ring: in_ring.then(Ringed::default),
-            input: Input::new(),
+            input: Input::try_new()?,
             output,
             incoming: None,
             later: VecDeque::new(),
@@ -182,7 +182,7 @@ impl Connection {
             interest: None,
             listed: false,
             _permit: permit,
-        }
+        })
     }
 
     pub(crate) fn socket(&self) -> Option<BorrowedFd<'_>> {
@@ -344,6 +344,12 @@ impl Connection {
         } else {
             session.command(&header, self.exports.get(session.export))
         };
+        let command = command.and_then(|command| match command {
+            // What makes earlier writes safe is done with the memory that is kept back.
+            Command::Flush | Command::Disconnect => Ok(command),
+            _ if urus::memory_is_short() => Err(Refusal::NO_MEMORY),
+            _ => Ok(command),
+        });
         let load = Load::request(command.as_ref().map_or(0, Command::held_bytes));
         if !self.load.admits(load) {
             self.stalled = true;
@@ -364,12 +370,19 @@ impl Connection {
             Err(refusal) => self.refuse(tag, &header, refusal),
             Ok(command) if command.is_empty() => self.empty(tag, command, load),
             Ok(command @ (Command::Write { len, .. } | Command::Query { len, .. })) => {
-                self.incoming = Some(Incoming::Payload {
-                    tag,
-                    command,
-                    buffer: Some(pool.take(len)),
-                    filled: 0,
-                });
+                if let Some(buffer) = pool.take(len) {
+                    self.incoming = Some(Incoming::Payload {
+                        tag,
+                        command,
+                        buffer: Some(buffer),
+                        filled: 0,
+                    });
+                } else {
+                    // As if it had not been admitted: what is refused holds no payload.
+                    self.load.remove(load);
+                    self.load.add(Load::request(0));
+                    self.refuse(tag, &header, Refusal::NO_MEMORY);
+                }
             }
             Ok(command) => {
                 let wanted = wanted(session, tag, command, None);

@@ -16,12 +16,18 @@ pub(crate) struct Input {
 }
 
 impl Input {
-    pub(crate) fn new() -> Self {
-        Self {
-            bytes: Some(Buffer::from_vec(vec![0; INPUT_BYTES])),
+    /// None where there is no memory for it.
+    pub(crate) fn try_new() -> Option<Self> {
+        Some(Self {
+            bytes: Some(Buffer::try_new(INPUT_BYTES)?),
             start: 0,
             end: 0,
-        }
+        })
+    }
+
+    #[cfg(test)]
+    pub(crate) fn new() -> Self {
+        Self::try_new().expect("there is memory for a test")
     }
 
     /// All that is there.

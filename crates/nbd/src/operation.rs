@@ -8,7 +8,7 @@ use urus::{Buffer, Completion, Error, Request};
 use crate::export::Export;
 use crate::limits::{CACHE_STEP_BYTES, Load};
 use crate::pool::Pool;
-use crate::reply::{Reply, Tag};
+use crate::reply::{NO_MEMORY, Reply, Tag};
 use crate::status::Status;
 use crate::transmission::Command;
 use crate::wire::ErrorCode;
@@ -57,7 +57,8 @@ pub(crate) struct Origin {
 }
 
 impl Operation {
-    /// The operation and the first thing to ask the engine. `payload` is what a write brings.
+    /// The operation and the first thing to ask the engine; None where there is no memory for it. `payload` is what a write
+    /// brings.
     ///
     /// # Panics
     /// For a disconnect and for a query in its payload's form, which are no operations.
@@ -68,12 +69,12 @@ impl Operation {
         payload: Option<Buffer>,
         export: &Export,
         pool: &mut Pool,
-    ) -> (Self, Request) {
+    ) -> Option<(Self, Request)> {
         let mut task = Task::Plain;
         let request = match command {
-            Command::Read { offset, len } => Request::read(token, offset, pool.take(len)),
+            Command::Read { offset, len } => Request::read(token, offset, pool.take(len)?),
             Command::Write { offset, len, fua } => {
-                let payload = payload.unwrap_or_else(|| pool.take(len));
+                let payload = payload.or_else(|| pool.take(len))?;
                 Request::write(token, offset, payload).fua(fua)
             }
             Command::WriteZeroes {
@@ -110,7 +111,7 @@ impl Operation {
                     next: offset + first,
                     end: offset + len,
                 };
-                Request::read(token, offset, pool.take(step_len(first)))
+                Request::read(token, offset, pool.take(step_len(first))?)
             }
             Command::Query { .. } | Command::Disconnect => {
                 unreachable!("asks the engine nothing")
@@ -123,7 +124,7 @@ impl Operation {
             load: origin.load,
             task,
         };
-        (operation, request)
+        Some((operation, request))
     }
 
     /// Takes an answer of the engine.
@@ -161,8 +162,11 @@ impl Operation {
                     return Step::Answer(Reply::done(self.tag, self.load));
                 }
                 let buffer = match completion.buffer {
-                    Some(buffer) if buffer.len() == step_len(len) => buffer,
+                    Some(buffer) if buffer.len() == step_len(len) => Some(buffer),
                     _ => pool.take(step_len(len)),
+                };
+                let Some(buffer) = buffer else {
+                    return Step::Answer(Reply::no_memory(self.tag, self.load));
                 };
                 Step::Ask(Request::read(token, offset, buffer))
             }
@@ -183,6 +187,7 @@ impl Operation {
         let code = ErrorCode::from_errno(error.errno());
         let text = match code {
             ErrorCode::NoSpc => "no space is left where the image lies; try again once there is",
+            ErrorCode::NoMem => NO_MEMORY,
             ErrorCode::Shutdown => "the server is shutting down",
             _ => "the image could not be read or written; the server's log says why",
         };

@@ -29,15 +29,18 @@ impl Pool {
         }
     }
 
-    /// A buffer of exactly `len` bytes, with any content.
-    pub(crate) fn take(&mut self, len: usize) -> Buffer {
-        match self.find(len).and_then(|class| class.free.pop()) {
-            Some(buffer) => {
-                self.bytes -= len;
-                buffer
-            }
-            None => Buffer::new(len),
+    /// A buffer of exactly `len` bytes, with any content. None where there is no memory for it.
+    pub(crate) fn take(&mut self, len: usize) -> Option<Buffer> {
+        if let Some(buffer) = self.find(len).and_then(|class| class.free.pop()) {
+            self.bytes -= len;
+            return Some(buffer);
         }
+        Buffer::try_new(len).or_else(|| {
+            // What is kept for later may be enough.
+            self.classes = Vec::new();
+            self.bytes = 0;
+            Buffer::try_new(len)
+        })
     }
 
     /// Keeps `buffer` for later, if there is room.
@@ -93,12 +96,21 @@ mod tests {
     #[test]
     fn buffers_come_back() {
         let mut pool = Pool::new(1 << 20);
-        let mut buffer = pool.take(4096);
+        let mut buffer = pool.take(4096).unwrap();
         buffer.as_mut_slice()[0] = 7;
         pool.give(buffer);
-        assert_eq!(pool.take(512).as_slice()[0], 0);
-        assert_eq!(pool.take(4096).as_slice()[0], 7);
+        assert_eq!(pool.take(512).unwrap().as_slice()[0], 0);
+        assert_eq!(pool.take(4096).unwrap().as_slice()[0], 7);
         assert_eq!(pool.bytes, 0);
+    }
+
+    #[test]
+    fn a_buffer_for_which_there_is_no_memory_is_none() {
+        let mut pool = Pool::new(1 << 20);
+        pool.give(Buffer::new(4096));
+        assert!(pool.take(usize::MAX / 4).is_none());
+        assert_eq!((pool.bytes, pool.classes.len()), (0, 0));
+        assert!(pool.take(4096).is_some());
     }
 
     proptest! {
@@ -113,7 +125,7 @@ mod tests {
                 prop_assert!(pool.classes.len() <= POOL_CLASSES);
             }
             for len in lens {
-                prop_assert_eq!(pool.take(len).len(), len);
+                prop_assert_eq!(pool.take(len).unwrap().len(), len);
             }
         }
     }

@@ -5,7 +5,7 @@ use std::collections::VecDeque;
 use std::io;
 use std::io::IoSlice;
 
-use urus::{Buffer, Parts};
+use urus::{Buffer, Parts, may_fail};
 
 use crate::contexts::Context;
 use crate::flight::Flight;
@@ -17,6 +17,10 @@ use crate::wire::{
     CHUNK_DONE, CHUNK_MAGIC, EXTENDED_CHUNK_MAGIC, ErrorCode, SIMPLE_REPLY_MAGIC, Style, chunk,
     len32,
 };
+
+/// For the client whose request is refused for want of memory.
+pub(crate) const NO_MEMORY: &str =
+    "the server has no memory for the request; try again, with fewer or smaller requests at once";
 
 /// Bytes of the longest head: an extended chunk's, and the offset of its data.
 pub(crate) const HEAD_BYTES: usize = 40;
@@ -177,6 +181,11 @@ impl Reply {
         }
     }
 
+    /// The request is refused because there is no memory for it.
+    pub(crate) fn no_memory(tag: Tag, load: Load) -> Self {
+        Self::error(tag, ErrorCode::NoMem, NO_MEMORY, load)
+    }
+
     /// An error; with structured replies, with text for a person.
     pub(crate) fn error(tag: Tag, code: ErrorCode, text: &str, load: Load) -> Self {
         if tag.style == Style::Simple {
@@ -193,6 +202,11 @@ impl Reply {
     /// The extents of a range, as each metadata context has them: a chunk for each.
     pub(crate) fn block_status(tag: Tag, lists: &[(Context, Descriptors)], load: Load) -> Self {
         let mut bytes = Vec::new();
+        let descriptors: usize = lists.iter().map(|(_, list)| list.len()).sum();
+        let most = lists.len() * HEAD_BYTES + descriptors * 16;
+        if may_fail(|| bytes.try_reserve_exact(most)).is_err() {
+            return Self::no_memory(tag, load);
+        }
         for (index, (context, descriptors)) in lists.iter().enumerate() {
             let done = if index + 1 == lists.len() {
                 CHUNK_DONE
@@ -535,7 +549,7 @@ mod tests {
         assert!(received == expected, "bytes were lost, doubled or moved");
         assert_eq!((load, output.bytes()), (Load::default(), 0));
         assert!(output.begin().is_none());
-        assert_eq!(pool.take(30_011).len(), 30_011);
+        assert_eq!(pool.take(30_011).unwrap().len(), 30_011);
     }
 
     #[test]

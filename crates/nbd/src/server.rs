@@ -13,7 +13,7 @@ use rustix::io::Errno;
 use rustix::net::{AddressFamily, sockopt};
 use tracing::{Span, debug, error, info, info_span, warn};
 use urus::{Device, QueueSeat};
-use urus_listen::{Acceptor, Address, Listen, Listener, Stopper};
+use urus_listen::{Acceptor, Address, Listen, Listener, Seldom, Stopper};
 
 use crate::Error;
 use crate::connection::{Permit, Times};
@@ -401,7 +401,7 @@ impl Server {
             connections: Arc::clone(&self.connections),
             max_connections,
             next_id: 0,
-            full: false,
+            full: Seldom::default(),
         };
         let span = self.span.clone();
         let thread = std::thread::Builder::new()
@@ -491,7 +491,7 @@ struct Reception {
     max_connections: usize,
     next_id: u64,
     /// The last client was turned away.
-    full: bool,
+    full: Seldom,
 }
 
 impl Reception {
@@ -505,16 +505,14 @@ impl Reception {
         let id = self.next_id;
         self.next_id += 1;
         if self.connections.load(Relaxed) >= self.max_connections {
-            if !self.full {
+            if let Some(unmentioned) = self.full.due() {
                 warn!(
                     limit = self.max_connections,
-                    "as many clients as are allowed; more are turned away"
+                    unmentioned, "as many clients as are allowed; more are turned away"
                 );
             }
-            self.full = true;
             return;
         }
-        self.full = false;
         let peer = prepare(&socket);
         let fewest = self
             .inboxes

@@ -1,6 +1,6 @@
 //! A block status in the making: extents of the engine, merged into the descriptors of a reply.
 
-use urus::{Extent, Request};
+use urus::{Extent, Request, may_fail};
 
 use crate::contexts::{Context, Contexts};
 use crate::limits::STATUS_DESCRIPTORS;
@@ -107,11 +107,18 @@ impl List {
             return;
         }
         let most = if one { 1 } else { STATUS_DESCRIPTORS };
+        if let Some((run, same)) = self.descriptors.last_mut()
+            && *same == flags
+        {
+            *run += len;
+            return;
+        }
         let complete = self.descriptors.len() == most;
-        match self.descriptors.last_mut() {
-            Some((run, same)) if *same == flags => *run += len,
-            Some(_) if complete => self.full = true,
-            _ => self.descriptors.push((len, flags)),
+        // Without memory the answer is shorter; `finish` sees to it that it is not empty.
+        if complete || may_fail(|| self.descriptors.try_reserve(1)).is_err() {
+            self.full = true;
+        } else {
+            self.descriptors.push((len, flags));
         }
     }
 }

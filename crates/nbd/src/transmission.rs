@@ -6,6 +6,7 @@ use crate::contexts::{Context, Contexts};
 use crate::export::Export;
 use crate::handshake::Session;
 use crate::limits::{CACHE_STEP_BYTES, PAYLOAD_BYTES, STATUS_BYTES};
+use crate::reply::NO_MEMORY;
 use crate::wire::{ErrorCode, Fields, RequestHeader, Style, command, command_flag as flag};
 
 /// A request that has passed all checks: the range lies within the export, and the flags fit.
@@ -59,6 +60,14 @@ pub(crate) enum Command {
 pub(crate) struct Refusal {
     pub(crate) code: ErrorCode,
     pub(crate) why: &'static str,
+}
+
+impl Refusal {
+    /// The process has no memory for what is asked.
+    pub(crate) const NO_MEMORY: Self = Self {
+        code: ErrorCode::NoMem,
+        why: NO_MEMORY,
+    };
 }
 
 const fn refuse<T>(code: ErrorCode, why: &'static str) -> Result<T, Refusal> {

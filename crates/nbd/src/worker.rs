@@ -21,12 +21,15 @@ use rustix::io::Errno;
 use slab::Slab;
 use tracing::{debug, warn};
 use urus::{Error, Queue, Request};
+use urus_listen::Seldom;
 
 use crate::connection::{Connection, Permit, Times, Wanted, Watch};
 use crate::export::{ExportId, Exports};
 use crate::limits::{POOL_BYTES, SUBMIT_ROUND_BYTES};
 use crate::operation::{Operation, Origin, Step};
 use crate::pool::Pool;
+use crate::reply::{NO_MEMORY, Reply};
+use crate::transmission::Command;
 
 /// What other threads send a worker.
 #[derive(Debug)]
@@ -324,14 +327,21 @@ impl Worker {
                 if self.stopping {
                     return;
                 }
-                let index = self.connections.insert(Connection::new(
-                    id,
-                    socket,
-                    self.in_ring,
-                    Arc::clone(&self.exports),
-                    self.times,
-                    permit,
-                ));
+                let roomy = !urus::memory_is_short();
+                let connection = roomy.then(|| {
+                    Connection::new(
+                        id,
+                        socket,
+                        self.in_ring,
+                        Arc::clone(&self.exports),
+                        self.times,
+                        permit,
+                    )
+                });
+                let Some(connection) = connection.flatten() else {
+                    return self.complaints.no_room(id);
+                };
+                let index = self.connections.insert(connection);
                 self.list(index);
             }
             Message::Stop => {
@@ -424,7 +434,7 @@ impl Worker {
                 load,
             } = wanted;
             let entry = self.operations.vacant_entry();
-            let (operation, request) = Operation::begin(
+            let begun = Operation::begin(
                 entry.key() as u64,
                 Origin {
                     connection: index,
@@ -436,8 +446,13 @@ impl Worker {
                 self.exports.get(export),
                 &mut self.pool,
             );
-            entry.insert(operation);
             connection.begin_operation();
+            let Some((operation, request)) = begun else {
+                self.complaints.no_memory(command);
+                connection.answer(Reply::no_memory(tag, load));
+                continue;
+            };
+            entry.insert(operation);
             self.lanes[export].submit(request);
         }
         false
@@ -544,12 +559,29 @@ fn list(ready: &mut Vec<usize>, index: usize, connection: &mut Connection) {
 struct Complaints {
     last: Option<Instant>,
     silent: u64,
+    turned_away: Seldom,
 }
 
 impl Complaints {
     fn request_failed(&mut self, operation: &Operation, error: &Error) {
+        self.complain(operation.command, error);
+    }
+
+    fn no_memory(&mut self, command: Command) {
+        self.complain(command, &NO_MEMORY);
+    }
+
+    fn no_room(&mut self, connection: u64) {
+        if let Some(unmentioned) = self.turned_away.due() {
+            warn!(
+                connection,
+                unmentioned, "no memory for another client; it is turned away"
+            );
+        }
+    }
+
+    fn complain(&mut self, command: Command, error: &dyn std::fmt::Display) {
         let now = Instant::now();
-        let command = operation.command;
         if self
             .last
             .is_some_and(|last| now.duration_since(last) < Duration::from_secs(1))

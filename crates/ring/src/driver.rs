@@ -186,8 +186,8 @@ impl std::fmt::Debug for Driver {
 impl Storage for Driver {
     type Memory = RingMemory;
 
-    fn allocate(&self, bytes: usize) -> RingMemory {
-        RingMemory::new(bytes)
+    fn allocate(&self, bytes: usize) -> Option<RingMemory> {
+        RingMemory::try_new(bytes)
     }
 
     #[inline]
@@ -282,7 +282,7 @@ mod tests {
                 if round == 100 {
                     driver.event_fd().unwrap();
                 }
-                let memory = driver.allocate(8 * 4096);
+                let memory = driver.allocate(8 * 4096).unwrap();
                 for slot in 0..8 {
                     let memory = memory.slice(slot * 4096, 4096);
                     let kind = OpKind::Read {

@@ -33,6 +33,10 @@ pub use files::{FileSet, OpenFile};
 pub use locks::{LockError, LockMode};
 #[cfg(feature = "vm-memory")]
 pub use memory::OutsideGuestMemory;
+pub use memory::reserve::{
+    RESERVE_BYTES, ReservingAllocator, hold_reserve, may_fail, memory_is_short, shortages,
+};
+pub use memory::shrunk::{Guard, faults};
 pub use memory::{BUFFER_ALIGNMENT, Buffer, MemoryRegion, RingMemory};
 pub use raw::{RawDirection, RawFile, RawMethod};
 pub use sockets::{Parts, SocketCompletion, Sockets};

@@ -54,20 +54,17 @@ struct Block {
 }
 
 impl Block {
-    fn heap(bytes: usize) -> Self {
-        let layout = Layout::from_size_align(bytes.max(1), BUFFER_ALIGNMENT)
-            .expect("a buffer fits the address space");
+    /// None where there is no memory for it.
+    fn heap(bytes: usize) -> Option<Self> {
+        let layout = Layout::from_size_align(bytes.max(1), BUFFER_ALIGNMENT).ok()?;
         // SAFETY: `alloc_zeroed` wants a layout of non-zero size: `max(1)` above.
-        let base = unsafe { alloc_zeroed(layout) };
-        let Some(base) = NonNull::new(base) else {
-            handle_alloc_error(layout)
-        };
-        Self {
+        let base = NonNull::new(unsafe { alloc_zeroed(layout) })?;
+        Some(Self {
             base,
             len: bytes,
             pieces: Vec::new(),
             owner: Owner::Heap(layout),
-        }
+        })
     }
 
     /// Lays `segments` out one after the other, leaving out empty ones and joining neighbours.
@@ -134,12 +131,28 @@ pub struct Buffer {
 unsafe impl Send for Buffer {}
 
 impl Buffer {
-    /// `bytes` zeroed bytes in one piece, aligned to [`BUFFER_ALIGNMENT`].
+    /// `bytes` zeroed bytes in one piece, aligned to [`BUFFER_ALIGNMENT`]. Where there is no memory the process aborts, as
+    /// with `vec![0; bytes]`; [`try_new`](Self::try_new) is for sizes that somebody else decides.
     #[must_use]
     pub fn new(bytes: usize) -> Self {
-        Self {
-            block: Rc::new(Block::heap(bytes)),
+        match Block::heap(bytes) {
+            Some(block) => Self {
+                block: Rc::new(block),
+            },
+            None => handle_alloc_error(
+                Layout::from_size_align(bytes.max(1), BUFFER_ALIGNMENT)
+                    .expect("a buffer fits the address space"),
+            ),
         }
+    }
+
+    /// As [`new`](Self::new); None where there is no memory for it. The [reserve](crate::hold_reserve) is not used for it.
+    #[must_use]
+    pub fn try_new(bytes: usize) -> Option<Self> {
+        let block = reserve::may_fail(|| Block::heap(bytes))?;
+        Some(Self {
+            block: Rc::new(block),
+        })
     }
 
     /// The bytes of `vec`, without copying. Aligned as the vector happens to be: for buffered files.
@@ -316,6 +329,19 @@ impl RingMemory {
     #[must_use]
     pub fn new(bytes: usize) -> Self {
         Buffer::new(bytes).into_memory()
+    }
+
+    /// As [`new`](Self::new); None where there is no memory for it. A block of metadata must not fail if it can be helped:
+    /// up to a page may come from the [reserve](crate::hold_reserve).
+    pub(crate) fn try_new(bytes: usize) -> Option<Self> {
+        let buffer = if bytes <= BUFFER_ALIGNMENT {
+            Block::heap(bytes).map(|block| Buffer {
+                block: Rc::new(block),
+            })
+        } else {
+            Buffer::try_new(bytes)
+        };
+        buffer.map(Buffer::into_memory)
     }
 
     /// The buffer again, when this is the last view, covers the whole, and is no chain.
@@ -562,6 +588,8 @@ fn is_zero_foreign(base: NonNull<u8>, len: usize) -> bool {
 #[cfg(feature = "vm-memory")]
 mod guest;
 mod region;
+pub(crate) mod reserve;
+pub(crate) mod shrunk;
 #[cfg(feature = "vm-memory")]
 pub use guest::OutsideGuestMemory;
 pub use region::MemoryRegion;

@@ -36,8 +36,8 @@ fn allocations(kind: DriverKind) -> usize {
     std::fs::write(&path, vec![7; 1 << 20]).unwrap();
     let files = FileSet::new(vec![OpenFile::open_image(&path, false, false).unwrap()]);
     let mut driver = Driver::open(files, kind, 64).unwrap();
-    let whole = driver.allocate(SLOTS * 4096);
-    let scattered = RingMemory::chain((0..8).map(|_| driver.allocate(512)).collect());
+    let whole = driver.allocate(SLOTS * 4096).unwrap();
+    let scattered = RingMemory::chain((0..8).map(|_| driver.allocate(512).unwrap()).collect());
     let mut buffer = Some(Buffer::new(4096));
     let mut before = 0;
     for round in 0..20 {

@@ -52,7 +52,7 @@ fn round_trip(kind: DriverKind) {
     };
     assert_eq!(bench.run(sync).unwrap(), 10);
     assert_eq!(bench.run(OpKind::SyncData).unwrap(), 0);
-    let target = bench.driver.allocate(data.len());
+    let target = bench.driver.allocate(data.len()).unwrap();
     let read = OpKind::Read {
         offset: 12_345,
         memory: target.clone(),
@@ -66,7 +66,7 @@ fn round_trip(kind: DriverKind) {
         bench
             .run(OpKind::Read {
                 offset: 0,
-                memory: bench.driver.allocate(0)
+                memory: bench.driver.allocate(0).unwrap()
             })
             .unwrap(),
         0
@@ -94,7 +94,11 @@ fn vectored_segments(kind: DriverKind) {
         10_000
     );
     assert_eq!(bench.content()[77..], data);
-    let target = RingMemory::chain((0..10).map(|_| bench.driver.allocate(1000)).collect());
+    let target = RingMemory::chain(
+        (0..10)
+            .map(|_| bench.driver.allocate(1000).unwrap())
+            .collect(),
+    );
     // A slice that starts and ends inside pieces.
     let read = OpKind::Read {
         offset: 77 + 1500,
@@ -128,7 +132,7 @@ fn more_pieces_than_one_call_takes(kind: DriverKind) {
 
 fn short_read_at_the_end(kind: DriverKind) {
     let mut bench = Bench::with(kind, DEPTH, false, &pattern(1000, 4));
-    let target = bench.driver.allocate(4096);
+    let target = bench.driver.allocate(4096).unwrap();
     assert_eq!(
         bench
             .run(OpKind::Read {
@@ -278,7 +282,7 @@ fn many_operations_in_one_kick(kind: DriverKind) {
     let mut bench = Bench::with(kind, 256, false, &pattern(256 * 512, 6));
     for round in 0..20 {
         let targets = (0..256)
-            .map(|_| bench.driver.allocate(512))
+            .map(|_| bench.driver.allocate(512).unwrap())
             .collect::<Vec<_>>();
         for (slot, target) in targets.iter().enumerate() {
             let offset = u64::try_from((slot + round) % 256 * 512).unwrap();
@@ -313,7 +317,7 @@ fn many_operations_in_one_kick(kind: DriverKind) {
 
 fn a_full_driver_gives_the_operation_back(kind: DriverKind) {
     let mut bench = Bench::with(kind, 5, false, &pattern(4096, 7));
-    let target = bench.driver.allocate(512);
+    let target = bench.driver.allocate(512).unwrap();
     let read = |offset| Op {
         file: IMAGE,
         kind: OpKind::Read {
@@ -345,7 +349,7 @@ fn a_full_driver_gives_the_operation_back(kind: DriverKind) {
 fn dropping_with_operations_in_flight(kind: DriverKind) {
     for kicked in [false, true] {
         let mut bench = Bench::with(kind, DEPTH, true, &pattern(16 << 20, 8));
-        let target = bench.driver.allocate(16 << 20);
+        let target = bench.driver.allocate(16 << 20).unwrap();
         for slot in 0..63 {
             let part = target.slice(slot * (256 << 10), 256 << 10);
             let offset = u64::try_from(slot * (256 << 10)).unwrap();
@@ -420,7 +424,7 @@ fn direct_io(kind: DriverKind) {
     };
     assert_eq!(bench.run(write).unwrap(), data.len());
     let unit = usize::try_from(properties.alignment).unwrap();
-    let target = bench.driver.allocate(256 << 10);
+    let target = bench.driver.allocate(256 << 10).unwrap();
     assert!(target.is_aligned(4096));
     let read = OpKind::Read {
         offset: u64::try_from(unit).unwrap(),
@@ -449,7 +453,7 @@ fn direct_io(kind: DriverKind) {
 
 fn direct_io_refuses_unaligned_memory(kind: DriverKind) {
     let mut bench = Bench::with(kind, DEPTH, true, &pattern(8192, 10));
-    let target = bench.driver.allocate(8192);
+    let target = bench.driver.allocate(8192).unwrap();
     assert!(!target.slice(1, 512).is_aligned(2));
     let read = OpKind::Read {
         offset: 100,
@@ -507,7 +511,7 @@ fn errors_reach_their_slot(kind: DriverKind) {
     assert!(files[0].is_writable() && !files[1].is_writable());
     let mut driver = Driver::open(FileSet::new(files), kind, DEPTH).unwrap();
     for slot in 0..32 {
-        let memory = driver.allocate(512);
+        let memory = driver.allocate(512).unwrap();
         let kind = match slot % 4 {
             0 => OpKind::Read { offset: 0, memory },
             1 => OpKind::Write {
@@ -549,7 +553,7 @@ fn errors_reach_their_slot(kind: DriverKind) {
     }
     assert_eq!(seen, (4..32).sum::<usize>());
     // Offsets that no file has.
-    let memory = driver.allocate(512);
+    let memory = driver.allocate(512).unwrap();
     submit(
         &mut driver,
         IMAGE,
@@ -583,7 +587,7 @@ fn properties_and_lengths(kind: DriverKind) {
 fn slots_may_be_sparse(kind: DriverKind) {
     let mut bench = Bench::with(kind, 4, false, &pattern(4096, 15));
     for slot in [0, 1000, 5, 999] {
-        let memory = bench.driver.allocate(10);
+        let memory = bench.driver.allocate(10).unwrap();
         submit(
             &mut bench.driver,
             IMAGE,
@@ -606,7 +610,7 @@ fn a_slot_in_flight_twice_panics(kind: DriverKind) {
     let result = std::panic::catch_unwind(|| {
         let mut bench = Bench::with(kind, 4, false, &pattern(4096, 16));
         for _ in 0..2 {
-            let memory = bench.driver.allocate(10);
+            let memory = bench.driver.allocate(10).unwrap();
             submit(
                 &mut bench.driver,
                 IMAGE,

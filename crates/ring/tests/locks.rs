@@ -247,7 +247,7 @@ fn a_closed_driver_frees_the_image_at_once() {
         file.lock(LockMode::Write).unwrap();
         let files = urus_ring::FileSet::new(vec![file]);
         let mut driver = urus_ring::Driver::open(files, urus_ring::DriverKind::Auto, 8).unwrap();
-        let memory = driver.allocate(512);
+        let memory = driver.allocate(512).unwrap();
         assert!(
             driver
                 .submit(

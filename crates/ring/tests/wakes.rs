@@ -132,7 +132,7 @@ fn event_fd_announces(kind: DriverKind) {
     assert!(!is_readable(driver, false));
 
     // A read, in one system call or later.
-    let memory = driver.allocate(512);
+    let memory = driver.allocate(512).unwrap();
     submit(driver, IMAGE, OpKind::Read { offset: 0, memory }, 0);
     driver.kick();
     assert!(is_readable(driver, true));
@@ -188,7 +188,7 @@ fn event_fd_loses_nothing(kind: DriverKind) {
     });
     let mut free = (0..8).collect::<Vec<Slot>>();
     let (mut started, mut ended, mut received) = (0_u64, 0, 0);
-    let target = driver.allocate(4096 * 8);
+    let target = driver.allocate(4096 * 8).unwrap();
     while ended < 2000 || received < 2000 {
         while started < 2000
             && let Some(slot) = free.pop()

@@ -218,11 +218,16 @@ static CALLS: &[Call] = &[
             ],
         },
     ),
-    call!(ioctl, SYS_ioctl, "sockets and eventfds that do not block").only(
-        "FIONBIO",
+    call!(
+        ioctl,
+        SYS_ioctl,
+        "sockets and eventfds that do not block; how much of a front end's message is there"
+    )
+    .only(
+        "FIONBIO, FIONREAD",
         Only::OneOf {
             argument: 1,
-            values: bits![libc::FIONBIO],
+            values: bits![libc::FIONBIO, libc::FIONREAD],
         },
     ),
     call!(close, SYS_close, "descriptors"),

@@ -25,6 +25,8 @@ pub enum Injection {
     Length(u64),
     /// At so many operations in a row, from one on: what makes a failure good may fail, too.
     Row(u64, u64, Action),
+    /// At one of the engine's requests for memory, and so many after it.
+    Memory(u64, u64),
 }
 
 /// Of a [`Injection::Row`].
@@ -39,6 +41,9 @@ const COMMON: [Action; 7] = {
 /// Opening asks for lengths, and so does every read that ends inside a sector: so many of the first questions fail in turn.
 const LENGTHS: u64 = 24;
 
+/// So many of the first requests for memory are refused in turn, alone and with all that follow.
+const MEMORIES: u64 = 64;
+
 impl Injection {
     /// As the world takes it.
     #[must_use]
@@ -50,6 +55,7 @@ impl Injection {
             Self::Sync(sync, action) => (Trigger::Sync(sync), action),
             Self::Length(question) => (Trigger::Length(question), Action::Eio),
             Self::Row(op, count, action) => (Trigger::Ops(op, op + count), action),
+            Self::Memory(first, count) => (Trigger::Memory(first, count), Action::Eio),
         };
         Fault { trigger, action }
     }
@@ -74,7 +80,7 @@ impl Injection {
     }
 
     /// Every operation with every action, every operation with ENOSPC or EIO from there on, errors again and again, every
-    /// fdatasync failing, every one of the first questions for a length.
+    /// fdatasync failing, every one of the first questions for a length and of the first requests for memory.
     #[must_use]
     pub fn every(ops: u64, syncs: u64) -> Vec<Self> {
         let mut all = Vec::new();
@@ -88,6 +94,8 @@ impl Injection {
         }
         all.extend((0..syncs).map(|sync| Self::Sync(sync, Action::Eio)));
         all.extend((0..LENGTHS).map(Self::Length));
+        all.extend((0..MEMORIES).map(|request| Self::Memory(request, 1)));
+        all.extend((0..MEMORIES).map(|request| Self::Memory(request, u64::MAX)));
         all
     }
 }
@@ -127,6 +135,7 @@ enum Sort {
     /// The first ones are asked while it opens.
     Length(u64),
     Row(Kind),
+    Memory,
 }
 
 /// What an operation makes of an error.
@@ -208,6 +217,7 @@ impl Measured {
             Injection::Sync(..) => Sort::Sync,
             Injection::Length(question) => Sort::Length(question.min(8)),
             Injection::Row(op, ..) => Sort::Row(*self.kinds.get(index(op))?),
+            Injection::Memory(..) => Sort::Memory,
         })
     }
 }

@@ -33,6 +33,8 @@ pub enum Trigger {
     Sync(u64),
     /// The question for a file's length with this number (no operation, and counted apart, from 0).
     Length(u64),
+    /// The engine's request for memory with this number, and so many after it (no operation, and counted apart, from 0).
+    Memory(u64, u64),
 }
 
 /// What happens to it.
@@ -114,6 +116,7 @@ pub(crate) struct FaultPlan {
     pub(crate) ops: u64,
     pub(crate) syncs: u64,
     lengths: u64,
+    pub(crate) memories: u64,
     /// How often a fault really hit.
     pub(crate) injected: u64,
     /// How often it hit an fdatasync.
@@ -136,7 +139,7 @@ impl FaultPlan {
                     class != OpClass::Sync && op >= first && (op - first).is_multiple_of(of)
                 }
                 Trigger::Sync(k) => class == OpClass::Sync && k == sync,
-                Trigger::Length(_) => false,
+                Trigger::Length(_) | Trigger::Memory(..) => false,
             };
             now && fault.action.fits(class)
         };
@@ -154,5 +157,18 @@ impl FaultPlan {
         let fails = self.faults.iter().any(fails);
         self.injected += u64::from(fails);
         fails
+    }
+
+    /// Counts a request for memory, and says whether it is refused.
+    pub(crate) fn next_memory(&mut self) -> bool {
+        let number = self.memories;
+        self.memories += 1;
+        let refuses = |fault: &Fault| match fault.trigger {
+            Trigger::Memory(first, count) => (first..first.saturating_add(count)).contains(&number),
+            _ => false,
+        };
+        let refuses = self.faults.iter().any(refuses);
+        self.injected += u64::from(refuses);
+        refuses
     }
 }

@@ -592,7 +592,7 @@ impl Machine {
         self.driving.errors
             && match error {
                 Error::OutOfSpace { .. } => true,
-                Error::Io { .. } => self.world.injected() > 0,
+                Error::Io { .. } | Error::OutOfMemory { .. } => self.world.injected() > 0,
                 Error::Poisoned { .. } => self.is_poisoned(),
                 _ => false,
             }

@@ -61,8 +61,9 @@ impl SimStorage {
 impl Storage for SimStorage {
     type Memory = SimMemory;
 
-    fn allocate(&self, bytes: usize) -> SimMemory {
-        SimMemory::zeroed(bytes)
+    fn allocate(&self, bytes: usize) -> Option<SimMemory> {
+        let refused = self.world.0.borrow_mut().faults.next_memory();
+        (!refused).then(|| SimMemory::zeroed(bytes))
     }
 
     fn submit(&mut self, op: Op<SimMemory>, slot: Slot) -> Result<(), Op<SimMemory>> {

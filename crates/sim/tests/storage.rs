@@ -59,7 +59,7 @@ fn write(offset: u64, bytes: Vec<u8>) -> OpKind<SimMemory> {
 }
 
 fn read(storage: &mut SimStorage, offset: u64, len: usize) -> Vec<u8> {
-    let memory = storage.allocate(len);
+    let memory = storage.allocate(len).unwrap();
     let done = run(
         storage,
         OpKind::Read {
@@ -227,7 +227,7 @@ fn memory_is_taken_and_filled_late() {
     );
     assert_eq!(world.complaints().len(), 1);
     // A read's memory holds junk until the read took effect.
-    let memory = storage.allocate(512);
+    let memory = storage.allocate(512).unwrap();
     submit(
         &mut storage,
         OpKind::Read {
@@ -352,7 +352,7 @@ fn errors_are_given_as_planned() {
                 continue;
             }
         }
-        let memory = storage.allocate(2048);
+        let memory = storage.allocate(2048).unwrap();
         let result = run(&mut storage, OpKind::Read { offset: 0, memory });
         match action {
             Action::Eio | Action::Eintr | Action::Eagain => assert!(result.is_err()),
@@ -404,7 +404,7 @@ fn random_run(seed: u64) -> (u64, u64) {
                     0 => OpKind::SyncData,
                     1 => OpKind::Read {
                         offset,
-                        memory: storage.allocate(len),
+                        memory: storage.allocate(len).unwrap(),
                     },
                     2 => OpKind::Punch {
                         offset,

@@ -1,6 +1,6 @@
 //! Plain blocking reads and writes.
 
-use crate::{Buffer, Completion, Device, Extent, Queue, Request, Result, limits};
+use crate::{Buffer, Completion, Device, EngineError, Extent, Queue, Request, Result, limits};
 
 /// Plain reads and writes over one [`Queue`], for tools and tests. Each call waits until it is done.
 ///
@@ -126,7 +126,11 @@ impl BlockingIo {
                 && result.is_ok()
                 && let Some(chunk) = chunks.next()
             {
-                let buffer = self.buffer(chunk.len);
+                let Some(buffer) = self.buffer(chunk.len) else {
+                    let bytes = u64::try_from(chunk.len).expect("a length fits 64 bits");
+                    result = Err(EngineError::OutOfMemory { bytes }.into());
+                    break;
+                };
                 let request = request(chunk, buffer, &mut bytes);
                 self.submit(request);
             }
@@ -164,13 +168,13 @@ impl BlockingIo {
         }
     }
 
-    fn buffer(&mut self, len: usize) -> Buffer {
+    fn buffer(&mut self, len: usize) -> Option<Buffer> {
         match self.spare.iter().position(|buffer| buffer.len() == len) {
-            Some(index) => self.spare.swap_remove(index),
+            Some(index) => Some(self.spare.swap_remove(index)),
             None => {
                 // Make room for this size.
                 self.spare.pop();
-                Buffer::new(len)
+                Buffer::try_new(len)
             }
         }
     }

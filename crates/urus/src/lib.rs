@@ -70,6 +70,11 @@
 //! **No space.** [`Error::is_out_of_space`] tells it: nothing was changed, the device goes on, and the same request
 //! may succeed once there is space (QEMU's `werror=enospc` pauses the guest meanwhile).
 //!
+//! **No memory.** What an image or a request decides the size of is asked for by calls that can fail; the request
+//! fails with [`EngineError::OutOfMemory`] then, and nothing else does. What is small cannot fail in Rust, but for a process
+//! that makes [`ReservingAllocator`] its global allocator and calls [`hold_reserve`]: some address space is kept back for
+//! it, and [`memory_is_short`] says when to take no more requests. The `urus` program does so.
+//!
 //! **Discard** is a hint. Whole clusters in the range are given back to the image and to the host's file
 //! system, and read as zeroes then; the rest of the range keeps its content. Where reading zeroes cannot be
 //! recorded (version 2 with a backing file), and with [`DiscardPolicy::Ignore`], it succeeds and does nothing.
@@ -119,8 +124,8 @@
 //! # Threads
 //! A device has one thread of its own, `urus-maint`, for allocation, commits and punching, so that shared work
 //! goes on whether or not any queue is polled. Decoding compressed clusters happens on a pool that all devices
-//! of the process share, started when first needed. A queue works on its caller's thread. No signal handlers,
-//! no process-wide state but that pool.
+//! of the process share, started when first needed. A queue works on its caller's thread. No signal handlers
+//! (but of SIGBUS, from the first `Guard` of a virtual machine's memory on), no process-wide state but that pool.
 //!
 //! # Kernel
 //! Linux 5.6 or later (`openat2`), on 64-bit machines. io_uring needs 5.13; newer kernels make it faster (5.19,
@@ -174,3 +179,8 @@ pub use urus_format::Compression;
 #[cfg(feature = "vm-memory")]
 pub use urus_ring::OutsideGuestMemory;
 pub use urus_ring::{BUFFER_ALIGNMENT, Buffer, MemoryRegion, Parts, SocketCompletion};
+#[cfg(feature = "vm-memory")]
+pub use urus_ring::{Guard, faults};
+pub use urus_ring::{
+    RESERVE_BYTES, ReservingAllocator, hold_reserve, may_fail, memory_is_short, shortages,
+};

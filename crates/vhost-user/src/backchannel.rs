@@ -14,7 +14,7 @@ use rustix::net::{
 use vhost::vhost_user::message::{BackendReq, FrontendReq};
 
 /// Bytes of a message's header: request, flags, size of what follows.
-const HEADER_BYTES: usize = 12;
+pub(crate) const HEADER_BYTES: usize = 12;
 
 /// Protocol version 1, and no reply wanted.
 const FLAGS: u32 = 1;

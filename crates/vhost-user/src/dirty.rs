@@ -20,6 +20,11 @@ impl DirtyLog {
         Self { bits }
     }
 
+    /// Whether its file was shortened.
+    pub(crate) fn is_broken(&self) -> bool {
+        self.bits.is_broken()
+    }
+
     /// Notes that a range of the guest's memory was written: after it was, and before the guest is told. What the log
     /// has no bits for is outside the memory that is migrated.
     pub(crate) fn mark(&self, address: u64, len: usize) {

@@ -11,6 +11,7 @@ use std::fs::File;
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use tracing::{debug, info, warn};
 use urus::Device;
@@ -31,7 +32,7 @@ use crate::limits;
 use crate::memory::{Map, Place, Region};
 use crate::ring::{Layout, Ring};
 use crate::shared::Shared as SharedFile;
-use crate::vring::{Logging, Shared, Start};
+use crate::vring::{Logging, Shared, Shortened, Start};
 use crate::worker::{Inbox, Message};
 
 /// Where the parts of a virtqueue are in the front end's address space.
@@ -67,6 +68,8 @@ pub(crate) struct Core {
     pub(crate) inboxes: Arc<[Arc<Inbox>]>,
     /// Completed writes need not survive this process.
     pub(crate) volatile_cache: bool,
+    /// How long a front end may take until it has begun a session.
+    pub(crate) introduction_time: Duration,
 }
 
 /// A front end, as far as it has introduced itself.
@@ -79,6 +82,8 @@ pub(crate) struct FrontEnd {
     log: Option<Arc<DirtyLog>>,
     /// The cache mode that the driver has set, where it can.
     writeback: bool,
+    /// It has said something that only a front end in earnest says.
+    begun: bool,
 }
 
 /// A failure that the front end is told of, and may live with.
@@ -103,10 +108,16 @@ impl FrontEnd {
             inflight: None,
             log: None,
             writeback: true,
+            begun: false,
         };
         front_end.virtqueues.resize_with(queues, Virtqueue::default);
         front_end.set_cache_mode();
         front_end
+    }
+
+    /// Whether it has begun a session, and may take its time from now on.
+    pub(crate) fn has_begun(&self) -> bool {
+        self.begun
     }
 
     /// Whether the driver sees what the device says in this feature.
@@ -247,6 +258,10 @@ impl FrontEnd {
             }
             heads = found;
         }
+        // Asked last: all of it was just looked at.
+        if self.map.is_broken() || self.inflight.as_ref().is_some_and(|area| area.is_broken()) {
+            return Err(refuse(format!("queue {index}: {Shortened}")));
+        }
         let event_idx = self.has(VIRTIO_RING_F_EVENT_IDX);
         Ok((
             Ring::new(layout, next_avail, used_index, event_idx),
@@ -315,6 +330,7 @@ fn unblocked(file: Option<File>) -> Result<Option<File>> {
 
 impl VhostUserBackendReqHandlerMut for FrontEnd {
     fn set_owner(&mut self) -> Result<()> {
+        self.begun = true;
         Ok(())
     }
 
@@ -344,6 +360,7 @@ impl VhostUserBackendReqHandlerMut for FrontEnd {
         if unknown != 0 {
             return Err(refuse(format!("features {unknown:#x} were not offered")));
         }
+        self.begun = true;
         self.features = wanted;
         self.set_cache_mode();
         if wanted & VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits() == 0 {

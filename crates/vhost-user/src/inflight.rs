@@ -108,6 +108,11 @@ impl Area {
         })
     }
 
+    /// Whether its file was shortened: the notes are gone.
+    pub(crate) fn is_broken(&self) -> bool {
+        self.memory.is_broken()
+    }
+
     fn queue_start(&self, queue: u16) -> usize {
         usize::from(queue) * queue_bytes(self.size)
     }
@@ -219,6 +224,10 @@ impl Notes {
             head = self.load16(entry(head) + NEXT);
         }
         Ok(())
+    }
+
+    pub(crate) fn is_broken(&self) -> bool {
+        self.area.is_broken()
     }
 
     /// A request is taken: to be noted before anything is done about it.

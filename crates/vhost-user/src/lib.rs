@@ -37,8 +37,11 @@
 //! Nothing but fail its own requests. Descriptors are copied before they are judged, and bounds are checked against the
 //! memory that the front end has shared. What has a place for a status gets one; a ring or chain that makes no sense stops its
 //! queue, says so in the log and on the front end's error eventfd, until it is set up again. A front end that breaks
-//! the protocol is cut off. One that shrinks the files of the memory that it has shared can kill this process (SIGBUS): it is
-//! trusted as far as its own disk.
+//! the protocol is cut off, as is one that does not begin a session within ten seconds.
+//! One that shortens a file that it has shared (memory, notes of requests in flight, dirty log) stops its own virtqueues: a handler of SIGBUS, installed
+//! with the first memory that is mapped, puts zeroes in the place of what is gone. A write that was under way then may store zeroes instead of
+//! the data that its own machine took away; it is not said to be done. No other disk of the process is concerned. A file that is sealed against
+//! shortening (F_SEAL_SHRINK, as QEMU's memory backends are) cannot come to that.
 #![forbid(unsafe_code)]
 
 mod backchannel;

@@ -33,6 +33,14 @@ pub(crate) const SHARED_BYTES: u64 = 1 << 32;
 /// Bytes of the name that GET_ID answers with.
 pub(crate) const SERIAL_BYTES: usize = 20;
 
+/// How long a front end may take from its connection to the first message, and from that to the first one that begins a session.
+/// After that it may be silent for ever, as one is whose guest does not use its disk.
+/// Also for the rest of a message of which it has sent a part, and for taking an answer. Unless the builder says otherwise.
+pub(crate) const INTRODUCTION_TIME: Duration = Duration::from_secs(10);
+
+/// Connections at once that have said nothing yet. With one more, the oldest has to go.
+pub(crate) const SILENT_CONNECTIONS: usize = 16;
+
 /// How long a queue polls at most after it ran out of work.
 pub(crate) const POLL_TIME: Duration = Duration::from_millis(100);
 

@@ -6,7 +6,9 @@ use std::fs::File;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 
-use rustix::fs::{FileType, fstat};
+use rustix::fs::{FileType, SealFlags, fcntl_get_seals, fstat};
+use tracing::debug;
+use urus::Guard;
 use vm_memory::{
     FileOffset, GuestAddress, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap, MmapRegion,
 };
@@ -26,6 +28,8 @@ pub(crate) enum BadMemory {
     Layout(vm_memory::GuestRegionCollectionError),
     #[error("cannot map memory: {0}")]
     Map(vm_memory::mmap::MmapRegionError),
+    #[error("cannot guard memory against the shortening of its file: {0}")]
+    Guard(std::io::Error),
     #[error("no such region of memory")]
     Unknown,
     #[error("cannot inspect the file of a region: {0}")]
@@ -46,6 +50,8 @@ pub(crate) struct Place {
 pub(crate) struct Region {
     place: Place,
     mapping: Arc<GuestRegionMmap>,
+    /// Whoever works on the memory keeps the [`Map`], and with it this.
+    guard: Arc<Guard>,
 }
 
 impl Region {
@@ -60,17 +66,25 @@ impl Region {
             MmapRegion::from_file(FileOffset::new(file, offset), bytes).map_err(BadMemory::Map)?;
         let mapping = GuestRegionMmap::new(mapping, GuestAddress(place.guest))
             .ok_or(BadMemory::AddressSpace)?;
+        let mapping = Arc::new(mapping);
+        let guard = Guard::of_guest_region(&mapping).map_err(BadMemory::Guard)?;
         Ok(Self {
             place,
-            mapping: Arc::new(mapping),
+            mapping,
+            guard: Arc::new(guard),
         })
     }
 }
 
-/// Touching a mapping beyond the end of its file is death by SIGBUS. (What a front end cuts off its file later still
-/// is: it can only harm the process that serves it.)
+/// Touching a mapping beyond the end of its file breaks it ([`Guard`]). A file that ends too early is refused at once; one that can be
+/// shortened later is said in the log, for nothing else tells a careless front end from a careful one.
 pub(crate) fn check_file(file: impl AsFd, end: u64) -> Result<(), BadMemory> {
-    let status = fstat(file).map_err(BadMemory::Inspect)?;
+    let status = fstat(&file).map_err(BadMemory::Inspect)?;
+    // What knows no seals (a file in a directory, hugetlbfs) has none.
+    let seals = fcntl_get_seals(&file).unwrap_or(SealFlags::empty());
+    if !seals.contains(SealFlags::SHRINK) {
+        debug!("a file of the front end's is not sealed against shortening (F_SEAL_SHRINK)");
+    }
     if FileType::from_raw_mode(status.st_mode) == FileType::RegularFile {
         let file_bytes = u64::try_from(status.st_size).unwrap_or(0);
         if file_bytes < end {
@@ -123,6 +137,11 @@ impl Map {
             .ok_or(BadMemory::Unknown)?;
         regions.remove(index);
         Self::new(regions)
+    }
+
+    /// Whether the file behind a part of it was shortened: nothing in it can be believed.
+    pub(crate) fn is_broken(&self) -> bool {
+        self.regions.iter().any(|region| region.guard.is_broken())
     }
 
     pub(crate) fn memory(&self) -> &Arc<GuestMemoryMmap> {

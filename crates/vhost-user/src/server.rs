@@ -30,6 +30,7 @@ pub struct ServerBuilder {
     poll: Duration,
     volatile_cache: bool,
     pin_guest_memory: bool,
+    introduction_time: Duration,
     on_end: Option<Box<dyn FnOnce() + Send>>,
 }
 
@@ -71,6 +72,14 @@ impl ServerBuilder {
     #[must_use]
     pub fn pin_guest_memory(mut self, pin: bool) -> Self {
         self.pin_guest_memory = pin;
+        self
+    }
+
+    /// How long a front end may take until it has begun a session, and for the rest of a message of which it has sent a part (default 10 s, at least
+    /// 1 ms). After that it may be silent for ever. Connections that say nothing keep nobody waiting.
+    #[must_use]
+    pub fn introduction_time(mut self, time: Duration) -> Self {
+        self.introduction_time = time.max(Duration::from_millis(1));
         self
     }
 
@@ -130,6 +139,7 @@ impl ServerBuilder {
                 .map(|worker| Arc::clone(&worker.inbox))
                 .collect(),
             volatile_cache: self.volatile_cache,
+            introduction_time: self.introduction_time,
         };
         server.start_control(core, self.listener, self.on_end)?;
         Ok(server)
@@ -242,6 +252,7 @@ impl Server {
             poll: Duration::ZERO,
             volatile_cache: false,
             pin_guest_memory: false,
+            introduction_time: limits::INTRODUCTION_TIME,
             on_end: None,
         }
     }

@@ -1,8 +1,10 @@
 //! Files that front end and back end share beside the guest's memory.
 
 use std::fs::File;
+use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 
+use urus::Guard;
 use vm_memory::{FileOffset, MmapRegion, VolatileMemory, VolatileSlice};
 
 use crate::limits::SHARED_BYTES;
@@ -11,7 +13,8 @@ use crate::memory::{BadMemory, check_file};
 /// A part of such a file, mapped.
 #[derive(Debug)]
 pub(crate) struct Shared {
-    mapping: MmapRegion,
+    mapping: Arc<MmapRegion>,
+    guard: Guard,
     /// Where the part begins in the mapping, which begins at a page.
     start: usize,
     len: usize,
@@ -32,11 +35,19 @@ impl Shared {
         let small = |bytes: u64| usize::try_from(bytes).map_err(|_| BadMemory::AddressSpace);
         let mapping = MmapRegion::from_file(FileOffset::new(file, first), small(end - first)?)
             .map_err(BadMemory::Map)?;
+        let mapping = Arc::new(mapping);
+        let guard = Guard::of_mapping(&mapping).map_err(BadMemory::Guard)?;
         Ok(Self {
             mapping,
+            guard,
             start: small(offset - first)?,
             len: small(bytes)?,
         })
+    }
+
+    /// Whether the file was shortened: nothing in it can be believed.
+    pub(crate) fn is_broken(&self) -> bool {
+        self.guard.is_broken()
     }
 
     /// A range of it; None when that is outside.

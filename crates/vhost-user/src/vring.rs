@@ -30,7 +30,16 @@ pub(crate) enum Broken {
     Chain(#[from] BadChain),
     #[error(transparent)]
     Request(#[from] NoStatus),
+    #[error(transparent)]
+    Memory(#[from] Shortened),
 }
+
+/// A file that the front end shares was shortened: what it held is gone, and what is in its place is no one's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "the front end has shortened the file of its memory, of its notes of requests in flight or of its log; it has to share them anew"
+)]
+pub(crate) struct Shortened;
 
 /// How to log what is written to the guest's memory.
 #[derive(Clone, Debug, Default)]
@@ -100,6 +109,8 @@ pub(crate) struct Vring {
     unpublished: bool,
     in_flight: usize,
     broken: bool,
+    /// [`urus::faults`] when memory was last looked at.
+    faults: u64,
 }
 
 /// What one turn has come to.
@@ -132,6 +143,7 @@ impl Vring {
             unpublished: false,
             in_flight: 0,
             broken: false,
+            faults: 0,
         };
         // A predecessor may have been killed after it had published, and before it told the driver; what ends from now on
         // lies beyond the entry that the driver waits for, so that it would never be told. A call too many does no harm.
@@ -183,16 +195,42 @@ impl Vring {
         match self.try_turn(queue, stopping) {
             Ok(turn) => turn,
             Err(error) => {
+                // Nonsense that comes from lost memory is not the driver's.
+                let error = self.memory_is_whole().map_or_else(Broken::from, |()| error);
                 self.break_off(&error);
                 Turn { progress: true }
             }
         }
     }
 
+    /// Whether what is shared with the front end is still there. Once a process has seen one fault, each is found here before anything
+    /// that came of it is believed.
+    fn memory_is_whole(&mut self) -> Result<(), Shortened> {
+        let faults = urus::faults();
+        if faults == self.faults {
+            return Ok(());
+        }
+        let Start {
+            map,
+            notes,
+            logging,
+            ..
+        } = &self.start;
+        let broken = map.is_broken()
+            || notes.as_ref().is_some_and(Notes::is_broken)
+            || logging.log.as_ref().is_some_and(|log| log.is_broken());
+        if broken {
+            return Err(Shortened);
+        }
+        self.faults = faults;
+        Ok(())
+    }
+
     fn try_turn(&mut self, queue: &mut Queue, stopping: bool) -> Result<Turn, Broken> {
         let map = Arc::clone(&self.start.map);
         let view = self.start.ring.layout.view(map.memory());
         let mut progress = false;
+        self.believe_memory()?;
         if let (Ok(view), false, false) = (&view, stopping, self.broken) {
             progress |= self.take_all(queue, &map, view)?;
         }
@@ -201,10 +239,25 @@ impl Vring {
             self.complete(completion, view.as_ref().ok())?;
         }
         progress |= self.resubmit(queue);
+        // Before anything is said to be done with it.
+        self.believe_memory()?;
         if self.unpublished {
             self.publish(&view?)?;
         }
         Ok(Turn { progress })
+    }
+
+    /// Breaks off, once, if memory is lost.
+    fn believe_memory(&mut self) -> Result<(), Shortened> {
+        if self.broken {
+            return Ok(());
+        }
+        let whole = self.memory_is_whole();
+        if whole.is_err() {
+            // There is nobody to show it to.
+            self.unpublished = false;
+        }
+        whole
     }
 
     /// Asks for kicks, before a sleep. True when there is something to do already.
@@ -219,6 +272,10 @@ impl Vring {
             .layout
             .view(map.memory())
             .and_then(|view| self.start.ring.want_kicks(&view));
+        if self.memory_is_whole().is_err() {
+            self.break_off(&Shortened.into());
+            return false;
+        }
         match asked {
             // Where the engine's queue is full, its completions wake us.
             Ok(more) => more && queue.in_flight() < queue.depth() && self.waiting.is_empty(),

@@ -473,6 +473,157 @@ fn memory_can_be_replaced_under_load() {
     server.shutdown().unwrap();
 }
 
+/// A memfd as a front end of ill will makes it: it can be shortened at any time.
+fn unsealed(bytes: u64) -> std::fs::File {
+    let file = rustix::fs::memfd_create("unsealed", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+    rustix::fs::ftruncate(&file, bytes).unwrap();
+    file.into()
+}
+
+/// Touching a mapping beyond the end of its file is a SIGBUS, which used to end the process, and with it every other disk. Whatever a front end
+/// shortens, and wherever the back end is just then: its own virtqueue stops, and that is all.
+#[test]
+fn a_front_end_that_shortens_its_files_loses_its_own_disk_alone() {
+    let Setting {
+        server,
+        socket,
+        _dir,
+        ..
+    } = serve_with(true);
+    let other_image = _dir.path().join("other.qcow2");
+    urus::create(&other_image, CreateOptions::new().size(DISK)).unwrap();
+    let other = OpenOptions::new().open(&other_image).unwrap();
+    let mut other_disk = other.blocking().unwrap();
+    let neighbour = serve();
+    let mut neighbouring = Machine::new();
+    let _neighbours = attach(&neighbour.socket, &mut neighbouring);
+
+    for round in 0..24_u8 {
+        let mut machine = Machine::new();
+        let notes = unsealed(1 << 20);
+        machine.keep_notes_in(notes.try_clone().unwrap(), 1 << 20);
+        let front_end = attach(&socket, &mut machine);
+        let log = unsealed(4096);
+        let region = VhostUserDirtyLogRegion {
+            mmap_size: 4096,
+            mmap_offset: 0,
+            mmap_handle: std::os::fd::AsRawFd::as_raw_fd(&log),
+        };
+        front_end.set_log_base(0, Some(region)).unwrap();
+        front_end.set_features(FEATURES | LOG_ALL).unwrap();
+        for slot in 0..SLOTS {
+            let kind = if slot % 2 == 0 { WRITE } else { READ };
+            machine.fill(slot, &[round; 8192]);
+            machine.prepare(slot, kind, u64::from(slot) * 128, 8192);
+            machine.offer(slot);
+        }
+        match round % 4 {
+            // Before the back end has seen them, or amid its work.
+            0 | 1 => {
+                if round % 4 == 1 {
+                    machine.kick();
+                }
+                machine.shorten(0);
+            }
+            2 => notes.set_len(0).unwrap(),
+            _ => log.set_len(0).unwrap(),
+        }
+        machine.kick();
+        assert!(machine.is_broken(), "round {round}");
+        // It stays so: the virtqueue cannot be started on what is lost.
+        drop(front_end);
+        // The others go on.
+        other_disk.write_at(&[round; 4096], 4096).unwrap();
+        assert_eq!(neighbouring.request(WRITE, 0, 4096), OK);
+        assert_eq!(neighbouring.request(READ, 0, 4096), OK);
+    }
+    let mut bytes = [0; 4096];
+    other_disk.read_at(&mut bytes, 4096).unwrap();
+    assert_eq!(bytes, [23; 4096]);
+    // And so does this one, for a machine that has memory.
+    let mut machine = Machine::new();
+    let front_end = attach(&socket, &mut machine);
+    machine.fill(0, &[9; 512]);
+    assert_eq!(machine.request(WRITE, 8, 512), OK);
+    assert_eq!(machine.request(FLUSH, 0, 0), OK);
+    drop(front_end);
+    server.shutdown().unwrap();
+}
+
+/// Data alone is gone: the kernel says so (EFAULT), or the back end finds out. The requests fail or the virtqueue stops; nothing is said to be done.
+#[test]
+fn a_request_whose_data_is_gone_is_not_said_to_be_done() {
+    let Setting {
+        server,
+        socket,
+        _dir,
+        ..
+    } = serve_with(true);
+    for kind in [WRITE, READ] {
+        let mut machine = Machine::new();
+        let front_end = attach(&socket, &mut machine);
+        machine.prepare(0, kind, 0, 4096);
+        machine.shorten(0x10_0000);
+        machine.offer(0);
+        machine.kick();
+        let begin = std::time::Instant::now();
+        while machine.status(0) == 0xff && begin.elapsed() < std::time::Duration::from_secs(1) {
+            std::thread::sleep(std::time::Duration::from_millis(1));
+        }
+        let answered = !machine.answered().is_empty();
+        assert!(!answered || machine.status(0) == IO_ERROR, "kind {kind}");
+        drop(front_end);
+    }
+    server.shutdown().unwrap();
+}
+
+/// One front end is served at a time. Connections that say nothing, half a message, or nothing in earnest used to keep the machine's own out for ever.
+#[test]
+fn a_connection_that_does_not_begin_keeps_nobody_out() {
+    let dir = tempfile::tempdir().unwrap();
+    let image = dir.path().join("image.qcow2");
+    urus::create(&image, CreateOptions::new().size(DISK)).unwrap();
+    let device = OpenOptions::new().open(&image).unwrap();
+    let socket = dir.path().join("sock");
+    let listener = Listener::bind(&socket).unwrap();
+    let server = Server::builder(device, listener)
+        .introduction_time(std::time::Duration::from_millis(500))
+        .start()
+        .unwrap();
+    let connect = || UnixStream::connect(&socket).unwrap();
+    // More than are kept waiting.
+    let silent: Vec<UnixStream> = (0..40).map(|_| connect()).collect();
+    let mut machine = Machine::new();
+    let front_end = attach(&socket, &mut machine);
+    assert_eq!(machine.request(FLUSH, 0, 0), OK);
+    drop(front_end);
+    for half in [
+        // Half a head; a head without its body; a question, and nothing after its answer.
+        &[1, 0, 0][..],
+        &[8, 0, 0, 0, 1, 0, 0, 0, 8, 0, 0, 0],
+        &[1, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0],
+    ] {
+        let mut stream = connect();
+        stream.write_all(half).unwrap();
+        std::thread::sleep(std::time::Duration::from_millis(50));
+        let mut machine = Machine::new();
+        let front_end = attach(&socket, &mut machine);
+        assert_eq!(machine.request(FLUSH, 0, 0), OK, "{half:?}");
+        // One that has begun may be silent for as long as it likes.
+        std::thread::sleep(std::time::Duration::from_millis(1200));
+        assert_eq!(machine.request(FLUSH, 0, 0), OK, "{half:?}");
+        drop(front_end);
+    }
+    // The silent ones were closed meanwhile.
+    for mut stream in silent {
+        stream
+            .set_read_timeout(Some(std::time::Duration::from_secs(10)))
+            .unwrap();
+        assert_eq!(stream.read(&mut [0]).unwrap(), 0);
+    }
+    server.shutdown().unwrap();
+}
+
 #[test]
 fn a_reset_device_begins_anew() {
     let Setting {

@@ -25,6 +25,9 @@ use crate::failure::Failure;
 /// Connections at once; more are turned away.
 const CONNECTIONS: usize = 8;
 
+/// Descriptors kept back for the moment in which there are no others: enough for two connections.
+const SPARE: usize = 4;
+
 /// How long a connection may take for its next request, and for taking a reply.
 const IDLE_TIME: Duration = Duration::from_secs(60);
 const WRITE_TIME: Duration = Duration::from_secs(5);
@@ -55,7 +58,8 @@ struct Shared {
 }
 
 struct Connection {
-    stream: UnixStream,
+    /// Shared with the thread, so that a connection takes one descriptor.
+    stream: Arc<UnixStream>,
     /// None until its owner has put it there; the thread itself takes nothing from it.
     thread: Option<JoinHandle<()>>,
 }
@@ -63,6 +67,7 @@ struct Connection {
 impl Control {
     pub(crate) fn start(listener: Listener, images: Vec<Controlled>) -> Result<Self, Failure> {
         let (acceptor, stopper) = Acceptor::new(vec![listener])?;
+        let acceptor = acceptor.with_spare(SPARE);
         let shared = Arc::new(Shared {
             images,
             turn: Mutex::default(),
@@ -139,7 +144,7 @@ fn receive(shared: &Arc<Shared>, mut acceptor: Acceptor) {
     }
 }
 
-fn admit(shared: &Arc<Shared>, id: u64, mut stream: UnixStream) -> io::Result<()> {
+fn admit(shared: &Arc<Shared>, id: u64, stream: UnixStream) -> io::Result<()> {
     stream.set_nonblocking(false)?;
     stream.set_write_timeout(Some(WRITE_TIME))?;
     let mut connections = lock(&shared.connections);
@@ -148,10 +153,11 @@ fn admit(shared: &Arc<Shared>, id: u64, mut stream: UnixStream) -> io::Result<()
         let message = format!(
             "{CONNECTIONS} control connections are open already; close one of them, or try again"
         );
-        return answer(&mut stream, Err(Problem::new(Kind::Busy, message)));
+        return answer(&stream, Err(Problem::new(Kind::Busy, message)));
     }
+    let stream = Arc::new(stream);
     let connection = Connection {
-        stream: stream.try_clone()?,
+        stream: Arc::clone(&stream),
         thread: None,
     };
     connections.insert(id, connection);
@@ -159,7 +165,7 @@ fn admit(shared: &Arc<Shared>, id: u64, mut stream: UnixStream) -> io::Result<()
     // While the connections are locked: the thread that ends at once finds its own.
     let spawned = std::thread::Builder::new()
         .name("urus-control".into())
-        .spawn(move || serve(&theirs, id, stream));
+        .spawn(move || serve(&theirs, id, &stream));
     match spawned {
         Ok(thread) => {
             if let Some(connection) = connections.get_mut(&id) {
@@ -175,7 +181,7 @@ fn admit(shared: &Arc<Shared>, id: u64, mut stream: UnixStream) -> io::Result<()
 }
 
 /// The life of a connection's thread.
-fn serve(shared: &Shared, id: u64, stream: UnixStream) {
+fn serve(shared: &Shared, id: u64, stream: &UnixStream) {
     /// Gives the place back, in whatever way the thread ends.
     struct Place<'a>(&'a Shared, u64);
     impl Drop for Place<'_> {
@@ -189,13 +195,13 @@ fn serve(shared: &Shared, id: u64, stream: UnixStream) {
     }
 }
 
-fn answer(stream: &mut UnixStream, result: Result<Value, Problem>) -> io::Result<()> {
+fn answer(mut stream: &UnixStream, result: Result<Value, Problem>) -> io::Result<()> {
     let outcome = match result {
         Ok(value) => Outcome::Result(value),
         Err(problem) => Outcome::Error(problem),
     };
     let version = VERSION;
-    write_line(stream, &Reply { version, outcome })
+    write_line(&mut stream, &Reply { version, outcome })
 }
 
 impl Shared {
@@ -203,7 +209,7 @@ impl Shared {
         lock(&self.turn)
     }
 
-    fn converse(&self, mut stream: UnixStream) -> io::Result<()> {
+    fn converse(&self, mut stream: &UnixStream) -> io::Result<()> {
         let mut lines = Lines::new(REQUEST_BYTES);
         loop {
             let begin = Instant::now();
@@ -223,13 +229,13 @@ impl Shared {
                     Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                     Err(error) if error.kind() == io::ErrorKind::InvalidData => {
                         let problem = Problem::new(Kind::Request, error.to_string());
-                        return answer(&mut stream, Err(problem));
+                        return answer(stream, Err(problem));
                     }
                     Err(error) => return Err(error),
                 }
             };
             let result = Request::parse(&line).and_then(|request| self.perform(&request));
-            answer(&mut stream, result)?;
+            answer(stream, result)?;
         }
     }
 

@@ -9,7 +9,7 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags, Shutdown, SocketFlags, accept_with, recv, send, shutdown};
 use tracing::{debug, warn};
-use urus_listen::{Address, Listener};
+use urus_listen::{Address, Listener, Seldom, Spare};
 
 use super::request::{Answer, HEAD_BYTES, answer, metrics};
 use super::text::{Sources, text};
@@ -17,6 +17,9 @@ use crate::failure::Failure;
 
 /// Connections at once; with one more, the oldest has to go: so whoever comes is heard, however many say nothing.
 const CONNECTIONS: usize = 8;
+
+/// Descriptors kept back for the moment in which there are no others.
+const SPARE: usize = 2;
 
 /// How long a connection may take for everything.
 const TIME: Duration = Duration::from_secs(5);
@@ -44,6 +47,8 @@ impl Metrics {
             stop: Arc::clone(&stop),
             connections: Vec::with_capacity(CONNECTIONS),
             rests_until: None,
+            spare: Spare::new(SPARE),
+            failures: Seldom::default(),
         };
         let thread = std::thread::Builder::new()
             .name("urus-metrics".into())
@@ -82,6 +87,8 @@ struct Reception {
     /// Oldest first.
     connections: Vec<Connection>,
     rests_until: Option<Instant>,
+    spare: Spare,
+    failures: Seldom,
 }
 
 /// Who may be ready.
@@ -161,8 +168,14 @@ impl Reception {
     }
 
     fn accept(&mut self, now: Instant) {
+        self.spare.refill();
         for socket in self.listener.sockets() {
-            match accept_with(socket, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK) {
+            let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+            let mut accepted = accept_with(socket, flags);
+            if matches!(accepted, Err(Errno::MFILE | Errno::NFILE)) && self.spare.release() {
+                accepted = accept_with(socket, flags);
+            }
+            match accepted {
                 Ok(socket) => {
                     if self.connections.len() == CONNECTIONS {
                         debug!("too many connections for metrics: the oldest is cut off");
@@ -177,7 +190,9 @@ impl Reception {
                 // Nobody there, or no more.
                 Err(Errno::AGAIN | Errno::INTR | Errno::CONNABORTED) => {}
                 Err(error) => {
-                    warn!(%error, "cannot accept a scraper");
+                    if let Some(unmentioned) = self.failures.due() {
+                        warn!(%error, unmentioned, "cannot accept a scraper");
+                    }
                     self.rests_until = Some(now + REST);
                 }
             }

@@ -33,7 +33,8 @@ pub(super) struct ExportArgs {
     #[arg(long, requires = "tls_creds")]
     tls_verify_peer: bool,
 
-    /// NBD clients at once; more are turned away. Each can make the server hold some 64M
+    /// NBD clients at once; more are turned away. Each can make the server hold some 64M, and has an open file: where the limit of those is too low (ulimit -n),
+    /// fewer are taken
     #[arg(long, value_name = "N", default_value_t = 128,
           value_parser = clap::value_parser!(u16).range(1..))]
     max_connections: u16,
@@ -95,15 +96,17 @@ impl ExportArgs {
         })
     }
 
+    pub(super) fn max_connections(&self) -> u64 {
+        self.max_connections.into()
+    }
+
     pub(super) fn configure(
         &self,
         mut builder: ServerBuilder,
         others: &[Other],
         credentials: Option<TlsCredentials>,
     ) -> ServerBuilder {
-        builder = builder
-            .export_name(&self.export_name)
-            .max_connections(self.max_connections.into());
+        builder = builder.export_name(&self.export_name);
         if let Some(credentials) = credentials {
             builder = builder.tls(credentials);
         }

@@ -258,7 +258,8 @@ impl Uring {
             (false, _) => self.ring.flush(),
             (true, false) => {
                 self.listen();
-                self.ring.enter_and_wait(timeout);
+                let for_disk = self.slots.busy() > 0;
+                self.ring.enter_and_wait(timeout, for_disk);
             }
             (true, true) => {
                 self.ring.flush();

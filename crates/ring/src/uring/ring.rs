@@ -22,7 +22,11 @@ pub(super) struct Ring {
     /// Whether files are registered: then a file's id is its index.
     registered: bool,
     ftruncate: bool,
+    can_wait_quietly: bool,
 }
+
+/// `IORING_ENTER_NO_IOWAIT` (6.15), which `io_uring` does not export.
+const ENTER_NO_IOWAIT: u32 = 1 << 7;
 
 impl Ring {
     /// `sockets`: it is to send and receive too.
@@ -42,11 +46,13 @@ impl Ring {
                 )
                 .is_ok();
         setup::enable(&uring, ftruncate, sockets)?;
+        let can_wait_quietly = uring.params().is_feature_no_iowait();
         Ok(Self {
             uring,
             memory: Registered::default(),
             registered,
             ftruncate,
+            can_wait_quietly,
         })
     }
 
@@ -218,15 +224,34 @@ impl Ring {
         }
     }
 
-    /// Submits everything and sleeps until something completes or the time is over, in one system call.
-    pub(super) fn enter_and_wait(&mut self, timeout: Option<Duration>) {
+    /// Submits everything and sleeps until something completes or the time is over, in one system call. `for_disk`: an operation on a
+    /// file is under way, so the sleep is a wait for I/O, which the kernel counts as such (iowait, pressure stall information). A wait for a peer or a
+    /// notification is none, and a kernel from 6.15 on can be told.
+    pub(super) fn enter_and_wait(&mut self, timeout: Option<Duration>, for_disk: bool) {
+        let quiet = !for_disk && self.can_wait_quietly;
         let result = match timeout {
+            None if quiet => {
+                let flags = EnterFlags::GETEVENTS.bits() | ENTER_NO_IOWAIT;
+                let unsubmitted = self.unsubmitted32();
+                let submitter = self.uring.submitter();
+                // SAFETY: `enter` wants flags and an argument that fit together: these take none. It submits entries that were pushed,
+                // whose memory `push` and `push_owned` were promised.
+                unsafe { submitter.enter::<libc::sigset_t>(unsubmitted, 1, flags, None) }
+            }
             None => self.uring.submitter().submit_and_wait(1),
             Some(timeout) => {
                 let time = Timespec::from(timeout);
-                self.uring
-                    .submitter()
-                    .submit_with_args(1, &SubmitArgs::new().timespec(&time))
+                let arguments = SubmitArgs::new().timespec(&time);
+                if quiet {
+                    let flags = EnterFlags::GETEVENTS | EnterFlags::EXT_ARG;
+                    let flags = flags.bits() | ENTER_NO_IOWAIT;
+                    let unsubmitted = self.unsubmitted32();
+                    let submitter = self.uring.submitter();
+                    // SAFETY: as above; EXT_ARG takes such arguments, and they and the time live until it returns.
+                    unsafe { submitter.enter(unsubmitted, 1, flags, Some(&arguments)) }
+                } else {
+                    self.uring.submitter().submit_with_args(1, &arguments)
+                }
             }
         };
         let Err(error) = result else { return };
@@ -240,6 +265,10 @@ impl Ring {
                 self.run_deferred();
             }
         }
+    }
+
+    fn unsubmitted32(&mut self) -> u32 {
+        u32::try_from(self.unsubmitted()).expect("no more than entries")
     }
 
     /// Submits what is left and waits for a completion, for a ring that is going away.

@@ -84,6 +84,16 @@ impl Machine {
         }
     }
 
+    /// Shortens the file behind the memory to so many bytes. The machine itself must not look beyond.
+    pub(crate) fn shorten(&self, bytes: u64) {
+        ftruncate(&self.file, bytes).unwrap();
+    }
+
+    /// Keeps the notes of requests in flight in this file, as a front end of ill will does: ours cannot be shortened.
+    pub(crate) fn keep_notes_in(&mut self, file: File, bytes: u64) {
+        self.inflight = Some((VhostUserInflight::new(bytes, 0, 1, SIZE), file));
+    }
+
     /// Connects, and waits until somebody listens.
     pub(crate) fn connect(&self, socket: &Path) -> Frontend {
         let deadline = Instant::now() + Duration::from_secs(60);
