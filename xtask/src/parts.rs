@@ -46,7 +46,7 @@ enum Means {
 const PARTS: &[Part] = &[
     Part {
         name: "cuts",
-        means: Means::Simulator(&["--states", "1000000"]),
+        means: Means::Simulator(&["--states", "950000"]),
     },
     Part {
         name: "sequences",

@@ -3,6 +3,7 @@
 use urus_format::{ClusterIndex, GuestCluster, GuestOffset, HostOffset, L2Entry};
 
 use crate::change::Outcome;
+use crate::cluster_locks::ClusterGuard;
 use crate::error::Result;
 use crate::planted::{self, Bug};
 use crate::resolve::LayerEntry;
@@ -14,7 +15,7 @@ use crate::wake::Window;
 use crate::worker::{Worker, copy};
 
 /// log2 of the range that one write lock covers on a raw image.
-const RAW_LOCK_BITS: u32 = 16;
+pub(crate) const RAW_LOCK_BITS: u32 = 16;
 
 /// Bytes around the data of a partly written cluster.
 enum Filler<M> {
@@ -119,18 +120,18 @@ impl<S: Storage> Worker<S> {
             .load(crate::sync::Ordering::SeqCst)
             && !planted::is(Bug::NoBlockLocks)
         {
-            let first = at >> lock_bits;
-            let last = (at + memory.len() as u64 - 1) >> lock_bits;
-            Some(
-                self.shared
-                    .locks
-                    .lock(GuestCluster(first), last - first + 1)
-                    .await,
-            )
+            Some(self.lock_range(lock_bits, at, memory.len() as u64).await)
         } else {
             None
         };
         self.write_widened(IMAGE, host, memory).await
+    }
+
+    /// Locks the ranges of 2 to the power of `lock_bits` bytes that bytes lie in.
+    pub(crate) async fn lock_range(&self, lock_bits: u32, at: u64, len: u64) -> ClusterGuard {
+        let (first, last) = (at >> lock_bits, (at + len - 1) >> lock_bits);
+        let count = last - first + 1;
+        self.shared.locks.lock(GuestCluster(first), count).await
     }
 
     /// Writes at any offset: what is not aligned is read, changed and written as whole blocks (O18).

@@ -829,8 +829,7 @@ pub fn all() -> Vec<Config> {
     .chain(swapped())
     .chain(miscounted())
     .chain(unsupported())
-    .chain(large_in_small())
-    .chain(odd_sizes())
+    .chain(small_sizes())
     .chain(foreign())
     .collect()
 }
@@ -1000,6 +999,36 @@ fn miscounted() -> Vec<Config> {
             ..c("miscounted, 1-bit refcounts")
         },
     ]
+}
+
+/// Those in which an image is as large for the engine as any, and those that end where nobody expects it.
+#[must_use]
+pub fn small_sizes() -> Vec<Config> {
+    large_in_small().into_iter().chain(odd_sizes()).collect()
+}
+
+/// Those in which planted bugs show first (`urus-sim --part plants --by-config`).
+const FAST: &[&str] = &[
+    "churn, slow, three queues, 24 sectors",
+    "slices, churn, 40 sectors",
+    "slices, snapshot",
+    "slices of 64 bytes, 64-bit refcounts",
+    "slices, grows",
+    "slices, outlives",
+    "slices, chain",
+    "small units of L1",
+    "table grows, two queues",
+    "three queues, slow",
+    "grows, snapshot, backed, 1K",
+];
+
+/// A round of `cuts`: those that find fastest first, and again with all the others.
+#[must_use]
+pub fn mix() -> Vec<Config> {
+    let all = all();
+    let is_fast = |config: &&Config| FAST.contains(&config.name);
+    let fast: Vec<Config> = all.iter().filter(is_fast).cloned().collect();
+    fast.into_iter().chain(all).collect()
 }
 
 /// Every size of the engine so small that a small disk is as large for it as any.

@@ -139,13 +139,11 @@ fn main() -> ExitCode {
     if wanted("plants") || arguments.plant.is_some() {
         let bugs = arguments.plant.map_or(Bug::ALL.to_vec(), |bug| vec![bug]);
         if arguments.by_config {
-            let lines = sweep::hunt_by_config(
-                &bugs,
-                arguments.seed,
-                (arguments.states, arguments.cuts),
-                arguments.threads,
-            );
-            lines.iter().for_each(|line| println!("{line}"));
+            let budget = Budget {
+                states: arguments.states,
+                ..budget(&arguments)
+            };
+            sweep::hunt_by_config(&bugs, arguments.seed, &budget, &|line| println!("{line}"));
             return ExitCode::SUCCESS;
         }
         let (lines, all) = sweep::hunt_all(
@@ -165,8 +163,8 @@ fn main() -> ExitCode {
     }
 }
 
-fn sweep_part(part: Part, arguments: &Arguments) -> bool {
-    let budget = Budget {
+fn budget(arguments: &Arguments) -> Budget {
+    Budget {
         states: arguments.minutes.map_or(arguments.states, |_| u64::MAX),
         time: arguments.minutes.map_or(Duration::MAX, |minutes| {
             Duration::from_secs_f64(minutes * 60.0)
@@ -175,7 +173,11 @@ fn sweep_part(part: Part, arguments: &Arguments) -> bool {
         qemu: arguments.qemu,
         cuts: arguments.cuts,
         injections: arguments.injections,
-    };
+    }
+}
+
+fn sweep_part(part: Part, arguments: &Arguments) -> bool {
+    let budget = budget(arguments);
     let tally = sweep::run(part, arguments.seed, arguments.config.as_ref(), &budget);
     println!("{tally}");
     if !tally.census.is_empty() {

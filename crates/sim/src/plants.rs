@@ -166,7 +166,7 @@ pub fn hunt_in(config: &Config, bug: Bug, seed: u64, (states, cuts): (u64, u64))
 /// Runs workloads with a bug planted until it shows, at most so many.
 #[must_use]
 pub fn hunt(bug: Bug, seed: u64, workloads: u64) -> Hunt {
-    let configs = config::all();
+    let configs = config::mix();
     let mut hunt = Hunt {
         workloads: 0,
         states: 0,

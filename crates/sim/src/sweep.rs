@@ -236,7 +236,11 @@ fn again(outcome: &mut Outcome, part: &str, config: &Config, seed: u64, more: &s
 /// Runs a part.
 #[must_use]
 pub fn run(part: Part, seed: u64, only: Option<&Config>, budget: &Budget) -> Tally {
-    let configs = only.map_or_else(config::all, |config| vec![config.clone()]);
+    let of_part = || match part {
+        Part::Cuts => config::mix(),
+        _ => config::all(),
+    };
+    let configs = only.map_or_else(of_part, |config| vec![config.clone()]);
     let config = |number: u64| &configs[index(number % configs.len() as u64)];
     match part {
         Part::Cuts => sweep(
@@ -285,7 +289,7 @@ pub fn run(part: Part, seed: u64, only: Option<&Config>, budget: &Budget) -> Tal
 
 /// Workloads between two looks at the budget: each gives some 52 states at each cut. At most a round of all configurations.
 fn cuts_at_once(budget: &Budget) -> u64 {
-    let round = config::all().len() as u64;
+    let round = config::mix().len() as u64;
     (budget.states / (52 * budget.cuts.max(1))).clamp(4, round)
 }
 
@@ -350,75 +354,91 @@ pub fn exact(part: Part, config: &Config, seed: u64, inject: Option<usize>) -> O
     }
 }
 
-/// Hunts each of the planted bugs in each configuration, up to so many states (at so many cuts of each workload), and gives the lines of two tables: for each bug the
-/// configurations that found it first, and for each configuration what it is good for.
-#[must_use]
-pub fn hunt_by_config(bugs: &[Bug], seed: u64, effort: (u64, u64), threads: usize) -> Vec<String> {
+/// What a configuration is good for.
+#[derive(Clone, Copy, Debug, Default)]
+struct Merit {
+    bugs: u64,
+    /// Bugs that at most two others found with fewer states.
+    among_first: u64,
+    states: u64,
+}
+
+/// Hunts each of the planted bugs in each configuration, up to so many states (at so many cuts of each workload), and tells lines of two
+/// tables as they come: for each bug the configurations that found it first, and for each configuration what it is good for. Bugs that
+/// the budget's time does not reach are left out.
+pub fn hunt_by_config(bugs: &[Bug], seed: u64, budget: &Budget, tell: &dyn Fn(String)) {
+    let start = Instant::now();
     let configs = config::all();
-    let hunts = (bugs.len() * configs.len()) as u64;
+    let mut merits = vec![Merit::default(); configs.len()];
+    tell(format!(
+        "{:<26} {:>8}  first in (states)",
+        "planted bug", "found in"
+    ));
+    for bug in bugs {
+        if start.elapsed() >= budget.time {
+            tell(format!("{:<26} not reached in time", format!("{bug:?}")));
+            continue;
+        }
+        let found = found_in(&configs, *bug, seed, budget);
+        let first: Vec<String> = found
+            .iter()
+            .take(4)
+            .map(|(states, config)| format!("{} ({states})", configs[*config].name))
+            .collect();
+        tell(format!(
+            "{:<26} {:>4}/{:<3}  {}",
+            format!("{bug:?}"),
+            found.len(),
+            configs.len(),
+            first.join("; ")
+        ));
+        for (place, (states, config)) in found.into_iter().enumerate() {
+            let merit = &mut merits[config];
+            merit.bugs += 1;
+            merit.among_first += u64::from(place < 3);
+            merit.states += states;
+        }
+    }
+    tell(format!(
+        "{:<50} {:>10} {:>11} {:>12}",
+        "configuration", "bugs found", "among first", "mean states"
+    ));
+    for (config, merit) in configs.iter().zip(merits) {
+        tell(format!(
+            "{:<50} {:>10} {:>11} {:>12}",
+            config.name,
+            merit.bugs,
+            merit.among_first,
+            merit.states / merit.bugs.max(1),
+        ));
+    }
+}
+
+/// The configurations that find a bug, with the states that it took, fewest first.
+fn found_in(configs: &[Config], bug: Bug, seed: u64, budget: &Budget) -> Vec<(u64, usize)> {
     let next = AtomicU64::new(0);
-    let done: Mutex<Vec<(usize, usize, u64)>> = Mutex::default();
+    let found: Mutex<Vec<(u64, usize)>> = Mutex::default();
     std::thread::scope(|scope| {
-        for _ in 0..threads {
+        for _ in 0..budget.threads {
             scope.spawn(|| {
                 loop {
                     let number = next.fetch_add(1, Ordering::Relaxed);
-                    if number >= hunts {
+                    let Some(config) = configs.get(index(number)) else {
                         return;
-                    }
-                    let (bug, config) =
-                        (index(number) / configs.len(), index(number) % configs.len());
-                    let seed = seed_of(seed, number);
-                    let hunt = plants::hunt_in(&configs[config], bugs[bug], seed, effort);
+                    };
+                    let seed = seed_of(seed ^ bug as u64, number);
+                    let hunt = plants::hunt_in(config, bug, seed, (budget.states, budget.cuts));
                     if hunt.found.is_some() {
-                        let mut done = done.lock().expect("no hunt panics");
-                        done.push((bug, config, hunt.states));
+                        let mut found = found.lock().expect("no hunt panics");
+                        found.push((hunt.states, index(number)));
                     }
                 }
             });
         }
     });
-    let mut found = done.into_inner().expect("no hunt panics");
-    found.sort_unstable_by_key(|(bug, config, states)| (*bug, *states, *config));
-    let mut lines = vec![format!(
-        "{:<26} {:>7}  first in (states)",
-        "planted bug", "found in"
-    )];
-    // Bugs found at all, and among the first three.
-    let mut merits = vec![(0u64, 0u64, 0u64); configs.len()];
-    for (number, bug) in bugs.iter().enumerate() {
-        let here: Vec<_> = found.iter().filter(|(bug, ..)| *bug == number).collect();
-        let first: Vec<String> = here
-            .iter()
-            .take(4)
-            .map(|(_, config, states)| format!("{} ({states})", configs[*config].name))
-            .collect();
-        lines.push(format!(
-            "{:<26} {:>3}/{:<3}  {}",
-            format!("{bug:?}"),
-            here.len(),
-            configs.len(),
-            first.join("; ")
-        ));
-        for (place, (_, config, states)) in here.iter().enumerate() {
-            let merit = &mut merits[*config];
-            merit.0 += 1;
-            merit.1 += u64::from(place < 3);
-            merit.2 += states;
-        }
-    }
-    lines.push(format!(
-        "{:<50} {:>10} {:>11} {:>12}",
-        "configuration", "bugs found", "among first", "mean states"
-    ));
-    for (config, (bugs, first, states)) in configs.iter().zip(merits) {
-        lines.push(format!(
-            "{:<50} {bugs:>10} {first:>11} {:>12}",
-            config.name,
-            states / bugs.max(1),
-        ));
-    }
-    lines
+    let mut found = found.into_inner().expect("no hunt panics");
+    found.sort_unstable();
+    found
 }
 
 /// Hunts each of the planted bugs several times, and gives the table's lines; the last says how many were found.
