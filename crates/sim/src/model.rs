@@ -8,7 +8,7 @@
 
 use std::fmt;
 use std::ops::Range;
-use std::rc::Rc;
+use std::sync::Arc;
 
 use crate::contents::{SECTOR_BYTES, index};
 use crate::stamp::{Content, content, foreign_stamp};
@@ -71,7 +71,7 @@ pub struct Model {
     /// What a discard may show besides zeroes and the old content: version 2 images cannot hide their backing file.
     reveals: Option<Vec<Content>>,
     /// What the internal snapshot shows, where that is not what it showed at first.
-    snapshot: Option<Rc<[u8]>>,
+    snapshot: Option<Arc<[u8]>>,
 }
 
 /// A sector that does not hold what it may.
@@ -108,7 +108,7 @@ impl fmt::Display for Mismatch {
 pub struct View {
     legal: Vec<Vec<Content>>,
     sizes: Vec<u64>,
-    snapshot: Option<Rc<[u8]>>,
+    snapshot: Option<Arc<[u8]>>,
 }
 
 impl Model {
@@ -159,7 +159,7 @@ impl Model {
     /// The disk as it is from now on, after another process has put these contents in its place; and its internal snapshot. What is in flight
     /// has waited, and is still to come.
     #[must_use]
-    pub fn replaced(&self, contents: Vec<Content>, snapshot: Option<Rc<[u8]>>) -> Self {
+    pub fn replaced(&self, contents: Vec<Content>, snapshot: Option<Arc<[u8]>>) -> Self {
         let room = self.sectors.len() as u64;
         let mut new = Self::new(contents, self.next_version).with_room(room);
         new.requests.clone_from(&self.requests);
@@ -631,7 +631,7 @@ mod tests {
         let (a, _) = model.write(0, 2, false, 1);
         model.complete(a, 2, true);
         let (b, _) = model.write(1, 1, false, 3);
-        let snapshot: Rc<[u8]> = Rc::from([7; 4]);
+        let snapshot: Arc<[u8]> = Arc::from([7; 4]);
         let mut new = model.replaced(vec![Version(900), Version(901)], Some(snapshot));
         assert_eq!(cut(&new, 9), [Version(900)]);
         assert_eq!(
