@@ -4,6 +4,7 @@
 use std::cell::OnceCell;
 use std::collections::BTreeMap;
 use std::ops::Range;
+use std::sync::Arc as Bytes;
 
 use urus_engine::request::{Extent, Reply, Request, RequestKind};
 use urus_engine::storage::{FileId, IMAGE};
@@ -638,7 +639,7 @@ impl Machine {
         let now = self.world.now();
         let snapshot = built
             .snapshot
-            .map(|contents| Arc::from(crate::image::bytes_of(&contents)));
+            .map(|contents| Bytes::from(crate::image::bytes_of(&contents)));
         let new = self.model.replaced(built.active, snapshot);
         self.past
             .push((now, std::mem::replace(&mut self.model, new)));

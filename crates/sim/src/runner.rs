@@ -603,8 +603,8 @@ impl Run<'_> {
         let found = self.scene.judge(files, view)?;
         outcome.largest_leak = outcome.largest_leak.max(found.leaks);
         // QEMU would not open it for a check without a repair.
-        let for_qemu = !self.scene.config.raw && !(self.scene.config.miscounted && found.dirty);
-        if self.effort.qemu > 0 && for_qemu && lot.below(self.effort.qemu) == 0 {
+        let unfit = self.scene.config.raw || self.scene.config.miscounted && found.dirty;
+        if self.effort.qemu > 0 && !unfit && lot.below(self.effort.qemu) == 0 {
             outcome.qemu += 1;
             qemu::judge(files, &found.guest, found.copied_clear > 0)?;
         }

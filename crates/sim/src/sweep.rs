@@ -267,7 +267,11 @@ pub fn run(part: Part, seed: u64, only: Option<&Config>, budget: &Budget) -> Tal
             })
         }
         Part::Errors => sweep("errors", seed, budget, (4, u64::MAX), &|number| {
-            let (config, seed) = (config(number), seed_of(seed, number));
+            // With few errors of each workload the run is short: those that are alike stand side by side, so it takes them far apart.
+            let stride = budget
+                .injections
+                .map_or(1, |_| spread(configs.len() as u64));
+            let (config, seed) = (config(number * stride), seed_of(seed, number));
             every_error(config, seed, budget)
         }),
         Part::Model => sweep(
@@ -285,6 +289,15 @@ pub fn run(part: Part, seed: u64, only: Option<&Config>, budget: &Budget) -> Tal
             },
         ),
     }
+}
+
+/// A step that comes to every one of so many, and soon to all sorts of them.
+fn spread(count: u64) -> u64 {
+    let divides = |divisor: u64| move |number: u64| number.is_multiple_of(divisor);
+    let coprime = |step: &u64| !(2..=*step).any(|d| divides(d)(*step) && divides(d)(count));
+    (count * 5 / 13..)
+        .find(|step| *step > 0 && coprime(step))
+        .unwrap_or(1)
 }
 
 /// Workloads between two looks at the budget: each gives some 52 states at each cut. At most a round of all configurations.
@@ -498,4 +511,21 @@ pub fn hunt_all(
         ));
     }
     (lines, all)
+}
+
+#[cfg(test)]
+mod tests {
+    //! Guards against configurations that a short run never comes to.
+
+    use super::*;
+
+    #[test]
+    fn a_spread_order_comes_to_all() {
+        for count in 1..200 {
+            let step = spread(count);
+            let seen: std::collections::BTreeSet<u64> =
+                (0..count).map(|number| number * step % count).collect();
+            assert_eq!(seen.len() as u64, count, "{count}: {step}");
+        }
+    }
 }
