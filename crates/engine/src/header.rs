@@ -1,4 +1,5 @@
-//! The header while a device is open: fields of it are changed by one write inside one sector (O8, O28).
+//! The header while a device is open: fields of it are changed by one write inside one sector (O8,
+//! O28).
 
 use urus_format::{Header, HeaderChange};
 
@@ -14,9 +15,9 @@ use crate::worker::Worker;
 // O28: what changes together lies in what storage writes whole or not at all.
 const _: () = assert!(HeaderChange::SECTOR_BYTES as u64 == crate::limits::SECTOR_BYTES);
 
-/// O28: puts changed fields into the header's first bytes, as they are on disk now. Everything else in them stays:
-/// what is not known here, and how another program laid it out. Returns the bytes to write, and the header that they
-/// make.
+/// O28: puts changed fields into the header's first bytes, as they are on disk now. Everything else
+/// in them stays: what is not known here, and how another program laid it out. Returns the bytes to
+/// write, and the header that they make.
 pub(crate) fn patch(
     file: &str,
     header: &Header,
@@ -43,8 +44,8 @@ pub(crate) fn patch(
 }
 
 impl<S: Storage> Worker<S> {
-    /// The unit in which metadata is changed in place: its sectors of 512 bytes are written whole or not at all, and
-    /// a change of the header lies in the first of them.
+    /// The unit in which metadata is changed in place: its sectors of 512 bytes are written whole
+    /// or not at all, and a change of the header lies in the first of them.
     pub(crate) fn sector_bytes(&self) -> u64 {
         u64::from(self.reactor.properties(IMAGE).alignment).max(crate::limits::SECTOR_BYTES)
     }
@@ -70,12 +71,14 @@ impl<S: Storage> Device<S> {
         u64::from(self.worker.reactor.properties(IMAGE).alignment).max(least)
     }
 
-    /// Changes the header on disk, durably: all of `changes` with one write. The memory follows when it is durable.
+    /// Changes the header on disk, durably: all of `changes` with one write. The memory follows
+    /// when it is durable.
     pub(crate) async fn switch_header(&self, changes: &[HeaderChange]) -> Result<()> {
         // O13: a commit that moves the refcount table and a resize may both want to.
         let _turn = self.header_turn.take().await;
         let image = self.image();
-        // O28: read at its turn, so no copy is older than another change, ours or another program's.
+        // O28: read at its turn, so no copy is older than another change, ours or another
+        // program's.
         let before = match planted::kept() {
             Some(stale) => stale,
             None => self.worker.read_header_sector().await?,
@@ -93,9 +96,9 @@ impl<S: Storage> Device<S> {
         Ok(())
     }
 
-    /// The header's write failed: the disk has the old or the new one (O15). Only when it surely has the old one again,
-    /// byte for byte as it was read (O28), may what the new one names be used for something else; without that
-    /// certainty the device is poisoned (O11).
+    /// The header's write failed: the disk has the old or the new one (O15). Only when it surely
+    /// has the old one again, byte for byte as it was read (O28), may what the new one names be
+    /// used for something else; without that certainty the device is poisoned (O11).
     async fn restore_header(&self, failure: Error, before: &[u8]) -> Error {
         if failure.is_out_of_space() {
             // No space: nothing of the sector was written.

@@ -157,7 +157,8 @@ fn layer_of<S: Storage>(
                 bytes: 0,
                 errno: error.raw_os_error().unwrap_or(5),
             })?;
-            // Whole sectors, as QEMU has it: what the file does not have of the last one reads as zeroes.
+            // Whole sectors, as QEMU has it: what the file does not have of the last one reads as
+            // zeroes.
             let size = size
                 .checked_next_multiple_of(limits::SECTOR_BYTES)
                 .unwrap_or(size);
@@ -316,7 +317,8 @@ async fn load_l1<S: Storage>(
         .await?;
     for (index, entry) in bytes.chunks_exact(8).enumerate() {
         let raw = u64::from_be_bytes(entry.try_into().expect("chunks of eight"));
-        // An entry of flags alone names no table. One that makes no sense is told when it is needed.
+        // An entry of flags alone names no table. One that makes no sense is told when it is
+        // needed.
         if L1Entry::decode(raw, &qcow2.geometry) != Ok(None) {
             map.set_l1(index as u64, raw);
         }
@@ -492,7 +494,8 @@ async fn collect_owners<S: Storage>(
 /// The snapshot table as it is on disk.
 pub(crate) struct SnapshotTable {
     pub(crate) snapshots: Vec<snapshot::Snapshot>,
-    /// Its length there: entries of other programs may be shorter or longer than those written here (O28).
+    /// Its length there: entries of other programs may be shorter or longer than those written here
+    /// (O28).
     bytes: u64,
 }
 

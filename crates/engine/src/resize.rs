@@ -12,7 +12,8 @@ use crate::storage::{IMAGE, OpKind, Storage};
 use crate::sync::Ordering;
 
 impl<S: Storage> Device<S> {
-    /// Changes the size, rounded up to whole sectors, as every program has it; the gate stays closed.
+    /// Changes the size, rounded up to whole sectors, as every program has it; the gate stays
+    /// closed.
     pub(crate) async fn resize(&self, size: u64) -> Result<()> {
         self.shared().check_writable()?;
         let size = size
@@ -117,8 +118,8 @@ impl<S: Storage> Device<S> {
         switched
     }
 
-    /// A snapshot that does not say how large the disk was is taken to be as large as the disk is now: once the disk
-    /// has grown, no program can apply it. Version 2 never says so.
+    /// A snapshot that does not say how large the disk was is taken to be as large as the disk is
+    /// now: once the disk has grown, no program can apply it. Version 2 never says so.
     async fn check_snapshots(&self) -> Result<()> {
         let image = self.image();
         let header = image.header.borrow().clone();
@@ -129,8 +130,9 @@ impl<S: Storage> Device<S> {
         if header.version < 3 {
             return Err(Error::Unsupported {
                 what: format!(
-                    "{name} cannot grow: it is a version 2 image with internal snapshots, which could not be \
-                     applied any more; delete them first, or upgrade it (qemu-img amend -o compat=1.1)"
+                    "{name} cannot grow: it is a version 2 image with internal snapshots, which \
+                     could not be applied any more; delete them first, or upgrade it \
+                     (qemu-img amend -o compat=1.1)"
                 ),
             });
         }
@@ -143,8 +145,8 @@ impl<S: Storage> Device<S> {
             None => Ok(()),
             Some(snapshot) => Err(Error::Unsupported {
                 what: format!(
-                    "{name} cannot grow: its internal snapshot {:?} does not record the size of the disk, and \
-                     could not be applied any more; delete it first",
+                    "{name} cannot grow: its internal snapshot {:?} does not record the size of \
+                     the disk, and could not be applied any more; delete it first",
                     snapshot.name_text()
                 ),
             }),

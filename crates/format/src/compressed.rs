@@ -20,8 +20,8 @@ const DEFLATE_WINDOW_BITS: u8 = 12;
 const INFLATE_WINDOW_BITS: u8 = 15;
 const DEFLATE_LEVEL: i32 = 6;
 const ZSTD_LEVEL: i32 = 3;
-/// Decodes clusters, reusing its contexts. Memory: some 60 KiB for deflate, less than 256 KiB for zstd, whatever the
-/// streams are like.
+/// Decodes clusters, reusing its contexts. Memory: some 60 KiB for deflate, less than 256 KiB for
+/// zstd, whatever the streams are like.
 #[derive(Default)]
 pub struct Decoder {
     whole: Option<Decompressor>,
@@ -86,9 +86,10 @@ impl Decoder {
         }
     }
 
-    /// Frame after frame, each straight into its place in `dst`. So matches are copied out of `dst` itself, no
-    /// window is kept, and what a frame says of its window (with two bytes it can ask for gigabytes) decides
-    /// nothing: frames made by `zstd --long` or `--ultra` are as good as any. QEMU takes windows up to 128 MiB.
+    /// Frame after frame, each straight into its place in `dst`. So matches are copied out of `dst`
+    /// itself, no window is kept, and what a frame says of its window (with two bytes it can ask
+    /// for gigabytes) decides nothing: frames made by `zstd --long` or `--ultra` are as good as
+    /// any. QEMU takes windows up to 128 MiB.
     fn decode_zstd(&mut self, src: &[u8], dst: &mut [u8]) -> Result<(), Error> {
         let codec = Compression::Zstd;
         if self.zstd.is_none() {
@@ -117,7 +118,8 @@ impl Decoder {
     }
 }
 
-/// The frame that `src` begins with, where all of it is there. Frames may be empty, or hold no data.
+/// The frame that `src` begins with, where all of it is there. Frames may be empty, or hold no
+/// data.
 fn first_frame(src: &[u8]) -> Option<&[u8]> {
     let bytes = zstd_safe::find_frame_compressed_size(src).ok()?;
     src.get(..bytes).filter(|frame| !frame.is_empty())
@@ -254,8 +256,8 @@ mod tests {
         frame
     }
 
-    /// Guards against a few bytes of an image that make the decoder ask for gigabytes: its memory is the same for
-    /// every window that a frame can name.
+    /// Guards against a few bytes of an image that make the decoder ask for gigabytes: its memory
+    /// is the same for every window that a frame can name.
     #[test]
     fn the_memory_of_zstd_does_not_follow_the_window() {
         let mut decoder = Decoder::new();

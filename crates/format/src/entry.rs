@@ -40,7 +40,8 @@ pub struct L1Entry {
 }
 
 impl L1Entry {
-    /// Decodes an entry; `None` where no L2 table is allocated. COPIED says nothing of a table that is not there.
+    /// Decodes an entry; `None` where no L2 table is allocated. COPIED says nothing of a table that
+    /// is not there.
     ///
     /// # Errors
     /// Reserved bits, an unaligned offset.
@@ -133,9 +134,9 @@ pub enum L2Entry {
 impl L2Entry {
     /// Decodes a standard (8-byte) entry.
     ///
-    /// COPIED without an offset says nothing: the cluster is not allocated, as QEMU has it. The zero flag, which
-    /// version 2 does not define, means zeroes there too: the one thing that its writer can have meant, and it
-    /// never shows what a host cluster holds.
+    /// COPIED without an offset says nothing: the cluster is not allocated, as QEMU has it. The
+    /// zero flag, which version 2 does not define, means zeroes there too: the one thing that its
+    /// writer can have meant, and it never shows what a host cluster holds.
     ///
     /// # Errors
     /// Reserved bits, an unaligned offset.

@@ -57,8 +57,8 @@ pub enum Error {
     },
     /// A field of the header on disk is not what it was when the image was opened.
     #[error(
-        "{field} in the header is not what it was when the image was opened: another program has written it; \
-         close the image in one of the two and open it again"
+        "{field} in the header is not what it was when the image was opened: another program has \
+         written it; close the image in one of the two and open it again"
     )]
     HeaderChanged {
         /// The field's name in the specification.

@@ -138,7 +138,8 @@ fn zstd_windows_are_bounded() {
     assert!(decode(Compression::Zstd, &frame, &mut [0; 512]).is_err());
 }
 
-/// `zstd --long=27` and `--ultra -22` on a pipe: a window of 128 MiB, and no size. QEMU reads such clusters.
+/// `zstd --long=27` and `--ultra -22` on a pipe: a window of 128 MiB, and no size. QEMU reads such
+/// clusters.
 #[test]
 fn zstd_windows_wider_than_a_cluster_are_read() {
     use std::io::Write as _;

@@ -138,8 +138,8 @@ fn compressed_extents() {
 }
 
 proptest! {
-    /// What decodes encodes to the same bits (but for COPIED where it says nothing: on a compressed cluster, and without an
-    /// offset).
+    /// What decodes encodes to the same bits (but for COPIED where it says nothing: on a compressed
+    /// cluster, and without an offset).
     #[test]
     fn any_bits(raw in any::<u64>(), sparse in any::<u64>(), bits in 9u32..=21, version in 2u32..=3) {
         let geometry = Geometry::new(bits, 4, 8, version);

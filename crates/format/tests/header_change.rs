@@ -1,5 +1,5 @@
-//! Changing fields of a header on disk (O28). Guards against touching any other byte: another program may have laid
-//! the rest out as it liked.
+//! Changing fields of a header on disk (O28). Guards against touching any other byte: another
+//! program may have laid the rest out as it liked.
 
 use proptest::prelude::*;
 use urus_format::create::{CreateOptions, layout};
@@ -24,8 +24,8 @@ fn put64(bytes: &mut [u8], at: usize, value: u64) {
     bytes[at..at + 8].copy_from_slice(&value.to_be_bytes());
 }
 
-/// A header as another program may write it: an unknown extension first, no end marker, and the name behind a gap
-/// of bytes that mean nothing.
+/// A header as another program may write it: an unknown extension first, no end marker, and the
+/// name behind a gap of bytes that mean nothing.
 fn foreign(version: u32) -> Vec<u8> {
     let mut bytes = image(version).encode().unwrap();
     let start = if version == 2 { 72 } else { 112 };
@@ -101,7 +101,8 @@ fn a_change_touches_its_field_and_nothing_else() {
     }
 }
 
-/// Two programs with one image open for writing: the later one must not put its old picture over the new one.
+/// Two programs with one image open for writing: the later one must not put its old picture over
+/// the new one.
 #[test]
 fn what_another_program_changed_is_not_overwritten() {
     let before = foreign(3);

@@ -1,5 +1,6 @@
-//! Headers that can be shown and not used: what is wrong is told, and the rest is there. Guards `info`, which must
-//! answer for every image that it can understand, and the strictness of everything else.
+//! Headers that can be shown and not used: what is wrong is told, and the rest is there. Guards
+//! `info`, which must answer for every image that it can understand, and the strictness of
+//! everything else.
 
 use urus_format::create::{CreateOptions, layout};
 use urus_format::{BackingName, BitmapsExtension, Error, FaultKind, Header, HostOffset, autoclear};
@@ -21,7 +22,8 @@ fn put(bytes: &mut [u8], at: usize, value: &[u8]) {
     bytes[at..at + value.len()].copy_from_slice(value);
 }
 
-/// Both ways of parsing: the faults that the lenient one tells, of which the strict one gives the first.
+/// Both ways of parsing: the faults that the lenient one tells, of which the strict one gives the
+/// first.
 fn parse(cluster0: &[u8]) -> (Header, Vec<FaultKind>) {
     let (header, faults) = Header::parse_leniently(cluster0, FILE_BYTES).unwrap();
     let strict = Header::parse(cluster0, FILE_BYTES);
@@ -32,7 +34,8 @@ fn parse(cluster0: &[u8]) -> (Header, Vec<FaultKind>) {
     (header, faults.iter().map(|fault| fault.kind).collect())
 }
 
-/// QEMU of 2009 wrote `qcow2` and three NULs. They end the name; what follows them makes it another name.
+/// QEMU of 2009 wrote `qcow2` and three NULs. They end the name; what follows them makes it another
+/// name.
 #[test]
 fn a_backing_format_is_padded_with_nuls() {
     for version in [2u32, 3] {

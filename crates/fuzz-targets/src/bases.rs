@@ -32,8 +32,8 @@ pub struct Base {
 
 /// Numbers of bases that an input can give; those that are free yet stand for the first ones.
 const NUMBERS: usize = 64;
-/// Configurations of the simulator that are bases: the first ones. What it has got since would move the numbers of those
-/// behind them, and there are no more numbers.
+/// Configurations of the simulator that are bases: the first ones. What it has got since would move
+/// the numbers of those behind them, and there are no more numbers.
 const CONFIGURATIONS: usize = 61;
 
 thread_local! {

@@ -215,11 +215,11 @@ fn hides(violation: &Violation) -> bool {
     is_unread(violation) || matches!(violation, Violation::Snapshot { why, .. } if cut_off(why))
 }
 
-/// Violations that no check may pass over. The simulator's checker is stricter: no writer shows one host cluster at two
-/// places of the guest, nor an L2 table at different places of the active table and a snapshot's, yet the format allows both
-/// (whoever writes there copies first); nor does any writer set flags in L2 entries where they say nothing, which harm nobody;
-/// and it does not read tables that the end of the file cuts off, while urus, as QEMU does,
-/// takes the rest for zeroes.
+/// Violations that no check may pass over. The simulator's checker is stricter: no writer shows one
+/// host cluster at two places of the guest, nor an L2 table at different places of the active table
+/// and a snapshot's, yet the format allows both (whoever writes there copies first); nor does any
+/// writer set flags in L2 entries where they say nothing, which harm nobody; and it does not read
+/// tables that the end of the file cuts off, while urus, as QEMU does, takes the rest for zeroes.
 fn serious(report: &Report) -> Vec<&Violation> {
     if report.violations.iter().any(is_unread) {
         return Vec::new();

@@ -92,7 +92,8 @@ pub fn header(data: &[u8]) -> Verdict {
     Ok(())
 }
 
-/// A change of a header on disk: the same header but for the fields that change, and the same bytes but for theirs (O28).
+/// A change of a header on disk: the same header but for the fields that change, and the same bytes
+/// but for theirs (O28).
 fn changed(header: &Header, bytes: &[u8], file_bytes: u64) -> Verdict {
     let mut after = bytes.to_vec();
     let sector = after.len().min(HeaderChange::SECTOR_BYTES);

@@ -1,5 +1,5 @@
-//! Headers and snapshot tables as programs other than QEMU lay them out. The format allows all of it, and whoever
-//! changes such an image has to leave alone what it does not change (O28).
+//! Headers and snapshot tables as programs other than QEMU lay them out. The format allows all of
+//! it, and whoever changes such an image has to leave alone what it does not change (O28).
 
 use urus_format::Header;
 use urus_format::snapshot::Snapshot;
@@ -19,7 +19,8 @@ pub enum Foreign {
 
 const BACKING_FORMAT: u32 = 0xe279_2aca;
 const UNKNOWN: u32 = 0x7572_7573;
-/// Fills gaps, and what lies behind the name: bytes that mean nothing, and that no other program has to lose.
+/// Fills gaps, and what lies behind the name: bytes that mean nothing, and that no other program
+/// has to lose.
 const FILLING: u8 = 0x77;
 const LONG_NAME_BYTES: usize = 450;
 
@@ -78,8 +79,8 @@ pub fn lay_out(header: &Header, foreign: Foreign) -> Vec<u8> {
     out
 }
 
-/// A snapshot table of one entry with 16 bytes of extra data, as programs before icount wrote it, and a name that makes
-/// it fill a cluster to the last byte.
+/// A snapshot table of one entry with 16 bytes of extra data, as programs before icount wrote it,
+/// and a name that makes it fill a cluster to the last byte.
 ///
 /// # Panics
 /// Where the cluster is larger than a name can be.

@@ -148,7 +148,8 @@ pub(crate) fn read_header(file: &OpenFile, path: &Path) -> Result<Header> {
     Header::parse(&start, file_bytes).map_err(Error::format(path))
 }
 
-/// The same of an image that is only looked at: with what is wrong, where it can be understood all the same.
+/// The same of an image that is only looked at: with what is wrong, where it can be understood all
+/// the same.
 pub(crate) fn read_header_leniently(
     file: &OpenFile,
     path: &Path,

@@ -429,8 +429,8 @@ impl Device {
         Ok(())
     }
 
-    /// Changes the size of the virtual disk, in bytes; rounded up to whole sectors of 512. What is new reads as zeroes, also with a longer backing file.
-    /// Durable on return. Blocks.
+    /// Changes the size of the virtual disk, in bytes; rounded up to whole sectors of 512. What is
+    /// new reads as zeroes, also with a longer backing file. Durable on return. Blocks.
     ///
     /// # Errors
     /// What the format or the file cannot do; nothing has changed then.

@@ -106,8 +106,9 @@ pub struct Qcow2Info {
     pub bitmaps: Vec<BitmapInfo>,
     /// Why urus cannot open it for reading, if so.
     pub unsupported: Option<String>,
-    /// What is wrong with it, as far as was looked: names that no file may have, tables that are not there or cannot be
-    /// read. The rest of what is said here holds all the same; snapshots or bitmaps that cannot be read are left out.
+    /// What is wrong with it, as far as was looked: names that no file may have, tables that are
+    /// not there or cannot be read. The rest of what is said here holds all the same; snapshots or
+    /// bitmaps that cannot be read are left out.
     pub faults: Vec<String>,
 }
 
@@ -181,9 +182,9 @@ pub struct BitmapInfo {
 
 /// Says what the image at `path` is. Reads the header and small tables; opens no other file and changes nothing.
 ///
-/// # Errors
-/// A file that cannot be read, that is not of the stated format, or whose header no program can understand. (Damage
-/// elsewhere is in [`Qcow2Info::faults`].) [`Error::InUse`] where somebody writes it, unless [`InfoOptions::lock`] says not to care.
+/// # Errors A file that cannot be read, that is not of the stated format, or whose header no
+/// program can understand. (Damage elsewhere is in [`Qcow2Info::faults`].) [`Error::InUse`] where
+/// somebody writes it, unless [`InfoOptions::lock`] says not to care.
 pub fn info(path: impl AsRef<Path>, options: &InfoOptions) -> Result<ImageInfo> {
     let path = path.as_ref();
     let file = OpenFile::open_image(path, true, false).map_err(Error::io("open", path))?;

@@ -236,8 +236,8 @@ fn formats_and_damage() {
         let error = info(&path, &InfoOptions::new()).unwrap_err();
         assert!(matches!(error, Error::Format { .. }), "{length}: {error:?}");
     }
-    // A snapshot table that is said to lie past the end of file, too many snapshots, tables past the end or nowhere: told,
-    // and no reason to say nothing else.
+    // A snapshot table that is said to lie past the end of file, too many snapshots, tables past
+    // the end or nowhere: told, and no reason to say nothing else.
     for (at, value, told) in [
         (60, 65536 << 32, "snapshots are not shown"),
         (60, u64::MAX, "nb_snapshots"),

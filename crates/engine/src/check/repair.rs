@@ -137,7 +137,8 @@ pub(super) async fn clear_bits<I: CheckIo>(io: &I, header: &mut Header) -> Resul
     change_header(io, header, HeaderChange::Incompatible(bits)).await
 }
 
-/// Changes a field of the header, durably, in one write of its first sector; everything else in it stays as it is (O28).
+/// Changes a field of the header, durably, in one write of its first sector; everything else in it
+/// stays as it is (O28).
 ///
 /// # Errors
 /// Reads, writes and barriers that fail; `header` is as it was then.

@@ -301,8 +301,9 @@ impl Walked {
         if entries > 0 {
             self.report.note(|| {
                 format!(
-                    "{entries} L2 entries have the zero flag, which version 2 does not define: they read as \
-                     zeroes here, and as errors in QEMU; copying the image to a new one makes them readable for all"
+                    "{entries} L2 entries have the zero flag, which version 2 does not define: \
+                     they read as zeroes here, and as errors in QEMU; copying the image to a new \
+                     one makes them readable for all"
                 )
             });
         }

@@ -1,9 +1,9 @@
 //! Changing fields of a header that is on disk, and nothing else in it.
 //!
 //! Other programs lay headers out in their own ways: gaps, the order of extensions, extensions that
-//! nobody here knows, the place of the backing file's name. [`Header::encode`] makes the layout of a
-//! new image, so it is not a way to change an old one. A [`HeaderChange`] is put into the bytes that
-//! are there with [`Header::patch`].
+//! nobody here knows, the place of the backing file's name. [`Header::encode`] makes the layout of
+//! a new image, so it is not a way to change an old one. A [`HeaderChange`] is put into the bytes
+//! that are there with [`Header::patch`].
 
 use super::{HEADER_BYTES_V3_MIN, Header, MAGIC};
 use crate::bytes::{be32, be64};
@@ -40,7 +40,8 @@ const _: () = assert!(AUTOCLEAR_AT + 8 <= HEADER_BYTES_V3_MIN as usize);
 const _: () = assert!(HEADER_BYTES_V3_MIN as usize <= HeaderChange::SECTOR_BYTES);
 
 impl HeaderChange {
-    /// Bytes at the start of the image that hold all fields: what storage writes whole or not at all.
+    /// Bytes at the start of the image that hold all fields: what storage writes whole or not at
+    /// all.
     pub const SECTOR_BYTES: usize = 512;
 
     fn name(self) -> &'static str {
@@ -120,14 +121,14 @@ impl HeaderChange {
 }
 
 impl Header {
-    /// Changes fields in the bytes of this header on disk, and returns the header that they make. All
-    /// other bytes stay as they are. `sector` holds the first bytes of the image, as they are on disk
-    /// now: at least [`HeaderChange::SECTOR_BYTES`].
+    /// Changes fields in the bytes of this header on disk, and returns the header that they make.
+    /// All other bytes stay as they are. `sector` holds the first bytes of the image, as they are
+    /// on disk now: at least [`HeaderChange::SECTOR_BYTES`].
     ///
-    /// # Errors
-    /// [`Error::HeaderChanged`] where a field on disk is not what this header says: another program
-    /// has written it, and what it meant is not to be overwritten. [`Error::Invalid`] where the result
-    /// breaks a limit of the format, or version 2 lacks the field. `sector` is unchanged then.
+    /// # Errors [`Error::HeaderChanged`] where a field on disk is not what this header says:
+    /// another program has written it, and what it meant is not to be overwritten.
+    /// [`Error::Invalid`] where the result breaks a limit of the format, or version 2 lacks the
+    /// field. `sector` is unchanged then.
     pub fn patch(&self, changes: &[HeaderChange], sector: &mut [u8]) -> Result<Self, Error> {
         if sector.len() < HeaderChange::SECTOR_BYTES {
             return Err(Error::Truncated {

@@ -24,8 +24,8 @@ pub struct HeaderFault {
 /// What a [`HeaderFault`] concerns.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FaultKind {
-    /// A name, or an extension that is there twice: readers differ in what they make of it, so it is
-    /// refused. Nothing in the image's tables depends on it.
+    /// A name, or an extension that is there twice: readers differ in what they make of it, so it
+    /// is refused. Nothing in the image's tables depends on it.
     Name,
     /// A table that begins past the end of the file. A check says what is lost.
     Missing,
@@ -67,14 +67,14 @@ impl Header {
         }
     }
 
-    /// As [`parse`](Self::parse), and goes on behind what does not keep the header from being shown. Such
-    /// a header is for looking at: who uses the image asks that there be no faults, and a check that
-    /// there be none of [`FaultKind::Table`]. What of bitmaps and encryption makes no sense is left out.
+    /// As [`parse`](Self::parse), and goes on behind what does not keep the header from being
+    /// shown. Such a header is for looking at: who uses the image asks that there be no faults, and
+    /// a check that there be none of [`FaultKind::Table`]. What of bitmaps and encryption makes no
+    /// sense is left out.
     ///
-    /// # Errors
-    /// What makes the header unreadable: no magic number, a cluster 0 that is cut off, sizes of other
-    /// fields (version, cluster size, refcount width, header length), extensions or a backing file name
-    /// that do not lie in cluster 0, an unknown compression type.
+    /// # Errors What makes the header unreadable: no magic number, a cluster 0 that is cut off,
+    /// sizes of other fields (version, cluster size, refcount width, header length), extensions or
+    /// a backing file name that do not lie in cluster 0, an unknown compression type.
     pub fn parse_leniently(
         cluster0: &[u8],
         file_bytes: u64,

@@ -1,9 +1,10 @@
 //! The header: everything that cluster 0 holds (specification: "Header", "Header extensions").
 //!
-//! [`Header::parse`] turns the bytes of cluster 0 into a [`Header`] whose fields keep the format's limits, and
-//! [`Header::encode`] makes the cluster 0 of a new image. What is on disk is changed by [`Header::patch`], which
-//! leaves alone all that it is not about. Parsing refuses what no program may accept;
-//! [`Header::parse_leniently`] tells what is wrong and goes on where the header can still be shown. Whether urus can *use* an image is a second question, answered by
+//! [`Header::parse`] turns the bytes of cluster 0 into a [`Header`] whose fields keep the format's
+//! limits, and [`Header::encode`] makes the cluster 0 of a new image. What is on disk is changed by
+//! [`Header::patch`], which leaves alone all that it is not about. Parsing refuses what no program
+//! may accept; [`Header::parse_leniently`] tells what is wrong and goes on where the header can
+//! still be shown. Whether urus can *use* an image is a second question, answered by
 //! [`Header::check_supported`]: so that an image with unsupported features can still be shown.
 
 mod change;
@@ -88,8 +89,8 @@ impl fmt::Display for Compression {
 pub struct BackingName {
     /// The name's bytes: 1 to 1023, without NUL. Not judged otherwise: see [`names::judge`](crate::names::judge).
     pub name: Vec<u8>,
-    /// The backing file's format (`raw`, `qcow2`): 1 to 15 bytes without NUL. NULs that pad it on disk are not
-    /// part of it.
+    /// The backing file's format (`raw`, `qcow2`): 1 to 15 bytes without NUL. NULs that pad it on
+    /// disk are not part of it.
     pub format: Option<String>,
 }
 
@@ -140,8 +141,8 @@ pub struct Header {
     pub header_bytes: u32,
     /// log2 of the cluster size: 9 to 21.
     pub cluster_bits: u32,
-    /// Virtual size in bytes, as stored: it need not be a multiple of anything. The disk is as long as
-    /// [`disk_bytes`](Self::disk_bytes) says.
+    /// Virtual size in bytes, as stored: it need not be a multiple of anything. The disk is as long
+    /// as [`disk_bytes`](Self::disk_bytes) says.
     pub size: u64,
     /// 0 none, 1 AES, 2 LUKS.
     pub crypt_method: u32,

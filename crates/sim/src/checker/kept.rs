@@ -14,8 +14,9 @@ const MAY_CHANGE: u64 = 3;
 /// Those that every writer knows.
 const KNOWN_AUTOCLEAR: u64 = 3;
 
-/// Compares cluster 0 of an image with what it was before: every byte but the virtual size, the places of the L1 and
-/// the refcount table, the dirty and the corrupt bit, and autoclear bits that were cleared.
+/// Compares cluster 0 of an image with what it was before: every byte but the virtual size, the
+/// places of the L1 and the refcount table, the dirty and the corrupt bit, and autoclear bits that
+/// were cleared.
 ///
 /// # Errors
 /// The first byte that has changed, or what has become of the bits.

@@ -334,8 +334,8 @@ fn entries_that_cannot_be_repaired() {
     }
 }
 
-/// Flags that say nothing, or that the version does not define. Of L2 entries QEMU calls them clean, and so do we: what
-/// else the image holds must not be lost for them.
+/// Flags that say nothing, or that the version does not define. Of L2 entries QEMU calls them
+/// clean, and so do we: what else the image holds must not be lost for them.
 #[test]
 fn flags_without_a_meaning() {
     let directory = Directory::new();
