@@ -353,7 +353,7 @@ fn allocate_and_evict() {
     explore("tiny cache", Life::quiet(3, 12).spread());
 }
 
-/// The owner's doings, a third of the schedules each: they take longer.
+/// The owner's doings, in fewer schedules: each is longer.
 fn explore_busy(name: &'static str, life: Life) {
     let run = move || device(&configuration(name), life);
     let part = schedules().div_ceil(6);
@@ -426,7 +426,6 @@ fn planted_bugs_show() {
         (Bug::NoClusterLocks, "half full", Life::quiet(3, 6), 3_000),
         (Bug::EarlyDecrement, "half full", Life::quiet(3, 8), 10_000),
         (Bug::NoInFlightPins, "full", Life::quiet(3, 8), 10_000),
-        (Bug::OlderMark, "full", Life::quiet(3, 8), 20_000),
         (Bug::EarlyResume, "half full", Life::busy(3, 6, 3), 3_000),
         (Bug::EarlySize, grows, Life::busy(2, 8, 3), 3_000),
         (
