@@ -300,7 +300,7 @@ fn campaign(
         if rng.chance(32) {
             // A reader that shares nothing with urus finds the same.
             let copy = directory.join("copy");
-            let bytes = read_by_qemu(&image, &copy, &disk).map_err(context)?;
+            let bytes = read_by_qemu(plan, &image, &copy, &disk).map_err(context)?;
             disk.judge_after_kill(&bytes)
                 .map_err(|text| context(format!("read by QEMU: {text}")))?;
         }
@@ -309,7 +309,7 @@ fn campaign(
     let served = Served::start(&image, arguments.driver(turn));
     disk.judge_after_kill(&read_used(&served, &disk)?)?;
     served.stop();
-    read_by_qemu(&image, &directory.join("copy"), &disk)?;
+    read_by_qemu(plan, &image, &directory.join("copy"), &disk)?;
     tally.most("leaked", leaks(&image)?);
     tally.add("checks", 1);
     Ok(())

@@ -94,8 +94,6 @@ pub enum Bug {
     PunchTakenForDone = 44,
     /// Zeroes that the file system cannot make of a range of a raw image count as made.
     ZeroTakenForDone = 45,
-    /// O7: removals that are merged are over with the older mark.
-    OlderMark = 50,
     /// O7: a pause lets requests go on before the metadata that was read again is in place.
     EarlyResume = 51,
     /// O20: a disk shows its new size before the file says so.
@@ -114,7 +112,7 @@ pub enum Bug {
 
 impl Bug {
     /// Those that threads on schedules find (the simulator's `tests/shuttle`).
-    pub const THREADED: [Self; 3] = [Self::OlderMark, Self::EarlyResume, Self::EarlySize];
+    pub const THREADED: [Self; 2] = [Self::EarlyResume, Self::EarlySize];
 
     /// Those that the simulator hunts.
     pub const ALL: [Self; 48] = [

@@ -16,7 +16,6 @@ use crate::gate::Gate;
 use crate::limits;
 use crate::map::{Map, SliceId};
 use crate::pins::Pins;
-use crate::planted::{self, Bug};
 use crate::skips::Skips;
 use crate::storage::FileId;
 use crate::sync::{Arc, AtomicBool, AtomicU64, Mutex, Ordering};
@@ -167,11 +166,7 @@ impl Removed {
             {
                 last.count += self.count;
                 // O7
-                last.mark = if planted::is(Bug::OlderMark) {
-                    last.mark
-                } else {
-                    self.mark
-                };
+                last.mark = self.mark;
             }
             _ => list.push(self),
         }

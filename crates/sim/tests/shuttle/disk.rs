@@ -97,12 +97,14 @@ pub(crate) struct Disk(Arc<Files>);
 /// Said of a device: it is paused, and has nothing to do with its files.
 pub(crate) type Paused = Arc<AtomicBool>;
 
-/// One thread's way to the disk. Operations happen on `kick`, in any order.
+/// One thread's way to the disk. Operations that a `kick` has started happen later, in any order: what else goes on meanwhile finds them in
+/// flight.
 pub(crate) struct Handle {
     disk: Disk,
     paused: Paused,
     bell: Arc<Bell>,
     submitted: Vec<(Op<SimMemory>, Slot)>,
+    started: Vec<(Op<SimMemory>, Slot)>,
     done: VecDeque<Completion>,
 }
 
@@ -126,6 +128,7 @@ impl Disk {
             paused: Arc::clone(paused),
             bell: Arc::default(),
             submitted: Vec::new(),
+            started: Vec::new(),
             done: VecDeque::new(),
         }
     }
@@ -216,6 +219,16 @@ impl Disk {
     }
 }
 
+impl Handle {
+    /// One of the operations that were started happens.
+    fn happen(&mut self) {
+        let next = thread_rng().gen_range(0..self.started.len());
+        let (op, slot) = self.started.swap_remove(next);
+        let result = Ok(self.disk.perform(op, &self.paused));
+        self.done.push_back(Completion { slot, result });
+    }
+}
+
 fn at(offset: u64) -> usize {
     usize::try_from(offset).unwrap()
 }
@@ -266,19 +279,20 @@ impl Storage for Handle {
     }
 
     fn kick(&mut self) {
-        while !self.submitted.is_empty() {
-            let next = thread_rng().gen_range(0..self.submitted.len());
-            let (op, slot) = self.submitted.swap_remove(next);
-            let result = Ok(self.disk.perform(op, &self.paused));
-            self.done.push_back(Completion { slot, result });
-        }
+        self.started.append(&mut self.submitted);
     }
 
     fn complete(&mut self) -> Option<Completion> {
+        if self.done.is_empty() && !self.started.is_empty() && thread_rng().gen_range(0..2) == 0 {
+            self.happen();
+        }
         self.done.pop_front()
     }
 
     fn wait(&mut self, _timeout: Option<Duration>) {
+        if self.done.is_empty() && !self.started.is_empty() {
+            self.happen();
+        }
         if !self.done.is_empty() {
             return;
         }
