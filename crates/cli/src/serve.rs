@@ -163,10 +163,7 @@ pub(crate) fn run(args: Args) -> Outcome {
     // First of all, so that no signal ends the process with the image open.
     let mut stop = Stop::watch()
         .map_err(|error| Failure::new(format!("cannot watch for signals: {error}")))?;
-    descriptors::raise_limit();
-    if let Err(error) = urus::hold_reserve() {
-        tracing::warn!(%error, "no memory can be kept back: if the process runs out of it, it aborts");
-    }
+    make_room();
     let places = Places::of(&args)?;
     places.look()?;
     let credentials = args.export.credentials()?;
@@ -248,6 +245,14 @@ pub(crate) fn run(args: Args) -> Outcome {
         args.image.display()
     ));
     Ok(ExitCode::SUCCESS)
+}
+
+/// Prepares a server for the moment in which memory or descriptors run out.
+pub(crate) fn make_room() {
+    descriptors::raise_limit();
+    if let Err(error) = urus::hold_reserve() {
+        tracing::warn!(%error, "no memory can be kept back: if the process runs out of it, it aborts");
+    }
 }
 
 /// What the control socket reaches: every image.

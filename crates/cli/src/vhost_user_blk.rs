@@ -16,7 +16,7 @@ use crate::failure::{Failure, Outcome};
 use crate::metrics::{Metrics, MetricsArgs, Sources};
 use crate::output::print;
 use crate::patience::Patience;
-use crate::serve::{OpenError, patiently};
+use crate::serve::{OpenError, make_room, patiently};
 use crate::signals::Stop;
 
 /// What this program can do, in the words of the conventions' block device features.
@@ -134,6 +134,7 @@ pub(crate) fn run(args: Args) -> Outcome {
     // Before the image is opened, so that no signal ends the process with the image open.
     let mut stop = Stop::watch()
         .map_err(|error| Failure::new(format!("cannot watch for signals: {error}")))?;
+    make_room();
     let Some(image) = &args.blk_file else {
         return Err(Failure::usage(
             "--blk-file PATH is missing: the image to serve",

@@ -107,7 +107,8 @@ impl Signals {
 /// Serves front ends until it is told to stop, or the only one has gone.
 pub(crate) fn run(core: &Core, listener: Listener, signals: &Signals) -> Result<(), Errno> {
     match listener.source {
-        Source::Connected(stream) => serve(core, &stream, signals),
+        // It keeps nobody out, and may begin when it likes.
+        Source::Connected(stream) => serve(core, &stream, signals, None),
         Source::Listening(mut acceptor, _) => {
             let mut silent = Silent::new(core.introduction_time);
             while let Some(next) = acceptor.next(&silent.sockets(), silent.timeout()) {
@@ -116,7 +117,8 @@ pub(crate) fn run(core: &Core, listener: Listener, signals: &Signals) -> Result<
                     Next::Ready(index) => {
                         let stream = silent.connections.remove(index).0;
                         if has_spoken(&stream) {
-                            serve(core, &stream, signals)?;
+                            let time = Some(core.introduction_time);
+                            serve(core, &stream, signals, time)?;
                         }
                     }
                     Next::Nothing => {}
@@ -187,7 +189,12 @@ fn has_spoken(stream: &UnixStream) -> bool {
 }
 
 /// Serves one front end until it goes. What it had in flight has ended on return.
-fn serve(core: &Core, stream: &UnixStream, signals: &Signals) -> Result<(), Errno> {
+fn serve(
+    core: &Core,
+    stream: &UnixStream,
+    signals: &Signals,
+    introduction_time: Option<Duration>,
+) -> Result<(), Errno> {
     info!("a front end has connected");
     let front_end = Arc::new(Mutex::new(FrontEnd::new(core.clone())));
     match stream.try_clone() {
@@ -197,7 +204,7 @@ fn serve(core: &Core, stream: &UnixStream, signals: &Signals) -> Result<(), Errn
             return Ok(());
         }
     }
-    let result = converse(stream, &front_end, signals, core.introduction_time);
+    let result = converse(stream, &front_end, signals, introduction_time);
     *signals.connection() = None;
     let mut front_end = front_end.lock().unwrap_or_else(PoisonError::into_inner);
     if front_end.stop_all().is_err() {
@@ -211,24 +218,25 @@ fn converse(
     stream: &UnixStream,
     front_end: &Arc<Mutex<FrontEnd>>,
     signals: &Signals,
-    introduction_time: Duration,
+    introduction_time: Option<Duration>,
 ) -> Result<(), Errno> {
     let Ok(copy) = stream.try_clone() else {
         return Ok(());
     };
     let mut handler = BackendReqHandler::from_stream(copy, Arc::clone(front_end));
     let mut back_channel = None;
-    let end = Instant::now() + introduction_time;
+    let end = introduction_time.map(|time| Instant::now() + time);
     let mut begun = false;
     let mut half_since = None;
     while !signals.is_stopped() {
         begun = begun || has_begun(front_end);
-        let left = end.saturating_duration_since(Instant::now());
-        if !begun && left.is_zero() {
+        let end = end.filter(|_| !begun);
+        let left = end.map(|end| end.saturating_duration_since(Instant::now()));
+        if left.is_some_and(|left| left.is_zero()) {
             warn!("the front end did not begin a session in time; its connection is closed");
             return Ok(());
         }
-        let ready = signals.wait(stream.as_fd(), (!begun).then_some(left))?;
+        let ready = signals.wait(stream.as_fd(), left)?;
         if signals.resized.swap(false, Ordering::SeqCst) {
             tell_of_change(back_channel.as_ref());
         }
@@ -242,7 +250,7 @@ fn converse(
                 half_since = Some(Instant::now());
                 continue;
             }
-            (false, Some(since)) if since.elapsed() < introduction_time => {
+            (false, Some(since)) if introduction_time.is_none_or(|time| since.elapsed() < time) => {
                 std::thread::sleep(HALF_MESSAGE_REST);
                 continue;
             }
