@@ -13,7 +13,7 @@ use urus_format::{BackingName, Header, names};
 use urus_ring::{LockMode, OpenFile};
 
 use crate::place::{Place, Refusal};
-use crate::{CacheMode, Error, Format, Layer, OpenOptions, Result, limits};
+use crate::{CacheMode, Error, Format, Layer, OpenOptions, Result, foreign, limits};
 use urus_engine::storage::FileId;
 use urus_engine::{LayerFormat, LayerSpec};
 
@@ -154,7 +154,19 @@ pub(crate) fn read_header(file: &OpenFile, path: &Path) -> Result<Header> {
     {
         start = read(cluster_bytes)?;
     }
-    Header::parse(&start, file_bytes).map_err(Error::format(path))
+    Header::parse(&start, file_bytes).map_err(|error| match error {
+        // Version 1 is another format, though its magic number is the same.
+        urus_format::Error::NotQcow2
+        | urus_format::Error::Invalid {
+            field: "version",
+            value: 1,
+            ..
+        } => Error::NotQcow2 {
+            path: path.to_owned(),
+            found: foreign::recognise(file),
+        },
+        error => Error::format(path)(error),
+    })
 }
 
 /// The cluster size that a header states, as far as it is legal: only to know how much to read.
@@ -220,6 +232,8 @@ fn finish(
         header
             .check_supported(write)
             .map_err(Error::format(&path))?;
+    } else {
+        foreign::warn_if_no_disk(&file, &path);
     }
     Ok(ChainFile {
         file,

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use urus_ring::LockError;
 
-use crate::EngineError;
+use crate::{EngineError, ForeignFormat, foreign};
 
 /// The facade's result.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -28,18 +28,21 @@ pub enum Error {
         source: io::Error,
     },
     /// Somebody else holds the image (QEMU, or another device of urus): they would damage each other's work.
-    #[error("{}: in use elsewhere ({detail}); close it there first: several may read an image, but a writer needs it alone", path.display())]
+    #[error("{}: locked by another process or device, which {}; close it there first: several may read an image, but one that \
+             writes needs it alone", path.display(), if *by_writer { "has it open for writing" } else { "reads it and lets nobody write" })]
     InUse {
         /// The image.
         path: PathBuf,
-        /// What both cannot have.
-        detail: String,
+        /// The other one writes the image; else it reads it.
+        by_writer: bool,
     },
     /// The file is not in the format that the caller stated.
-    #[error("{}: not a qcow2 image (it does not begin with \"QFI\\xfb\"); if its bytes are the disk itself, state the format raw", path.display())]
+    #[error("{}: {}", path.display(), foreign::explain(path, *found))]
     NotQcow2 {
         /// The file.
         path: PathBuf,
+        /// What it looks like instead, for messages.
+        found: Option<ForeignFormat>,
     },
     /// The header, or another structure of the image, is refused.
     #[error("{}: {source}", path.display())]
@@ -203,7 +206,7 @@ impl Error {
     pub(crate) fn format(path: &Path) -> impl FnOnce(urus_format::Error) -> Self + use<> {
         let path = path.to_owned();
         move |source| match source {
-            urus_format::Error::NotQcow2 => Self::NotQcow2 { path },
+            urus_format::Error::NotQcow2 => Self::NotQcow2 { path, found: None },
             source => Self::Format { path, source },
         }
     }
@@ -212,10 +215,7 @@ impl Error {
     pub(crate) fn lock(path: &Path) -> impl FnOnce(LockError) -> Self + use<> {
         let path = path.to_owned();
         move |error| match error {
-            LockError::Held { permission, .. } => Self::InUse {
-                path,
-                detail: format!("both want \"{permission}\""),
-            },
+            LockError::Held { by_writer, .. } => Self::InUse { path, by_writer },
             LockError::Io { source, .. } => Self::Io {
                 operation: "lock",
                 path,

@@ -143,6 +143,7 @@ mod check;
 mod create;
 mod device;
 mod error;
+mod foreign;
 mod info;
 mod limits;
 mod options;
@@ -171,6 +172,7 @@ pub use urus_engine::check::{CheckReport, Finding, Repair, Severity};
 pub use urus_engine::error::Error as EngineError;
 pub use urus_engine::request::Extent;
 pub use urus_format::Compression;
+pub use urus_format::foreign::ForeignFormat;
 #[cfg(feature = "vm-memory")]
 pub use urus_ring::OutsideGuestMemory;
 pub use urus_ring::{BUFFER_ALIGNMENT, Buffer, MemoryRegion, Parts, SocketCompletion};
