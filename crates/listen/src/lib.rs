@@ -13,4 +13,4 @@ mod socket_file;
 pub use acceptor::{Acceptor, Stopper};
 pub use address::{Address, Listen};
 pub use error::Error;
-pub use listener::Listener;
+pub use listener::{Listener, Permissions};

@@ -53,7 +53,7 @@ pub enum Error {
         source: urus_format::Error,
     },
     /// The image names a backing file, and [`BackingPolicy::Forbid`](crate::BackingPolicy::Forbid) was asked for.
-    #[error("{}: names the backing file {backing:?}, and backing files are forbidden here; allow them with --backing-dir DIR (BackingPolicy::Dir) if you trust this image", image.display())]
+    #[error("{}: names the backing file {backing:?}, and backing files are forbidden (--no-backing); allow them if you trust this image", image.display())]
     BackingForbidden {
         /// The image that names it.
         image: PathBuf,
@@ -61,7 +61,7 @@ pub enum Error {
         backing: String,
     },
     /// The backing file lies outside the directory in which backing files are allowed.
-    #[error("{}: names the backing file {backing:?}, which does not lie beneath {}; if you trust this image, allow it with --backing-dir DIR (BackingPolicy::Dir), DIR being a directory above both", image.display(), allowed.display())]
+    #[error("{}: names the backing file {backing:?}, which does not lie beneath {}; {}", image.display(), allowed.display(), way_outside(image, needed.as_deref()))]
     BackingOutside {
         /// The image that names it.
         image: PathBuf,
@@ -69,6 +69,9 @@ pub enum Error {
         backing: String,
         /// The directory beneath which backing files may lie.
         allowed: PathBuf,
+        /// The directory that would have to be allowed. None where no directory would do, because the name leads through an
+        /// absolute symbolic link.
+        needed: Option<PathBuf>,
     },
     /// The format of the backing file is neither recorded nor given. It is never guessed: a guest that can write a
     /// qcow2 header onto its raw disk could else make the host open any file.
@@ -151,6 +154,21 @@ pub enum Error {
     /// The device was closed.
     #[error("the device is closed")]
     Closed,
+}
+
+/// What to do about a backing file outside of the allowed directory.
+fn way_outside(image: &Path, needed: Option<&Path>) -> String {
+    match needed {
+        Some(dir) => format!(
+            "if you trust this image, allow it: --backing-dir {}",
+            foreign::shell(&dir.display().to_string())
+        ),
+        None => format!(
+            "it leads through an absolute symbolic link, which is never followed; if you trust this image, record the file's own path: \
+             qemu-img rebase -u -F FORMAT -b PATH {}",
+            foreign::shell(&image.display().to_string())
+        ),
+    }
 }
 
 impl Error {

@@ -110,6 +110,14 @@ pub struct Qcow2Info {
     pub unsupported: Option<String>,
 }
 
+impl ImageInfo {
+    /// What [`foreign`](Self::foreign) is, and what to do about it, for people.
+    #[must_use]
+    pub fn foreign_text(&self) -> Option<String> {
+        Some(foreign::explain(&self.path, Some(self.foreign?)))
+    }
+}
+
 impl Qcow2Info {
     /// The format's version as qemu-img names it: "0.10" or "1.1".
     #[must_use]

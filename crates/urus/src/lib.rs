@@ -152,6 +152,7 @@ mod queue;
 mod request;
 mod sockets;
 mod statistics;
+mod temporary;
 
 pub use blocking::BlockingIo;
 pub use check::check;
