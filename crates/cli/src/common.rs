@@ -158,7 +158,8 @@ pub(crate) fn format_to_inspect(
     match stated {
         Some(format) => Ok(format.into()),
         None => {
-            let info = urus::info(path, urus::InfoOptions::new().lock(lock))?;
+            let info = urus::info(path, urus::InfoOptions::new().lock(lock))
+                .map_err(crate::info::or_force_share)?;
             warn_of_foreign(&info);
             Ok(info.format)
         }

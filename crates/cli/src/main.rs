@@ -42,7 +42,8 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    Serve(serve::Args),
+    // By far the largest.
+    Serve(Box<serve::Args>),
     #[command(name = "vhost-user-blk")]
     VhostUserBlk(vhost_user_blk::Args),
     Ctl(ctl::Args),
@@ -84,7 +85,7 @@ fn main() -> ExitCode {
     let image = cli.command.image().to_owned();
     logging::start(cli.verbose, &image);
     let result = match cli.command {
-        Command::Serve(args) => serve::run(args),
+        Command::Serve(args) => serve::run(*args),
         Command::VhostUserBlk(args) => vhost_user_blk::run(args),
         Command::Ctl(args) => ctl::run(args),
         Command::Create(args) => create::run(args),
