@@ -224,6 +224,10 @@ fn in_turn(
         }
         none_leaked(&image).map_err(context)?;
         equal_maps(&image).map_err(context)?;
+        equal_statuses(&image, rng).map_err(context)?;
+        if rng.chance(64) {
+            equal_statuses_over_nbd(&image, driver, rng).map_err(context)?;
+        }
         tally.add("maps", 1);
         tally.add("turns", 1);
     }
@@ -382,14 +386,154 @@ fn equal_maps(image: &Path) -> Result<(), String> {
     ))
 }
 
+/// Ranges that begin and end anywhere in a disk of this size, most of them short.
+fn odd_ranges(size: u64, rng: &mut Rng) -> Vec<(u64, u64)> {
+    let range = |_| {
+        let offset = rng.below(size);
+        let most = [700, 70 * KIB, size][rng.index(3)];
+        (offset, (1 + rng.below(most)).min(size - offset))
+    };
+    (0..16).map(range).collect()
+}
+
+/// What the library says of ranges that begin and end anywhere, against what QEMU maps.
+fn equal_statuses(image: &Path, rng: &mut Rng) -> Result<(), String> {
+    let theirs = pieces(&qemu::map(image))?;
+    let text = |error: urus::Error| format!("asking the library: {error}");
+    let options = urus::OpenOptions::new().read_only(true);
+    let device = options.open(image).map_err(text)?;
+    let mut io = device.blocking().map_err(text)?;
+    for (offset, length) in odd_ranges(device.size(), rng) {
+        let end = offset + length;
+        let mut ours = Vec::new();
+        let mut at = offset;
+        while at < end {
+            let extents = io.block_status(at, end - at).map_err(text)?;
+            at = extents.last().map_or(at, |last| last.start + last.len);
+            ours.extend(extents.iter().map(Piece::of));
+            if extents.is_empty() {
+                return Err(format!("nothing is said of offset {at}"));
+            }
+        }
+        let (ours, theirs) = (joined(ours), within(&theirs, offset, end));
+        if ours != theirs {
+            return Err(format!(
+                "status of {length} bytes at {offset}\nurus: {ours:?}\nQEMU: {theirs:?}"
+            ));
+        }
+    }
+    drop(io);
+    device.close().map_err(text)
+}
+
+/// The same over NBD, in both contexts.
+fn equal_statuses_over_nbd(image: &Path, driver: Driver, rng: &mut Rng) -> Result<(), String> {
+    let served = Serve::new(image, driver).with("--read-only").start();
+    let theirs = pieces(&qemu::map(image))?;
+    let size = theirs.last().map_or(0, |last| last.start + last.length);
+    let ranges = odd_ranges(size, rng);
+    let script = format!(
+        "import json
+both = nbd.NBD()
+for name in ['base:allocation', 'qemu:allocation-depth']: both.add_meta_context(name)
+both.connect_uri(h.get_uri())
+said = []
+for offset, length in {ranges:?}:
+    def take(name, at, entries, error): said.append([name, at, offset + length, entries])
+    both.block_status(length, offset, take)
+print(json.dumps(said))
+both.shutdown()"
+    );
+    let answers = served.nbdsh(&script).json();
+    served.stop();
+    let answers = answers.as_array().ok_or("no list")?;
+    if answers.len() != 2 * ranges.len() {
+        return Err(format!("{} answers", answers.len()));
+    }
+    for answer in answers {
+        let is_depth = answer[0] == "qemu:allocation-depth";
+        let number = |value: &serde_json::Value| value.as_u64().ok_or("not a number");
+        let (start, end) = (number(&answer[1])?, number(&answer[2])?);
+        let entries = answer[3].as_array().ok_or("no list of entries")?;
+        let mut at = start;
+        for entry in entries.chunks_exact(2) {
+            let (length, flags) = (number(&entry[0])?, number(&entry[1])?);
+            let stop = (at + length).min(end);
+            for piece in within(&theirs, at, stop) {
+                let [present, zero, data, _] = piece.flags;
+                let expected = match (is_depth, present) {
+                    (false, _) => u64::from(!data) | u64::from(zero) << 1,
+                    (true, true) => piece.depth + 1,
+                    // In no layer; or past the end of a backing file, to which QEMU counts it.
+                    (true, false) if flags == 0 || flags == piece.depth + 2 => flags,
+                    (true, false) => 0,
+                };
+                if flags != expected {
+                    return Err(format!("{answer} at {at}: {flags}\nQEMU: {piece:?}"));
+                }
+            }
+            at = stop;
+        }
+        if at != end {
+            return Err(format!("{answer} ends at {at}"));
+        }
+    }
+    Ok(())
+}
+
+/// The part of a map that lies in `[start, end)`.
+fn within(pieces: &[Piece], start: u64, end: u64) -> Vec<Piece> {
+    let cut = |piece: &Piece| {
+        let from = piece.start.max(start);
+        let to = (piece.start + piece.length).min(end);
+        (from < to).then(|| Piece {
+            start: from,
+            length: to - from,
+            offset: piece.offset.map(|offset| offset + (from - piece.start)),
+            ..*piece
+        })
+    };
+    pieces.iter().filter_map(cut).collect()
+}
+
 /// An entry of a map; the flags are present, zero, data, compressed.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Piece {
     start: u64,
     length: u64,
     depth: u64,
     flags: [bool; 4],
     offset: Option<u64>,
+}
+
+impl Piece {
+    fn of(extent: &urus::Extent) -> Self {
+        Self {
+            start: extent.start,
+            length: extent.len,
+            depth: extent.depth.into(),
+            flags: [extent.present, extent.zero, extent.data, extent.compressed],
+            offset: extent.host,
+        }
+    }
+}
+
+/// Neighbours of one kind, at adjacent places of one file, become one.
+fn joined(all: impl IntoIterator<Item = Piece>) -> Vec<Piece> {
+    let mut pieces: Vec<Piece> = Vec::new();
+    for next in all {
+        match pieces.last_mut() {
+            Some(last)
+                if last.depth == next.depth
+                    && last.flags == next.flags
+                    && last.offset.map(|at| at + last.length) == next.offset =>
+            {
+                last.length += next.length;
+            }
+            _ => pieces.push(next),
+        }
+    }
+    pieces
 }
 
 /// A map's entries, neighbours joined. QEMU looks for holes below data clusters where a file takes much less of the disk
@@ -412,18 +556,9 @@ fn pieces(map: &serde_json::Value) -> Result<Vec<Piece>, String> {
             ],
             offset: number("offset"),
         };
-        match pieces.last_mut() {
-            Some(last)
-                if last.depth == next.depth
-                    && last.flags == next.flags
-                    && last.offset.map(|at| at + last.length) == next.offset =>
-            {
-                last.length += next.length;
-            }
-            _ => pieces.push(next),
-        }
+        pieces.push(next);
     }
-    Ok(pieces)
+    Ok(joined(pieces))
 }
 
 /// Many connections with many requests each; nobody is killed.

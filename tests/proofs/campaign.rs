@@ -7,9 +7,9 @@ use std::path::{Path, PathBuf};
 use urus_sim::rng::Rng;
 use urus_sim::runner::panic_text;
 use urus_sim::stamp::stamped;
-use urus_tests::load::{self, Disk};
-use urus_tests::nbd::Client;
-use urus_tests::{KIB, MIB, Scratch, Served, program, qemu, urus};
+use urus_tests::load::{self, Disk, Ranges};
+use urus_tests::nbd::{Client, Command};
+use urus_tests::{KIB, MIB, Scratch, Served, content, program, qemu, urus};
 
 /// What lies below or in an image at the start.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,6 +32,8 @@ pub(crate) struct Plan {
     options: &'static str,
     start: Start,
     pub(crate) size: u64,
+    /// What of it is used: first byte and length; all where it is empty. The first of them begins at 0.
+    ranges: &'static [(u64, u64)],
     /// More arguments for `urus serve`.
     pub(crate) serve: &'static str,
 }
@@ -52,6 +54,7 @@ impl Plan {
             options: "",
             start,
             size,
+            ranges: &[],
             serve: "--num-queues 4",
         }
     }
@@ -71,6 +74,21 @@ impl Plan {
         self
     }
 
+    /// A large disk, of which these ranges are used.
+    pub(crate) const fn far(mut self, size: u64, ranges: &'static [(u64, u64)]) -> Self {
+        self.size = size;
+        self.ranges = ranges;
+        self
+    }
+
+    fn ranges(&self) -> Ranges {
+        if self.ranges.is_empty() {
+            Ranges::whole(self.size)
+        } else {
+            Ranges::of(self.ranges)
+        }
+    }
+
     /// Makes the image in `directory`, and the disk that it is.
     pub(crate) fn build(&self, directory: &Path) -> (PathBuf, Disk) {
         let image = directory.join("image.qcow2");
@@ -81,7 +99,7 @@ impl Plan {
         let stamped_bytes = if self.start == Start::Empty {
             0
         } else {
-            self.size.min(16 * MIB) * 3 / 4
+            self.ranges().parts()[0].1.min(16 * MIB) * 3 / 4
         };
         for piece in 0..(stamped_bytes / (64 * KIB)) {
             let (lba, sectors) = (piece * 128, 128);
@@ -124,8 +142,10 @@ impl Plan {
                 sized();
             }
         }
-        bytes.resize(usize::try_from(self.size).expect("small"), 0);
-        (image, Disk::new(load::contents(&bytes), 2))
+        let ranges = self.ranges();
+        bytes.resize(usize::try_from(ranges.bytes()).expect("small"), 0);
+        let disk = Disk::within(ranges, load::contents(&bytes), 2);
+        (image, disk)
     }
 }
 
@@ -133,6 +153,56 @@ impl Plan {
 pub(crate) fn read_all(served: &Served) -> Result<Vec<u8>, String> {
     let all = Client::connect(&served.socket()).and_then(|mut client| client.read_all());
     all.map_err(|error| format!("reading everything: {error}\n{}", served.log()))
+}
+
+/// Reads what of a disk is used.
+pub(crate) fn read_used(served: &Served, disk: &Disk) -> Result<Vec<u8>, String> {
+    let read = || {
+        let mut client = Client::connect(&served.socket())?;
+        let mut bytes = Vec::new();
+        for (first, length) in disk.ranges().parts() {
+            for at in (0..*length).step_by(1 << 20) {
+                let length = (length - at).min(1 << 20);
+                bytes.extend(client.ask(Command::Read, first + at, length, &[])?);
+            }
+        }
+        Ok(bytes)
+    };
+    read().map_err(|error: std::io::Error| format!("reading: {error}\n{}", served.log()))
+}
+
+/// The same, read by QEMU, who is also asked whether anything lies elsewhere.
+pub(crate) fn read_by_qemu(image: &Path, copy: &Path, disk: &Disk) -> Result<Vec<u8>, String> {
+    const BLOCK: u64 = 64 * KIB;
+    let ranges = disk.ranges();
+    let mut bytes = Vec::new();
+    for (first, length) in ranges.parts() {
+        let (skip, count) = (first / BLOCK, length / BLOCK);
+        let words = format!("dd -f qcow2 -O raw bs={BLOCK} skip={skip} count={count}");
+        let (from, to) = (image.display(), copy.display());
+        let dd = qemu::img(&words).arg(format!("if={from}"));
+        dd.arg(format!("of={to}")).ok();
+        bytes.extend(content::bytes(copy));
+        std::fs::remove_file(copy).expect("removing a copy");
+    }
+    for extent in qemu::map(image).as_array().expect("a list") {
+        let number = |name: &str| extent[name].as_u64().expect("a number");
+        let (start, end) = (number("start"), number("start") + number("length"));
+        let zero = extent["zero"].as_bool().expect("a flag");
+        // What of it lies in the ranges; they end where clusters do.
+        let inside: u64 = ranges
+            .parts()
+            .iter()
+            .map(|(first, length)| {
+                let to = end.min(first + length);
+                to.saturating_sub(start.max(*first))
+            })
+            .sum();
+        if !zero && inside < end - start {
+            return Err(format!("QEMU finds data where nobody wrote: {extent}"));
+        }
+    }
+    Ok(bytes)
 }
 
 /// Leaked clusters, where that is all that `qemu-img check` and `urus check` say, in agreement.

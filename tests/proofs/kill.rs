@@ -9,13 +9,49 @@ use urus_sim::rng::Rng;
 use urus_tests::load::{self, Disk, Habits, Weights};
 use urus_tests::mounted::{Loop, Mount};
 use urus_tests::served::Serve;
-use urus_tests::{Driver, KIB, MIB, Served, content, program, qemu, urus};
+use urus_tests::{Driver, KIB, MIB, Served, program, urus};
 
 use crate::Arguments;
-use crate::campaign::{Plan, Start, guarded, leaks, read_all};
+use crate::campaign::{Plan, Start, guarded, leaks, read_by_qemu, read_used};
 use crate::tally::Tally;
 
-const FILES: [Plan; 12] = [
+const GIB: u64 = 1 << 30;
+const TIB: u64 = 1 << 40;
+/// Of clusters of 64 KiB: in the first two slices of one L2 table, in a table whose L1 entry lies in another sector (512 bytes of L1 are
+/// 32 GiB, 4096 are 256), and near the end.
+const FAR_64K: &[(u64, u64)] = &[
+    (0, 4 * MIB),
+    (31 * MIB, 2 * MIB),
+    (40 * GIB, 2 * MIB),
+    (257 * GIB, 2 * MIB),
+    (8 * TIB - MIB, MIB),
+];
+/// Of clusters of 2 MiB: a slice has 1 GiB, an L1 entry 512 GiB, a sector of them 32 TiB or 256.
+const FAR_2M: &[(u64, u64)] = &[
+    (0, 8 * MIB),
+    (GIB - 2 * MIB, 4 * MIB),
+    (40 * TIB, 4 * MIB),
+    (300 * TIB - 2 * MIB, 2 * MIB),
+];
+/// Of 512 bytes: an L1 entry for every 32 KiB, a sector of them for every 2 MiB.
+const FAR_512: &[(u64, u64)] = &[(0, MIB), (3 * MIB, 512 * KIB), (GIB - 512 * KIB, 512 * KIB)];
+/// Of 4 KiB: a sector of L1 entries has 128 MiB or 1 GiB.
+const FAR_4K: &[(u64, u64)] = &[
+    (0, 6 * MIB),
+    (200 * MIB, MIB),
+    (3 * GIB, MIB),
+    (64 * GIB - MIB, MIB),
+];
+/// Where the host clusters lie as far apart as those of the guest: with 64-bit refcounts a slice of them has 32 MiB, a block 512.
+const FAR_HOST: &[(u64, u64)] = &[
+    (0, 4 * MIB),
+    (100 * MIB, 2 * MIB),
+    (700 * MIB, 2 * MIB),
+    (3 * GIB, 2 * MIB),
+];
+const FAR_HOST_OPTIONS: &str = ",refcount_bits=64,preallocation=metadata";
+
+const FILES: [Plan; 17] = [
     Plan::new("64k", 64 * KIB, Start::Empty),
     Plan::new("64k over zlib", 64 * KIB, Start::OverZlib),
     Plan::new("512", 512, Start::Empty),
@@ -33,10 +69,23 @@ const FILES: [Plan; 12] = [
         .served("--num-queues 3 --cache none"),
     Plan::new("128k over raw, discards ignored", 128 * KIB, Start::OverRaw)
         .served("--num-queues 2 --discard ignore"),
+    Plan::new("64k, 8 TiB", 64 * KIB, Start::Empty).far(8 * TIB, FAR_64K),
+    Plan::new("2M, 300 TiB", 2 * MIB, Start::Empty).far(300 * TIB, FAR_2M),
+    Plan::new("512, 1 GiB", 512, Start::Empty).far(GIB, FAR_512),
+    Plan::new(
+        "4k over zlib, 64 GiB, few L2 slices",
+        4 * KIB,
+        Start::OverZlib,
+    )
+    .served("--num-queues 4 --l2-cache-size 65536")
+    .far(64 * GIB, FAR_4K),
+    Plan::new("64k, far host clusters", 64 * KIB, Start::Empty)
+        .made(FAR_HOST_OPTIONS)
+        .far(4 * GIB, FAR_HOST),
 ];
 
 const DIRECT: &str = "--num-queues 4 --cache none";
-const LARGE_SECTORS: [Plan; 9] = [
+const LARGE_SECTORS: [Plan; 13] = [
     Plan::new("512", 512, Start::Empty).served(DIRECT),
     Plan::new("64k over zlib", 64 * KIB, Start::OverZlib).served(DIRECT),
     Plan::new("1k compressed", KIB, Start::Compressed).served(DIRECT),
@@ -46,6 +95,19 @@ const LARGE_SECTORS: [Plan; 9] = [
     Plan::new("16k", 16 * KIB, Start::Empty).served(DIRECT),
     Plan::new("32k compressed", 32 * KIB, Start::Compressed).served(DIRECT),
     Plan::new("512 over raw", 512, Start::OverRaw).served(DIRECT),
+    Plan::new("64k, 8 TiB", 64 * KIB, Start::Empty)
+        .served(DIRECT)
+        .far(8 * TIB, FAR_64K),
+    Plan::new("2M, 300 TiB", 2 * MIB, Start::Empty)
+        .served(DIRECT)
+        .far(300 * TIB, FAR_2M),
+    Plan::new("4k over raw, 64 GiB", 4 * KIB, Start::OverRaw)
+        .served(DIRECT)
+        .far(64 * GIB, FAR_4K),
+    Plan::new("64k, far host clusters", 64 * KIB, Start::Empty)
+        .made(FAR_HOST_OPTIONS)
+        .served(DIRECT)
+        .far(4 * GIB, FAR_HOST),
 ];
 
 const FIGURES: [&str; 8] = [
@@ -125,11 +187,13 @@ fn run(
     if let Err(blind) = liar_is_found(part, arguments) {
         tally.violations.push(blind);
     }
-    // Each image gets its turn, and long ones where there is time.
-    let turns = (tally.left() / plans.len() as u64).clamp(3, 25);
+    // Every kind of image has its share, and long ones where there is time; then what is left goes to the first ones once more.
+    let turns = (tally.left() / plans.len() as u64).clamp(1, 25);
     let mut number = 0;
     while tally.goes_on() {
         let plan = plans[usize::try_from(number).expect("small") % plans.len()];
+        let before = tally.done();
+        let turns = turns.min(tally.left());
         let seed = arguments.seed.wrapping_add(number);
         let outcome = guarded(part, plan.name, seed, |scratch, rng| {
             let mounted = disk(scratch.path());
@@ -142,7 +206,18 @@ fn run(
             campaign(plan, directory, rng, arguments, turns, &mut tally)
         });
         tally.violations.extend(outcome.err());
+        tally.add_kind(plan.name, tally.done() - before);
         number += 1;
+    }
+    let unseen: Vec<&str> = plans
+        .iter()
+        .map(|plan| plan.name)
+        .filter(|name| tally.of_kind(name) == 0)
+        .collect();
+    if arguments.minutes.is_none() && rounds >= plans.len() as u64 && !unseen.is_empty() {
+        tally.violations.push(format!(
+            "kinds of images that were never killed: {unseen:?}"
+        ));
     }
     tally
 }
@@ -172,7 +247,7 @@ fn campaign(
     let mut turn = 0;
     // The first driver differs from image to image.
     let first = rng.below(2);
-    while turn < turns && tally.left() > 0 {
+    while turn < turns {
         let end = match rng.below(10) {
             0 | 1 => End::Stop,
             2 => End::KillWhileClosing,
@@ -188,9 +263,9 @@ fn campaign(
         let served = Serve::new(&image, driver).with(plan.serve).start();
         let round = turn;
         let context = |text: String| format!("round {round}, {driver:?}, {end:?}: {text}");
-        let bytes = read_all(&served).map_err(context)?;
+        let bytes = read_used(&served, &disk).map_err(context)?;
         disk = disk.judge_after_kill(&bytes).map_err(context)?;
-        tally.add("sectors", disk_sectors(plan));
+        tally.add("sectors", disk.ranges().bytes() / load::SECTOR);
         let habits = habits(plan, rng);
         // Some in the very beginning, when tables are made, the others in the middle of things.
         let requests = if rng.chance(80) {
@@ -209,7 +284,8 @@ fn campaign(
         } else {
             turn += 1;
             tally.add("kills", 1);
-            if rng.chance(24) {
+            if turn < turns && rng.chance(24) {
+                turn += 1;
                 // Once more, before it has even opened: what it repairs then must survive that too.
                 Serve::new(&image, driver)
                     .with(plan.serve)
@@ -223,25 +299,20 @@ fn campaign(
         }
         if rng.chance(32) {
             // A reader that shares nothing with urus finds the same.
-            let raw = directory.join("copy");
-            qemu::convert_to_raw(&image, &raw);
-            let bytes = content::bytes(&raw);
-            std::fs::remove_file(&raw).expect("removing a copy");
+            let copy = directory.join("copy");
+            let bytes = read_by_qemu(&image, &copy, &disk).map_err(context)?;
             disk.judge_after_kill(&bytes)
                 .map_err(|text| context(format!("read by QEMU: {text}")))?;
         }
     }
     // The last round is judged too.
     let served = Served::start(&image, arguments.driver(turn));
-    disk.judge_after_kill(&read_all(&served)?)?;
+    disk.judge_after_kill(&read_used(&served, &disk)?)?;
     served.stop();
+    read_by_qemu(&image, &directory.join("copy"), &disk)?;
     tally.most("leaked", leaks(&image)?);
     tally.add("checks", 1);
     Ok(())
-}
-
-fn disk_sectors(plan: &Plan) -> u64 {
-    plan.size / load::SECTOR
 }
 
 fn none_leaked(image: &Path, when: &str) -> Result<(), String> {
@@ -335,7 +406,7 @@ fn liar_is_found(part: &str, arguments: &Arguments) -> Result<(), String> {
             ended(served, &disk, &habits, rng, End::Kill, 500)?;
             disk.faultless()?;
             let served = Served::start(&image, driver);
-            let judged = disk.judge_after_kill(&read_all(&served)?);
+            let judged = disk.judge_after_kill(&read_used(&served, &disk)?);
             served.stop();
             if judged.is_err() {
                 found = true;

@@ -27,7 +27,7 @@ pub(crate) struct Arguments {
     parts: Vec<String>,
     pub(crate) seed: u64,
     rounds: Option<u64>,
-    minutes: Option<f64>,
+    pub(crate) minutes: Option<f64>,
     /// Only this driver, else both in turn.
     driver: Option<Driver>,
     /// Only the image of this name.

@@ -19,6 +19,8 @@ pub(crate) struct Tally {
     part: &'static str,
     seed: u64,
     figures: Vec<(&'static str, u64)>,
+    /// Of the first figure, by kind of image.
+    kinds: Vec<(&'static str, u64)>,
     pub(crate) violations: Vec<String>,
     begin: Instant,
     budget: Budget,
@@ -36,6 +38,7 @@ impl Tally {
             part,
             seed,
             figures: figures.iter().map(|name| (*name, 0)).collect(),
+            kinds: Vec::new(),
             violations: Vec::new(),
             begin: Instant::now(),
             budget,
@@ -55,6 +58,25 @@ impl Tally {
     fn figure(&mut self, name: &str) -> &mut (&'static str, u64) {
         let found = self.figures.iter_mut().find(|(known, _)| *known == name);
         found.expect("a part names its figures first")
+    }
+
+    /// The first figure.
+    pub(crate) fn done(&self) -> u64 {
+        self.figures[0].1
+    }
+
+    /// Adds to what a kind of image has of the first figure.
+    pub(crate) fn add_kind(&mut self, kind: &'static str, count: u64) {
+        match self.kinds.iter_mut().find(|(known, _)| *known == kind) {
+            Some((_, sum)) => *sum += count,
+            None => self.kinds.push((kind, count)),
+        }
+    }
+
+    /// What a kind of image has of it.
+    pub(crate) fn of_kind(&self, kind: &str) -> u64 {
+        let found = self.kinds.iter().find(|(known, _)| *known == kind);
+        found.map_or(0, |(_, count)| *count)
     }
 
     /// Whether the budget has something left.
@@ -86,6 +108,14 @@ impl fmt::Display for Tally {
             hundredths % 100,
             self.figures[0].0,
             self.seed
-        )
+        )?;
+        if !self.kinds.is_empty() {
+            write!(f, "\n         {} of each:", self.figures[0].0)?;
+            for (number, (name, count)) in self.kinds.iter().enumerate() {
+                let separator = if number == 0 { "" } else { ";" };
+                write!(f, "{separator} {name} {count}")?;
+            }
+        }
+        Ok(())
     }
 }

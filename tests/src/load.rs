@@ -77,9 +77,65 @@ impl Weights {
     };
 }
 
+/// Where on a large disk the load happens: ranges far apart, in bytes. To the judge they are one small disk, and stamps say where on that
+/// they belong, so that one that shows up in another range is foreign there.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Ranges(Vec<(u64, u64)>);
+
+impl Ranges {
+    /// All of a disk.
+    #[must_use]
+    pub fn whole(bytes: u64) -> Self {
+        Self(vec![(0, bytes)])
+    }
+
+    /// These: first byte and length of each, whole sectors, in ascending order.
+    ///
+    /// # Panics
+    /// When they are not.
+    #[must_use]
+    pub fn of(ranges: &[(u64, u64)]) -> Self {
+        let mut end = 0;
+        for (first, length) in ranges {
+            assert!(*first >= end && first % SECTOR == 0 && length % SECTOR == 0 && *length > 0);
+            end = first + length;
+        }
+        Self(ranges.to_vec())
+    }
+
+    /// First byte and length of each.
+    #[must_use]
+    pub fn parts(&self) -> &[(u64, u64)] {
+        &self.0
+    }
+
+    /// Bytes of all of them.
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
+        self.0.iter().map(|(_, length)| length).sum()
+    }
+
+    /// Where sectors of the judge's disk lie on the real one, in bytes; all of them in one piece. A flush has none.
+    fn offset(&self, lba: u64, count: u64) -> u64 {
+        if count == 0 {
+            return 0;
+        }
+        let mut at = lba * SECTOR;
+        for (first, length) in &self.0 {
+            if at < *length {
+                assert!(count * SECTOR <= length - at, "a request leaves its range");
+                return first + at;
+            }
+            at -= length;
+        }
+        panic!("sector {lba} lies in none of the ranges");
+    }
+}
+
 /// The disk under load, as the judge knows it.
 #[derive(Debug)]
 pub struct Disk {
+    ranges: Ranges,
     state: Mutex<State>,
     answered: AtomicU64,
     full: AtomicU64,
@@ -118,11 +174,23 @@ impl Disk {
     /// A disk that holds this. Versions below `first_version` belong to what was there before.
     #[must_use]
     pub fn new(initial: Vec<Content>, first_version: u64) -> Self {
-        Self::of(Model::new(initial, first_version))
+        let ranges = Ranges::whole(initial.len() as u64 * SECTOR);
+        Self::of(Model::new(initial, first_version), ranges)
     }
 
-    fn of(model: Model) -> Self {
+    /// The same, of which only these ranges are used. They hold this, one after the other.
+    ///
+    /// # Panics
+    /// When it is less or more.
+    #[must_use]
+    pub fn within(ranges: Ranges, initial: Vec<Content>, first_version: u64) -> Self {
+        assert_eq!(ranges.bytes(), initial.len() as u64 * SECTOR);
+        Self::of(Model::new(initial, first_version), ranges)
+    }
+
+    fn of(model: Model, ranges: Ranges) -> Self {
         Self {
+            ranges,
             state: Mutex::new(State {
                 model,
                 clock: 0,
@@ -134,6 +202,12 @@ impl Disk {
             full: AtomicU64::new(0),
             ending: AtomicBool::new(false),
         }
+    }
+
+    /// What of it is used.
+    #[must_use]
+    pub fn ranges(&self) -> &Ranges {
+        &self.ranges
     }
 
     /// Requests answered so far.
@@ -185,7 +259,7 @@ impl Disk {
             .check(0, bytes)
             .and_then(|()| state.model.adopt(bytes))
             .map_err(|mismatch| mismatch.to_string());
-        found.map(Self::of)
+        found.map(|model| Self::of(model, self.ranges.clone()))
     }
 
     /// Judges all bytes as read while nothing is in flight.
@@ -224,7 +298,8 @@ impl Disk {
             }
         };
         let bytes = version.map_or_else(Vec::new, |version| stamped(lba, count, version));
-        let asked = client.ask(command, lba * SECTOR, count * SECTOR, &bytes);
+        let offset = self.ranges.offset(lba, count);
+        let asked = client.ask(command, offset, count * SECTOR, &bytes);
         let mut state = self.locked();
         let completed = state.tick();
         state.model.complete(op, completed, asked.is_ok());
@@ -241,11 +316,10 @@ impl Disk {
     /// Draws a request and enters it into the history; None where a liar's flush was all.
     fn issue(&self, rng: &mut Rng, habits: &Habits) -> Option<Request> {
         let mut state = self.locked();
-        let sectors = state.model.sectors();
         // Reads keep away from changes in flight: a page is not copied in one piece, and a sector half of the one and half
         // of the other would be the kernel's doing.
         let (command, lba, count) = (0..8)
-            .map(|_| draw(rng, habits, sectors))
+            .map(|_| draw(rng, habits, &self.ranges))
             .find(|&(command, lba, count)| !state.meets(command, lba, count))
             .unwrap_or((Command::Flush, 0, 0));
         let issued = state.tick();
@@ -351,7 +425,7 @@ fn honest(command: Command, habits: &Habits) -> Command {
     }
 }
 
-fn draw(rng: &mut Rng, habits: &Habits, sectors: u64) -> (Command, u64, u64) {
+fn draw(rng: &mut Rng, habits: &Habits, ranges: &Ranges) -> (Command, u64, u64) {
     let weights = habits.weights;
     let kinds = [
         (weights.write, Command::Write { fua: false }),
@@ -379,7 +453,17 @@ fn draw(rng: &mut Rng, habits: &Habits, sectors: u64) -> (Command, u64, u64) {
     if command == Command::Flush {
         return (command, 0, 0);
     }
-    // Half of all lies on cluster borders, half begins in an eighth of the disk, so that requests meet in one cluster.
+    // Half of all lies on cluster borders, half begins in an eighth of the range, so that requests meet in one cluster. Each range has its
+    // share, however short it is.
+    let number = match ranges.0.len() {
+        1 => 0,
+        several => rng.index(several),
+    };
+    let sectors = ranges.0[number].1 / SECTOR;
+    let first: u64 = ranges.0[..number]
+        .iter()
+        .map(|(_, bytes)| bytes / SECTOR)
+        .sum();
     let cluster = (habits.cluster / SECTOR).min(sectors);
     let window = if rng.chance(128) {
         sectors.div_ceil(8)
@@ -400,7 +484,7 @@ fn draw(rng: &mut Rng, habits: &Habits, sectors: u64) -> (Command, u64, u64) {
     };
     (
         command,
-        lba,
+        first + lba,
         count.min(longest.max(cluster)).min(sectors - lba),
     )
 }
@@ -482,7 +566,8 @@ impl<'a> Connection<'a> {
                 bytes,
                 ..
             } = request;
-            let sent = sender.send(command, cookie, lba * SECTOR, count * SECTOR, &bytes);
+            let offset = self.disk.ranges.offset(lba, count);
+            let sent = sender.send(command, cookie, offset, count * SECTOR, &bytes);
             if let Err(error) = sent {
                 self.lost(&error);
                 break;
@@ -614,6 +699,40 @@ mod tests {
                 .expect_err("nobody wrote that");
             disk.judge_live(&bytes).expect_err("nobody wrote that");
         }
+    }
+
+    /// Requests stay within a range, come to each of them, and each sector has a place of its own.
+    #[test]
+    fn ranges_far_apart_are_one_disk() {
+        let ranges = Ranges::of(&[(0, 8192), (1 << 40, 1024), (5 << 40, 4096)]);
+        assert_eq!(ranges.bytes(), 8192 + 1024 + 4096);
+        for (lba, offset) in [
+            (0, 0),
+            (15, 7680),
+            (16, 1 << 40),
+            (17, (1 << 40) + 512),
+            (18, 5 << 40),
+            (25, (5 << 40) + 3584),
+        ] {
+            assert_eq!(ranges.offset(lba, 1), offset);
+        }
+        let habits = Habits {
+            connections: 1,
+            depth: 1,
+            cluster: 2048,
+            longest: 4096,
+            weights: Weights::MIXED,
+            may_fill_up: false,
+            lies: false,
+        };
+        let (mut rng, mut seen) = (Rng::new(1), [false; 26]);
+        for _ in 0..2000 {
+            let (_, lba, count) = draw(&mut rng, &habits, &ranges);
+            ranges.offset(lba, count);
+            let touched = usize::try_from(lba).unwrap()..usize::try_from(lba + count).unwrap();
+            seen[touched].fill(true);
+        }
+        assert_eq!(seen, [true; 26]);
     }
 
     #[test]

@@ -13,7 +13,7 @@ use urus::{Format, ImageInfo, InfoOptions};
 
 use crate::common::{FormatArg, OutputArg};
 use crate::failure::{Failure, Outcome};
-use crate::output::{print, print_json};
+use crate::output::{complain, print, print_json};
 
 /// Show what an image is
 ///
@@ -43,6 +43,12 @@ pub(crate) struct Args {
 
 pub(crate) fn run(args: Args) -> Outcome {
     let chain = chain(&args)?;
+    for info in &chain {
+        for fault in info.qcow2.iter().flat_map(|qcow2| &qcow2.faults) {
+            let image = info.path.display();
+            complain(&format!("urus: warning: {image}: {fault}"));
+        }
+    }
     match args.output {
         OutputArg::Human => {
             let images: Vec<String> = chain.iter().map(human::text).collect();

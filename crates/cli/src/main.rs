@@ -17,6 +17,7 @@ mod map;
 mod metrics;
 mod option_list;
 mod output;
+mod patience;
 mod serve;
 mod signals;
 mod size;

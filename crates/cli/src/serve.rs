@@ -23,6 +23,7 @@ use crate::control::{Control, ControlArgs, Controlled};
 use crate::failure::{Failure, Outcome};
 use crate::metrics::{Metrics, MetricsArgs, Sources};
 use crate::output::print;
+use crate::patience::Patience;
 use crate::signals::Stop;
 use crate::size::Size;
 
@@ -297,7 +298,10 @@ pub(crate) fn run(args: Args) -> Outcome {
         control.end();
     }
     // Closed whatever becomes of the servers: what clients have written is to be safe.
+    let devices = others.iter().map(|other| other.device.clone());
+    let patience = Patience::start(devices.chain([device.clone()]).collect());
     let ended = servers.shutdown();
+    drop(patience);
     let mut closed = device.close();
     for other in others {
         // Each is closed; the first error is the one to tell.

@@ -15,6 +15,7 @@ use crate::control::{Control, ControlArgs, Controlled};
 use crate::failure::{Failure, Outcome};
 use crate::metrics::{Metrics, MetricsArgs, Sources};
 use crate::output::print;
+use crate::patience::Patience;
 use crate::serve::{OpenError, patiently};
 use crate::signals::Stop;
 
@@ -178,7 +179,9 @@ pub(crate) fn run(args: Args) -> Outcome {
         control.end();
     }
     // Closed whatever becomes of the server: what the guest has written is to be safe.
+    let patience = Patience::start(vec![device.clone()]);
     let ended = server.shutdown();
+    drop(patience);
     device.close()?;
     ended?;
     Ok(ExitCode::SUCCESS)

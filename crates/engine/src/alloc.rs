@@ -12,6 +12,7 @@ use crate::error::{Error, Result};
 use crate::limits;
 use crate::ranges::RangeSet;
 use crate::refcounts::Refcounts;
+use crate::seen::{Way, note};
 use crate::shared::{Owner, Owners, Run, Shared};
 use crate::storage::{IMAGE, OpKind, Storage};
 use crate::worker::Worker;
@@ -60,8 +61,8 @@ pub(crate) struct Allocator {
     /// Places that a header write ever named, or might have (O15): free after the next durable header.
     superseded: RefCell<Vec<TablePlace>>,
     regular: bool,
-    /// Last cluster that the file can have (a block device ends).
-    limit: u64,
+    /// The file has room for clusters below this one. A block device ends; it may become longer.
+    limit: Cell<u64>,
 }
 
 impl Allocator {
@@ -73,7 +74,13 @@ impl Allocator {
     ) -> Self {
         let bits = refcounts.geometry.cluster_bits();
         let file_end = file_bytes.div_ceil(1 << bits);
-        let end = file_end.min(refcounts.covered_end());
+        // Entries hold host offsets below 2^56.
+        let limit = if regular {
+            1 << (56 - bits)
+        } else {
+            file_bytes >> bits
+        };
+        let end = file_end.min(refcounts.covered_end()).min(limit);
         Self {
             refcounts,
             reserved: RefCell::default(),
@@ -90,12 +97,7 @@ impl Allocator {
             table_clusters: Cell::new(place.clusters),
             superseded: RefCell::default(),
             regular,
-            // Entries hold host offsets below 2^56.
-            limit: if regular {
-                1 << (56 - bits)
-            } else {
-                file_bytes >> bits
-            },
+            limit: Cell::new(limit),
         }
     }
 
@@ -182,7 +184,8 @@ impl Allocator {
     /// One bounded step of the search for free clusters.
     async fn scan<S: Storage>(&self, worker: &Worker<S>, count: u64) -> Result<Option<Run>> {
         let mut slices = 0;
-        while self.cursor.get() < self.end.get() && slices < limits::SCAN_SLICES_PER_STEP {
+        let most = worker.shared.options.sizes.scan_slices;
+        while self.cursor.get() < self.end.get() && slices < most {
             let start = self.cursor.get();
             let block = self.refcounts.block_of(start);
             if self.refcounts.block_offset(block) == 0 {
@@ -194,8 +197,8 @@ impl Allocator {
             slices += u64::from(self.refcounts.get(start).is_none());
             self.refcounts.load(worker, start).await?;
             self.room_to_count(worker, block).await?;
-            // Another reservation may have gone on meanwhile.
-            if self.cursor.get() != start {
+            // Another reservation may have gone on meanwhile; or the slice is gone again, and says of nothing that it is free.
+            if self.cursor.get() != start || self.refcounts.get(start).is_none() {
                 continue;
             }
             let slice_end = self.refcounts.slice_end(start).min(self.end.get());
@@ -214,6 +217,7 @@ impl Allocator {
             self.cursor.set(first + last);
             return Ok(Some(self.hand_out(first, last, zero)));
         }
+        note(Way::SearchEnded, || self.cursor.get() < self.end.get());
         Ok(None)
     }
 
@@ -242,12 +246,8 @@ impl Allocator {
     async fn extend<S: Storage>(&self, worker: &Worker<S>, count: u64) -> Result<Run> {
         loop {
             let first = self.end.get();
-            if first >= self.limit {
-                return Err(Error::OutOfSpace {
-                    operation: "allocate a cluster",
-                    file: worker.shared.image_name().to_owned(),
-                    offset: first << self.refcounts.geometry.cluster_bits(),
-                });
+            if first >= self.limit.get() && !self.has_become_longer(worker) {
+                return Err(self.out_of_space(&worker.shared, first));
             }
             let block = self.refcounts.block_of(first);
             if self.refcounts.block_offset(block) == 0 {
@@ -256,7 +256,7 @@ impl Allocator {
             }
             self.refcounts.load(worker, first).await?;
             self.room_to_count(worker, block).await?;
-            if self.end.get() != first {
+            if self.end.get() != first || self.refcounts.get(first).is_none() {
                 continue;
             }
             let owners = &worker.shared.meta.lock().owners;
@@ -265,7 +265,7 @@ impl Allocator {
                 continue;
             }
             let zero = first >= self.virgin.get();
-            let slice_end = self.refcounts.slice_end(first).min(self.limit);
+            let slice_end = self.refcounts.slice_end(first).min(self.limit.get());
             let taken = (first..slice_end.min(first + count))
                 .take_while(|cluster| {
                     self.is_free(owners, *cluster) && (*cluster >= self.virgin.get()) == zero
@@ -274,6 +274,32 @@ impl Allocator {
             self.end.set(first + taken);
             return Ok(self.hand_out(first, taken, zero));
         }
+    }
+
+    fn out_of_space(&self, shared: &Shared, cluster: u64) -> Error {
+        Error::OutOfSpace {
+            operation: "allocate a cluster",
+            file: shared.image_name().to_owned(),
+            offset: cluster << self.refcounts.geometry.cluster_bits(),
+        }
+    }
+
+    /// Whether the block device has room past the end that was known.
+    fn has_become_longer<S: Storage>(&self, worker: &Worker<S>) -> bool {
+        if self.regular {
+            return false;
+        }
+        let bits = self.refcounts.geometry.cluster_bits();
+        let len = worker
+            .reactor
+            .with_storage(|storage| storage.file_len(IMAGE));
+        // A device that has shrunk fails where it is used.
+        let limit = len.map_or(0, |len| len >> bits);
+        let longer = limit > self.limit.get();
+        if longer {
+            self.limit.set(limit);
+        }
+        longer
     }
 
     /// Takes room for a refcount block, which may be a hole: what it counts from now on is written by a commit.
@@ -297,8 +323,9 @@ impl Allocator {
         if !self.regular || end <= self.grown.get() {
             return;
         }
+        let sizes = &worker.shared.options.sizes;
         let step = ((end << bits) / limits::GROW_PART)
-            .clamp(limits::GROW_BYTES_MIN, limits::GROW_BYTES_MAX)
+            .clamp(sizes.grow_bytes_min, sizes.grow_bytes_max)
             .div_ceil(1 << bits);
         // Before it has grown: a failure counts until this much is used up, too.
         self.grown.set(end + step);
@@ -342,12 +369,82 @@ impl Allocator {
         }
     }
 
-    /// Takes exactly `count` adjacent clusters past everything in use.
-    pub(crate) async fn extend_contiguous<S: Storage>(
+    /// Takes exactly `count` adjacent clusters. In a file they lie past everything in use; a block device, which mostly
+    /// is covered by refcounts to its end, is searched for them first.
+    pub(crate) async fn take_contiguous<S: Storage>(
         &self,
         worker: &Worker<S>,
         count: u64,
     ) -> Result<u64> {
+        if !self.regular
+            && let Some(first) = self.find_contiguous(worker, count).await?
+        {
+            return Ok(first);
+        }
+        self.extend_contiguous(worker, count).await
+    }
+
+    /// Looks for adjacent free clusters among all those that refcount blocks cover. What is found of a run is reserved at
+    /// once, and let go where the run ends too early.
+    async fn find_contiguous<S: Storage>(
+        &self,
+        worker: &Worker<S>,
+        count: u64,
+    ) -> Result<Option<u64>> {
+        let mut next = 0;
+        let mut run = (0, 0);
+        let result = loop {
+            if run.1 == count {
+                return Ok(Some(run.0));
+            }
+            let end = self.end.get();
+            if next >= end {
+                break Ok(None);
+            }
+            let block = self.refcounts.block_of(next);
+            if self.refcounts.block_offset(block) == 0 {
+                next = (block + 1) << self.refcounts.geometry.refcount_block_bits();
+                self.unreserve(std::mem::take(&mut run));
+                continue;
+            }
+            if let Err(error) = self.refcounts.load(worker, next).await {
+                break Err(error);
+            }
+            if let Err(error) = self.room_to_count(worker, block).await {
+                break Err(error);
+            }
+            if self.refcounts.get(next).is_none() {
+                // Gone again meanwhile: it says of nothing that it is free.
+                continue;
+            }
+            let owners = &worker.shared.meta.lock().owners;
+            let slice_end = self.refcounts.slice_end(next).min(end);
+            while next < slice_end && run.1 < count {
+                if self.is_free(owners, next) {
+                    if run.1 == 0 {
+                        run.0 = next;
+                    }
+                    self.hand_out(next, 1, false);
+                    run.1 += 1;
+                } else {
+                    self.unreserve(std::mem::take(&mut run));
+                }
+                next += 1;
+            }
+        };
+        self.unreserve(run);
+        result
+    }
+
+    /// Lets go of clusters that were reserved, and that nobody wrote to.
+    fn unreserve(&self, (first, count): (u64, u64)) {
+        if count > 0 {
+            self.reserved.borrow_mut().remove(first, count);
+            self.cursor.set(self.cursor.get().min(first));
+        }
+    }
+
+    async fn extend_contiguous<S: Storage>(&self, worker: &Worker<S>, count: u64) -> Result<u64> {
         let mut run: Option<(u64, u64)> = None;
         let mut restarts = 0;
         loop {
@@ -425,9 +522,12 @@ impl Allocator {
             let wanted = self.refcounts.table_entries() * 3 / 2;
             new_table(&geometry, start, block, wanted)
         };
+        if start + blocks + table > self.limit.get() && !self.regular {
+            return Err(self.out_of_space(shared, start));
+        }
         if table > 0
             && (table << geometry.cluster_bits() > limits::REFCOUNT_TABLE_BYTES
-                || start + blocks + table > self.limit)
+                || start + blocks + table > self.limit.get())
         {
             return Err(Error::Unsupported {
                 what: format!(
@@ -539,7 +639,7 @@ mod tests {
     /// 64-bit refcounts in clusters of 512 bytes: a block has those of 64 clusters. Two blocks, in clusters 2 and 3.
     fn allocator(file_bytes: u64, regular: bool) -> Allocator {
         let geometry = Geometry::new(BITS, 6, 8, 3);
-        let refcounts = Refcounts::new(geometry, Vec::new(), 8);
+        let refcounts = Refcounts::new(geometry, Vec::new(), 8, limits::REFCOUNT_SLICE_BYTES);
         refcounts.add_block(0, 2 << BITS);
         refcounts.add_block(1, 3 << BITS);
         Allocator::new(refcounts, place(1), file_bytes, regular)
@@ -618,11 +718,14 @@ mod tests {
     #[test]
     fn the_file_has_an_end() {
         let file = allocator(10 << BITS, true);
-        assert_eq!((file.end.get(), file.limit), (10, 1 << 47));
+        assert_eq!((file.end.get(), file.limit.get()), (10, 1 << 47));
         // What no block covers is found by extension.
         assert_eq!(allocator(200 << BITS, true).end.get(), 128);
         let device = allocator((200 << BITS) + 511, false);
-        assert_eq!((device.end.get(), device.limit), (128, 200));
+        assert_eq!((device.end.get(), device.limit.get()), (128, 200));
+        // A device's last cluster may not be whole: it is none.
+        let device = self::allocator((100 << BITS) + 511, false);
+        assert_eq!((device.end.get(), device.limit.get()), (100, 100));
     }
 
     /// A move that failed is tried again, at the place chosen since where there is one.
@@ -652,20 +755,20 @@ mod tests {
             size: AtomicU64::new(0),
             kind: LayerKind::Raw,
         };
-        share(vec![layer], vec![Frames::new(0)], Options::default())
+        share(vec![layer], vec![Frames::new(0, 0)], Options::default())
     }
 
     /// An image whose blocks fill its table to the last entry: what is next, is in a block that no table names.
     fn full(blocks: u64, limit: u64) -> Allocator {
         let geometry = Geometry::new(BITS, 6, 8, 3);
         let table = vec![2 << BITS; to_usize(blocks)];
-        let refcounts = Refcounts::new(geometry, table, 8);
+        let refcounts = Refcounts::new(geometry, table, 8, limits::REFCOUNT_SLICE_BYTES);
         let place = TablePlace {
             offset: 1 << BITS,
             clusters: blocks / 64,
         };
-        let mut allocator = Allocator::new(refcounts, place, (blocks * 64) << BITS, true);
-        allocator.limit = limit;
+        let allocator = Allocator::new(refcounts, place, (blocks * 64) << BITS, true);
+        allocator.limit.set(limit);
         allocator
     }
 
@@ -681,7 +784,7 @@ mod tests {
         let start = 4096 * 64;
         // 6144 entries in 96 clusters, and two blocks.
         let end = start + 98;
-        let (mut allocator, shared) = (full(4096, end), shared());
+        let (allocator, shared) = (full(4096, end), shared());
         add_block(&allocator, &shared, 4096).unwrap();
         let refcounts = &allocator.refcounts;
         assert_eq!(refcounts.new_blocks(), [4096, 4097]);
@@ -720,7 +823,7 @@ mod tests {
         assert_eq!(allocator.end.get(), 4098 * 64 + 1);
         assert_eq!(allocator.next_place.get(), Some(moved));
         // A place that was chosen and never used is not forgotten: it is counted.
-        allocator.limit = u64::MAX;
+        allocator.limit.set(u64::MAX);
         allocator.end.set(6144 * 64);
         add_block(&allocator, &shared, 6144).unwrap();
         assert_eq!(*allocator.superseded.borrow(), [moved]);

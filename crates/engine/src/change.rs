@@ -7,9 +7,9 @@
 use urus_format::{GuestCluster, L1Entry, L2Entry, L2Raw};
 
 use crate::error::{Error, Result};
-use crate::limits;
 use crate::map::Lookup;
 use crate::planted::{self, Bug};
+use crate::seen::{Way, note};
 use crate::shared::{Meta, NewTable, Owner, Qcow2Layer, Removed, Run, Shared};
 use crate::storage::Storage;
 use crate::to_usize;
@@ -91,6 +91,7 @@ impl<S: Storage> Worker<S> {
                 }
             }
             if missing_frame {
+                note(Way::NoFrame, || true);
                 self.shared
                     .request_flush()
                     .receive()
@@ -110,7 +111,9 @@ impl<S: Storage> Worker<S> {
         missing_frame: &mut bool,
     ) -> Option<u32> {
         let map = &self.image().map;
-        if !meta.frames[0].may_dirty(slice) {
+        if !meta.frames[0].may_dirty(slice)
+            || meta.pending_changes() >= self.shared.options.sizes.pending_changes
+        {
             *missing_frame = true;
             return None;
         }
@@ -226,25 +229,21 @@ impl<S: Storage> Worker<S> {
                         zero: false,
                     });
                 }
-                match meta.removed.last_mut() {
-                    Some(last) if last.first + last.count == first && last.mark + 1 == mark => {
-                        last.count += count;
-                        last.mark = mark;
-                    }
-                    Some(last) if last.first + last.count == first && last.mark == mark => {
-                        last.count += count
-                    }
-                    _ => meta.removed.push(Removed { first, count, mark }),
-                }
+                Removed { first, count, mark }.add_to(&mut meta.removed);
             }
         }
         Ok(())
     }
 
     fn ask_for_commit(&self, meta: &Meta) {
-        let frames = &meta.frames[0];
-        let many_dirty = frames.dirty_count() >= frames.max() / 2;
-        if many_dirty || meta.removed.len() >= limits::PENDING_FREES {
+        let sizes = &self.shared.options.sizes;
+        let many_dirty = meta.frames[0].wants_commit();
+        let many_freed = meta.removed.len() >= sizes.pending_frees;
+        let many_changes = meta.pending_changes() >= sizes.pending_changes / 4;
+        note(Way::ManyDirty, || many_dirty);
+        note(Way::ManyFreed, || many_freed);
+        note(Way::ManyChanges, || many_changes);
+        if many_dirty || many_freed || many_changes {
             self.shared.request_commit();
         }
     }

@@ -12,19 +12,20 @@
 //! a failed barrier poisons the device (O11).
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::future::Future;
-use std::pin::Pin;
+
+use urus_format::{HeaderChange, HostOffset};
 
 use crate::error::{Error, Result};
 use crate::maintenance::Device;
 use crate::map::SliceId;
 use crate::planted::{self, Bug};
 use crate::refcounts::FrozenSlice;
+use crate::seen::{Way, note};
 use crate::shared::{NewTable, Owner, Removed, Shared};
 use crate::storage::{IMAGE, Storage};
 use crate::sync::Ordering;
 use crate::to_usize;
-use crate::wake::{Parts, join_all};
+use crate::wake::Window;
 
 /// Everything that one commit writes of the mapping, as it was at one moment.
 struct Sealed {
@@ -44,8 +45,6 @@ impl Sealed {
         !self.slices.is_empty() || !self.l1_sectors.is_empty()
     }
 }
-
-type Writes<'a> = Parts<'a, Error>;
 
 impl<S: Storage> Device<S> {
     /// Makes everything durable whose completion was seen before the call. One at a time (O13).
@@ -115,8 +114,10 @@ impl<S: Storage> Device<S> {
         let image = self.worker.image();
         let (table, entries) =
             self.with_header(|header| (header.l1_table.0, u64::from(header.l1_entries)));
-        let per_sector = self.sector_bytes() / 8;
+        let per_sector = self.table_unit_bytes() / 8;
         let sectors: BTreeSet<u64> = changed.iter().map(|index| index / per_sector).collect();
+        note(Way::LaterL1Sector, || sectors.last() > Some(&0));
+        note(Way::L1Sectors, || sectors.len() > 1);
         sectors
             .into_iter()
             .map(|sector| {
@@ -129,6 +130,9 @@ impl<S: Storage> Device<S> {
                         0
                     };
                     bytes.extend_from_slice(&entry.to_be_bytes());
+                }
+                if planted::is(Bug::SecondL1SectorMisplaced) {
+                    return (table, bytes);
                 }
                 (table + first * 8, bytes)
             })
@@ -193,14 +197,18 @@ impl<S: Storage> Device<S> {
         }
         let table = next_place.map(|place| (place, refcounts.table_bytes(place.clusters)));
         let result = async {
-            let mut writes: Writes<'_> = Vec::new();
+            let mut writes = self.writes(refcounts.slice_bytes());
             for slice in frozen {
-                writes.push(self.write_metadata(slice.offset, &slice.bytes, Owner::RefcountBlock));
+                writes
+                    .start(self.write_metadata(slice.offset, &slice.bytes, Owner::RefcountBlock))
+                    .await;
             }
             if let Some((place, bytes)) = &table {
-                writes.push(self.write_metadata(place.offset, bytes, Owner::RefcountTable));
+                writes
+                    .start(self.write_metadata(place.offset, bytes, Owner::RefcountTable))
+                    .await;
             }
-            join_all(writes).await?;
+            writes.end().await?;
             if planted::is(Bug::EarlyRefcountBlock) && next_place.is_none()
                 || planted::is(Bug::EarlyHeader) && next_place.is_some()
             {
@@ -218,13 +226,9 @@ impl<S: Storage> Device<S> {
         }
         refcounts.blocks_written(&blocks);
         if let Some(place) = next_place {
-            let switched = self
-                .switch_header(|header| {
-                    header.refcount_table = urus_format::HostOffset(place.offset);
-                    header.refcount_table_clusters =
-                        u32::try_from(place.clusters).expect("at most 8 MiB");
-                })
-                .await;
+            let clusters = u32::try_from(place.clusters).expect("at most 8 MiB");
+            let table = HeaderChange::RefcountTable(HostOffset(place.offset), clusters);
+            let switched = self.switch_header(&[table]).await;
             if let Err(error) = switched {
                 image.allocator.move_failed(place);
                 return Err(error);
@@ -246,26 +250,26 @@ impl<S: Storage> Device<S> {
         sealed: &Sealed,
         refcounts: &[FrozenSlice],
     ) -> Result<()> {
-        let tables = self.compose_tables(sealed).await?;
         let late = planted::is(Bug::RefcountsAfterPointers);
         let entries = if late {
             Vec::new()
         } else {
             self.write_refcounts(refcounts).await?
         };
-        let mut writes: Writes<'_> = Vec::new();
-        for (offset, bytes) in &tables {
-            writes.push(self.write_metadata(*offset, bytes, Owner::L2Table));
+        let mut writes = self.writes(self.worker.image().geometry.cluster_bytes());
+        for (l1_index, new, offset) in &sealed.new_tables {
+            writes
+                .start(self.write_new_table(sealed, *l1_index, *new, *offset))
+                .await;
         }
         if planted::is(Bug::EarlyL1Entry) {
-            writes.extend(
-                sealed
-                    .l1_sectors
-                    .iter()
-                    .map(|(o, bytes)| self.write_metadata(*o, bytes, Owner::L1Table)),
-            );
+            for (offset, bytes) in &sealed.l1_sectors {
+                writes
+                    .start(self.write_metadata(*offset, bytes, Owner::L1Table))
+                    .await;
+            }
         }
-        join_all(writes).await?;
+        writes.end().await?;
         // Barrier 1: the data that the entries will show, refcounts, whole tables. Without pointers to write it is
         // the flush itself.
         let idle = refcounts.is_empty() && !sealed.writes_pointers();
@@ -311,9 +315,11 @@ impl<S: Storage> Device<S> {
     async fn write_refcounts(&self, frozen: &[FrozenSlice]) -> Result<Vec<u64>> {
         let image = self.image();
         let refcounts = &image.allocator.refcounts;
-        let mut writes: Writes<'_> = Vec::new();
+        let mut writes = self.writes(refcounts.slice_bytes());
         for slice in frozen {
-            writes.push(self.write_metadata(slice.offset, &slice.bytes, Owner::RefcountBlock));
+            writes
+                .start(self.write_metadata(slice.offset, &slice.bytes, Owner::RefcountBlock))
+                .await;
         }
         let place = image.allocator.place();
         let room = (place.clusters << refcounts.geometry.cluster_bits()) / 8;
@@ -321,8 +327,9 @@ impl<S: Storage> Device<S> {
         let mut entries = refcounts.dirty_entries();
         // O8: a block added since the seal waits for the next commit.
         entries.retain(|entry| *entry < room && !new.contains(entry));
-        let per_sector = self.sector_bytes() / 8;
+        let per_sector = self.table_unit_bytes() / 8;
         let sectors: BTreeSet<u64> = entries.iter().map(|entry| entry / per_sector).collect();
+        note(Way::LaterTableSector, || sectors.last() > Some(&0));
         for sector in sectors {
             let mut bytes = Vec::with_capacity(to_usize(per_sector * 8));
             for entry in sector * per_sector..(sector + 1) * per_sector {
@@ -334,35 +341,39 @@ impl<S: Storage> Device<S> {
                 bytes.extend_from_slice(&offset.to_be_bytes());
             }
             let offset = place.offset + sector * per_sector * 8;
-            writes.push(Box::pin(async move {
-                self.write_metadata(offset, &bytes, Owner::RefcountTable)
-                    .await
-            }));
+            writes
+                .start(self.write_owned(offset, bytes, Owner::RefcountTable))
+                .await;
         }
-        join_all(writes).await?;
+        writes.end().await?;
         Ok(entries)
     }
 
-    /// The whole content of each new L2 table: what it was copied from, overlaid with the frozen slices (O3).
-    async fn compose_tables(&self, sealed: &Sealed) -> Result<Vec<(u64, Vec<u8>)>> {
+    /// Writes a new L2 table whole: what it was copied from, overlaid with the frozen slices (O3).
+    async fn write_new_table(
+        &self,
+        sealed: &Sealed,
+        l1_index: u64,
+        new: NewTable,
+        offset: u64,
+    ) -> Result<()> {
         let image = self.worker.image();
         let slices_per_table = image.map.slices_per_table();
-        let mut tables = Vec::with_capacity(sealed.new_tables.len());
-        for (l1_index, new, offset) in &sealed.new_tables {
-            let table_bytes = image.geometry.cluster_bytes();
-            let mut bytes = match new.copy_from {
-                Some(source) => self.worker.read_bytes(IMAGE, source, table_bytes).await?,
-                None => vec![0; to_usize(table_bytes)],
-            };
-            let first = SliceId(l1_index * slices_per_table);
-            let last = SliceId((l1_index + 1) * slices_per_table);
-            for (slice, part) in sealed.slices.range(first..last) {
-                let at = to_usize(image.map.offset_in_table(*slice));
-                bytes[at..at + part.len()].copy_from_slice(part);
-            }
-            tables.push((*offset, bytes));
+        let table_bytes = image.geometry.cluster_bytes();
+        let mut bytes = match new.copy_from {
+            Some(source) => self.worker.read_bytes(IMAGE, source, table_bytes).await?,
+            None => vec![0; to_usize(table_bytes)],
+        };
+        let first = SliceId(l1_index * slices_per_table);
+        let last = SliceId((l1_index + 1) * slices_per_table);
+        for (slice, part) in sealed.slices.range(first..last) {
+            let at = to_usize(image.map.offset_in_table(*slice));
+            note(Way::LaterSliceOfNewTable, || {
+                image.map.is_later_slice(*slice)
+            });
+            bytes[at..at + part.len()].copy_from_slice(part);
         }
-        Ok(tables)
+        self.write_metadata(offset, &bytes, Owner::L2Table).await
     }
 
     /// Phase 2: frozen bytes, never live memory.
@@ -373,36 +384,83 @@ impl<S: Storage> Device<S> {
             .iter()
             .map(|(l1_index, _, _)| *l1_index)
             .collect();
-        // Neighbouring slices of one table become one write.
-        let mut joined: Vec<(u64, Vec<u8>)> = Vec::new();
+        let most_joined = image
+            .geometry
+            .cluster_bytes()
+            .max(self.shared().options.sizes.joined_bytes);
+        let mut writes = self.writes(most_joined);
+        let mut failed = None;
+        // Neighbouring slices become one write.
+        let mut joined: Option<(u64, Vec<u8>)> = None;
         for (slice, frozen) in &sealed.slices {
             let table = image.map.table_of(*slice);
             if new.contains(&table) {
                 continue;
             }
-            let entry = self
-                .shared()
-                .l1_entry(0, table)?
-                .ok_or_else(|| self.lost_table(table))?;
-            let offset = entry.table.0 + image.map.offset_in_table(*slice);
+            let entry = match self.shared().l1_entry(0, table) {
+                Ok(Some(entry)) => entry,
+                Ok(None) => {
+                    failed = Some(self.lost_table(table));
+                    break;
+                }
+                Err(error) => {
+                    failed = Some(error);
+                    break;
+                }
+            };
+            let mut offset = entry.table.0 + image.map.offset_in_table(*slice);
+            if planted::is(Bug::ThirdSliceMisplaced) && image.map.is_later_slice(*slice) {
+                offset -= image.map.slice_bytes();
+            }
             let live =
                 planted::is(Bug::LiveEntries).then(|| image.map.frame_bytes(sealed.frames[slice]));
             let bytes = live.as_ref().unwrap_or(frozen);
-            match joined.last_mut() {
-                Some((start, run)) if *start + run.len() as u64 == offset => {
-                    run.extend_from_slice(bytes)
+            note(Way::LaterSliceWritten, || image.map.is_later_slice(*slice));
+            note(Way::GapInTable, || {
+                let end = joined
+                    .as_ref()
+                    .map_or(0, |(start, run)| *start + run.len() as u64);
+                end > entry.table.0 && end < offset
+            });
+            match &mut joined {
+                Some((start, run))
+                    if *start + run.len() as u64 == offset
+                        && run.len() as u64 + bytes.len() as u64 <= most_joined =>
+                {
+                    note(Way::SlicesJoined, || offset > entry.table.0);
+                    run.extend_from_slice(bytes);
                 }
-                _ => joined.push((offset, bytes.clone())),
+                other => {
+                    if let Some((start, run)) = other.replace((offset, bytes.clone())) {
+                        writes
+                            .start(self.write_owned(start, run, Owner::L2Table))
+                            .await;
+                    }
+                }
             }
         }
-        let mut writes: Writes<'_> = Vec::new();
-        for (offset, bytes) in &joined {
-            writes.push(self.write_metadata(*offset, bytes, Owner::L2Table));
+        if let Some((start, run)) = joined {
+            writes
+                .start(self.write_owned(start, run, Owner::L2Table))
+                .await;
         }
         for (offset, bytes) in &sealed.l1_sectors {
-            writes.push(self.write_metadata(*offset, bytes, Owner::L1Table));
+            writes
+                .start(self.write_metadata(*offset, bytes, Owner::L1Table))
+                .await;
         }
-        join_all(writes).await
+        let result = writes.end().await;
+        failed.map_or(result, Err)
+    }
+
+    /// Room for writes of at most so many bytes each, side by side.
+    fn writes<'a>(&self, each: u64) -> Window<'a, Error> {
+        let sizes = &self.shared().options.sizes;
+        Window::new(to_usize(sizes.commit_window_bytes / each).min(sizes.parts_at_once))
+    }
+
+    async fn write_owned(&self, offset: u64, bytes: Vec<u8>, owner: Owner) -> Result<()> {
+        self.write_metadata(offset, &bytes, owner).await
     }
 
     fn lost_table(&self, table: u64) -> Error {
@@ -415,37 +473,35 @@ impl<S: Storage> Device<S> {
 
     /// Writes metadata, after the overlap check: every cluster that it touches must be known to hold what is
     /// written.
-    pub(crate) fn write_metadata<'a>(
-        &'a self,
+    pub(crate) async fn write_metadata(
+        &self,
         offset: u64,
-        bytes: &'a [u8],
+        bytes: &[u8],
         owner: Owner,
-    ) -> Pin<Box<dyn Future<Output = Result<()>> + 'a>> {
-        Box::pin(async move {
-            let bits = self.worker.image().geometry.cluster_bits();
-            {
-                let meta = self.shared().meta.lock();
-                for cluster in offset >> bits..=(offset + bytes.len() as u64 - 1) >> bits {
-                    let found = meta.owners.get(&cluster).copied();
-                    if found != Some(owner) {
-                        return Err(Error::Corrupt {
-                            file: self.shared().image_name().to_owned(),
-                            what: format!(
-                                "{} would be written where {} lies",
-                                owner.describe(),
-                                found.map_or("no metadata", Owner::describe)
-                            ),
-                            place: format!("host offset {offset:#x}"),
-                        });
-                    }
+    ) -> Result<()> {
+        let bits = self.worker.image().geometry.cluster_bits();
+        {
+            let meta = self.shared().meta.lock();
+            for cluster in offset >> bits..=(offset + bytes.len() as u64 - 1) >> bits {
+                let found = meta.owners.get(&cluster).copied();
+                if found != Some(owner) {
+                    return Err(Error::Corrupt {
+                        file: self.shared().image_name().to_owned(),
+                        what: format!(
+                            "{} would be written where {} lies",
+                            owner.describe(),
+                            found.map_or("no metadata", Owner::describe)
+                        ),
+                        place: format!("host offset {offset:#x}"),
+                    });
                 }
             }
-            self.worker.write_bytes(IMAGE, offset, bytes).await
-        })
+        }
+        self.worker.write_bytes(IMAGE, offset, bytes).await
     }
 
     fn unseal(&self, sealed: Sealed, durable: bool) {
-        let waiting = {
+        {
             let mut meta = self.shared().meta.lock();
             meta.frames[0].unseal(&sealed.frames, durable);
             if durable {
@@ -460,10 +516,6 @@ impl<S: Storage> Device<S> {
                     meta.removed.extend(newer);
                 }
             }
-            meta.frames[0].waiting_for_frame.take()
-        };
-        for waker in waiting {
-            waker.wake();
         }
         if durable || planted::is(Bug::SettleAfterFailure) {
             self.settle_later(sealed.removed);

@@ -5,7 +5,7 @@
 
 use std::collections::BTreeMap;
 
-use crate::limits;
+use crate::seen::{Way, note};
 use crate::sync::{Arc, Mutex};
 
 /// Layer, and host offset of the compressed data.
@@ -23,12 +23,22 @@ struct Inner {
 }
 
 /// A least-recently-used cache of decoded clusters.
-#[derive(Default)]
-pub(crate) struct DecodedCache(Mutex<Inner>);
+pub(crate) struct DecodedCache {
+    inner: Mutex<Inner>,
+    /// Its budget. One cluster is kept whatever it takes.
+    most_bytes: u64,
+}
 
 impl DecodedCache {
+    pub(crate) fn new(most_bytes: u64) -> Self {
+        Self {
+            inner: Mutex::default(),
+            most_bytes,
+        }
+    }
+
     pub(crate) fn get(&self, layer: usize, offset: u64) -> Option<Arc<Vec<u8>>> {
-        let mut inner = self.0.lock();
+        let mut inner = self.inner.lock();
         inner.clock += 1;
         let now = inner.clock;
         let (age, data) = inner.clusters.get_mut(&(layer, offset))?;
@@ -42,11 +52,11 @@ impl DecodedCache {
 
     /// How often something was found.
     pub(crate) fn hits(&self) -> u64 {
-        self.0.lock().hits
+        self.inner.lock().hits
     }
 
     pub(crate) fn insert(&self, layer: usize, offset: u64, data: Arc<Vec<u8>>) {
-        let mut inner = self.0.lock();
+        let mut inner = self.inner.lock();
         inner.clock += 1;
         let now = inner.clock;
         inner.bytes += data.len() as u64;
@@ -55,19 +65,28 @@ impl DecodedCache {
             inner.bytes -= old.len() as u64;
         }
         inner.ages.insert(now, (layer, offset));
-        while inner.bytes > limits::DECODED_CACHE_BYTES && inner.clusters.len() > 1 {
+        while inner.bytes > self.most_bytes && inner.clusters.len() > 1 {
             let Some((_, key)) = inner.ages.pop_first() else {
                 break;
             };
+            note(Way::DecodedDropped, || true);
             if let Some((_, old)) = inner.clusters.remove(&key) {
                 inner.bytes -= old.len() as u64;
             }
         }
     }
 
+    /// Bytes that are kept, and those that count as kept; the budget, and the clusters.
+    pub(crate) fn kept(&self) -> [u64; 4] {
+        let inner = self.inner.lock();
+        let lengths = inner.clusters.values().map(|(_, data)| data.len() as u64);
+        let clusters = inner.clusters.len() as u64;
+        [lengths.sum(), inner.bytes, self.most_bytes, clusters]
+    }
+
     /// Forgets what starts in `[start, end)` of a layer's file.
     pub(crate) fn invalidate(&self, layer: usize, start: u64, end: u64) {
-        let mut inner = self.0.lock();
+        let mut inner = self.inner.lock();
         let keys: Vec<_> = inner
             .clusters
             .range((layer, start)..(layer, end))
@@ -83,7 +102,7 @@ impl DecodedCache {
 
     /// Forgets everything.
     pub(crate) fn clear(&self) {
-        let mut inner = self.0.lock();
+        let mut inner = self.inner.lock();
         *inner = Inner {
             hits: inner.hits,
             ..Inner::default()

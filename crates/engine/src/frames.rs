@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use crate::map::{Map, SliceId};
 use crate::planted::{self, Bug};
-use crate::wake::WaitList;
+use crate::seen::{Way, note};
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct State {
@@ -28,14 +28,14 @@ pub(crate) struct Frames {
     free: Vec<u32>,
     hand: usize,
     max: usize,
+    /// Dirty or being written at most, whatever there is room for.
+    most_dirty: usize,
     /// Frames that are dirty or being written.
     busy: usize,
     dirty: BTreeMap<SliceId, u32>,
     loads: BTreeMap<SliceId, Load>,
     next_ticket: u64,
     evicted: u64,
-    /// Tasks that found every frame dirty.
-    pub(crate) waiting_for_frame: WaitList,
 }
 
 /// Every frame is dirty or being written: a commit has to end first.
@@ -52,14 +52,17 @@ pub(crate) enum Install {
 }
 
 impl Frames {
-    pub(crate) fn new(max: usize) -> Self {
+    /// At most `max` frames; at most `most_dirty` of them, and three quarters, change before a commit.
+    pub(crate) fn new(max: usize, most_dirty: usize) -> Self {
         Self {
             max,
+            most_dirty,
             ..Self::default()
         }
     }
 
-    pub(crate) fn dirty_count(&self) -> usize {
+    #[cfg(test)]
+    fn dirty_count(&self) -> usize {
         self.dirty.len()
     }
 
@@ -68,14 +71,19 @@ impl Frames {
         self.evicted
     }
 
-    pub(crate) fn max(&self) -> usize {
-        self.max
-    }
-
     /// Whether a change of this slice may make another frame busy. A quarter stays for clean slices, so that what is on
     /// disk can be read also while no commit succeeds (a full disk).
     pub(crate) fn may_dirty(&self, slice: SliceId) -> bool {
-        self.dirty.contains_key(&slice) || self.busy < self.max - self.max / 4
+        self.dirty.contains_key(&slice) || self.busy < self.most_busy()
+    }
+
+    /// Whether enough slices are dirty that a commit is worth its barriers.
+    pub(crate) fn wants_commit(&self) -> bool {
+        self.dirty.len() >= (self.max / 2).min(self.most_dirty / 2)
+    }
+
+    fn most_busy(&self) -> usize {
+        (self.max - self.max / 4).min(self.most_dirty)
     }
 
     fn take_frame(&mut self, map: &Map) -> Result<u32, NoCleanFrame> {
@@ -98,6 +106,12 @@ impl Frames {
             if map.take_used(number) {
                 continue;
             }
+            note(Way::EvictedBesideDirty, || {
+                let tables = self.dirty.keys().map(|slice| map.table_of(*slice));
+                map.owner_of(number).is_some_and(|slice| {
+                    tables.into_iter().any(|table| table == map.table_of(slice))
+                })
+            });
             map.release(number);
             self.evicted += 1;
             return Ok(number);
@@ -193,6 +207,21 @@ impl Frames {
         }
     }
 
+    /// Frames in use, and the bound. The bookkeeping is looked over: what is wrong with it.
+    pub(crate) fn looked_over(&self, map: &Map) -> Result<(usize, usize), String> {
+        let busy = self.states.iter().filter(|s| s.dirty || s.committing);
+        let dirty = |(slice, frame): (&SliceId, &u32)| {
+            self.states[*frame as usize].dirty && map.owner_of(*frame) == Some(*slice)
+        };
+        if busy.count() != self.busy {
+            return Err(format!("{} frames count as busy", self.busy));
+        }
+        if !self.dirty.iter().all(dirty) {
+            return Err("a dirty slice is not in its frame".to_owned());
+        }
+        Ok((self.states.len(), self.max))
+    }
+
     /// Forgets every clean slice (the file may have changed while the device was paused).
     pub(crate) fn forget_clean(&mut self, map: &Map) {
         self.free.clear();
@@ -217,7 +246,12 @@ mod tests {
 
     /// Clusters of 512 bytes: each slice is a whole table of 64 entries.
     fn map() -> Map {
-        let map = Map::new(Geometry::new(9, 4, 8, 3), (64, 64), 8);
+        let map = Map::new(
+            Geometry::new(9, 4, 8, 3),
+            (64, 64),
+            8,
+            &crate::limits::Sizes::default(),
+        );
         (0..64).for_each(|table| map.set_l1(table, (table + 1) << 9));
         map
     }
@@ -236,7 +270,7 @@ mod tests {
 
     #[test]
     fn a_quarter_stays_clean() {
-        let (map, mut frames) = (map(), Frames::new(8));
+        let (map, mut frames) = (map(), Frames::new(8, 64));
         for slice in 0..8 {
             assert_eq!(install(&mut frames, &map, slice), u32::try_from(slice).ok());
         }
@@ -270,7 +304,7 @@ mod tests {
 
     #[test]
     fn only_clean_frames_change_hands() {
-        let (map, mut frames) = (map(), Frames::new(2));
+        let (map, mut frames) = (map(), Frames::new(2, 64));
         assert!(frames.is_settled(&map, SliceId(0)), "it is on disk alone");
         install(&mut frames, &map, 0);
         install(&mut frames, &map, 1);
@@ -294,7 +328,7 @@ mod tests {
     #[test]
     fn what_is_used_gets_a_second_chance() {
         for used in 0..2 {
-            let (map, mut frames) = (map(), Frames::new(2));
+            let (map, mut frames) = (map(), Frames::new(2, 64));
             install(&mut frames, &map, 0);
             install(&mut frames, &map, 1);
             assert!(map.take_used(0) && map.take_used(1));
@@ -308,7 +342,7 @@ mod tests {
     /// However many frames are dirty, and all of them used: the last clean one is found.
     #[test]
     fn a_clean_frame_behind_dirty_ones_is_found() {
-        let (map, mut frames) = (map(), Frames::new(8));
+        let (map, mut frames) = (map(), Frames::new(8, 64));
         (0..8).for_each(|slice| assert!(install(&mut frames, &map, slice).is_some()));
         for frame in 0..7 {
             frames.mark_dirty(SliceId(frame.into()), frame);
@@ -319,7 +353,7 @@ mod tests {
 
     #[test]
     fn an_old_read_is_not_used() {
-        let (map, mut frames) = (map(), Frames::new(2));
+        let (map, mut frames) = (map(), Frames::new(2, 64));
         let end = |frames: &mut Frames, ticket, words: Option<&[u64]>| {
             frames.end_load(&map, SliceId(0), ticket, words)
         };
@@ -357,7 +391,7 @@ mod tests {
 
     #[test]
     fn only_clean_slices_are_forgotten() {
-        let (map, mut frames) = (map(), Frames::new(4));
+        let (map, mut frames) = (map(), Frames::new(4, 64));
         (0..4).for_each(|slice| assert!(install(&mut frames, &map, slice).is_some()));
         frames.mark_dirty(SliceId(1), 1);
         frames.mark_dirty(SliceId(2), 2);

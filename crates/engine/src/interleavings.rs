@@ -1,18 +1,27 @@
 //! Every interleaving (as far as loom's bound on preemptions goes) of the parts that work without a lock: look-up
-//! against eviction and change (`map`), pins against reuse (`pins`), wakes against sleep (`reactor`).
+//! against eviction and change (`map`), pins against reuse (`pins`), wakes against sleep (`reactor`), and of the protocols that take a lock
+//! for each of several steps: the gate, merged removals, locks of clusters, slices loaded while they change, decoded clusters.
 //!
 //! `cargo test -p urus-engine --features loom --lib interleavings`; `LOOM_MAX_PREEMPTIONS` widens it.
 
-use std::task::{Wake, Waker};
+use std::future::Future;
+use std::pin::pin;
+use std::task::{Context, Poll, Wake, Waker};
 
 use loom::thread;
 use urus_format::{Geometry, GuestCluster, L2Raw};
 
+use crate::cluster_locks::ClusterLocks;
+use crate::decoded::DecodedCache;
+use crate::frames::Frames;
+use crate::gate::Gate;
 use crate::map::{Lookup, Map, SliceId};
-use crate::pins::{Pins, QueuePins};
+use crate::pins::{IDLE, Pins, QueuePins};
 use crate::reactor::Inbox;
+use crate::shared::Removed;
 use crate::storage::Notify;
 use crate::sync::{Arc, AtomicBool, AtomicU64, Mutex, Ordering};
+use crate::wake::oneshot;
 
 /// Runs a model with at most three preemptions per run, where the environment does not say otherwise.
 fn explore(model: impl Fn() + Sync + Send + 'static) {
@@ -27,7 +36,12 @@ fn raw(entry: u64, subclusters: u64) -> L2Raw {
 
 /// A map of 512-byte clusters whose slices have as few entries as can be, with slice 0 in frame 0.
 fn map(entry_bytes: u32) -> Arc<Map> {
-    let map = Map::new(Geometry::new(9, 4, entry_bytes, 3), (1, 1), 1);
+    let map = Map::new(
+        Geometry::new(9, 4, entry_bytes, 3),
+        (1, 1),
+        1,
+        &crate::limits::Sizes::default(),
+    );
     map.set_l1(0, 1 << 63 | 512);
     // What differs per slice tells whose entry a look-up found.
     map.install(0, SliceId(0), &[10, 11]);
@@ -206,5 +220,264 @@ fn the_lock_excludes() {
         *sum.lock() += 1;
         other.join().expect("no panic");
         assert_eq!(*sum.lock(), 2);
+    });
+}
+
+/// O7: two removals that became one are over when nobody uses either, whoever began between them.
+#[test]
+fn pin_and_merged_removals() {
+    explore(|| {
+        let pins = Arc::new(Pins::new());
+        let queue = QueuePins::new(Arc::clone(&pins), inbox());
+        let map = map(8);
+        let reused = Arc::new(AtomicBool::new(false));
+        let remover = {
+            let (pins, map, reused) = (Arc::clone(&pins), Arc::clone(&map), Arc::clone(&reused));
+            thread::spawn(move || {
+                let mut list = Vec::new();
+                for cluster in 0..2 {
+                    map.store(0, GuestCluster(cluster), raw(99, 0));
+                    let (first, mark) = (10 + cluster, pins.mark());
+                    let count = 1;
+                    Removed { first, count, mark }.add_to(&mut list);
+                }
+                assert_eq!(list.len(), 1);
+                if pins.passed(list[0].mark) {
+                    reused.store(true, Ordering::SeqCst);
+                }
+            })
+        };
+        for cluster in [1, 0] {
+            let epoch = queue.begin();
+            let found = map.lookup(GuestCluster(cluster));
+            if found == Lookup::Entry(raw(10 + cluster, 0)) {
+                assert!(
+                    !reused.load(Ordering::SeqCst),
+                    "reused while a request uses it"
+                );
+            }
+            queue.end(epoch);
+        }
+        remover.join().expect("the remover does not panic");
+    });
+}
+
+/// A pause begins when nobody is through the gate, on whichever queue, and then nobody comes through.
+#[test]
+fn gate_and_pause() {
+    explore(|| {
+        let (pins, gate) = (Arc::new(Pins::new()), Arc::new(Gate::new()));
+        let paused = Arc::new(AtomicBool::new(false));
+        let pauser = {
+            let (pins, gate, paused) = (Arc::clone(&pins), Arc::clone(&gate), Arc::clone(&paused));
+            thread::spawn(move || {
+                gate.close();
+                if pins.passed(IDLE) {
+                    paused.store(true, Ordering::SeqCst);
+                }
+            })
+        };
+        let guest = |count: u32| {
+            let (pins, gate, paused) = (Arc::clone(&pins), Arc::clone(&gate), Arc::clone(&paused));
+            move || {
+                let queue = QueuePins::new(Arc::clone(&pins), inbox());
+                for _ in 0..count {
+                    if let Some(epoch) = gate.enter(&queue) {
+                        assert!(!paused.load(Ordering::SeqCst), "served during a pause");
+                        queue.end(epoch);
+                    }
+                }
+            }
+        };
+        let other = thread::spawn(guest(1));
+        guest(2)();
+        other.join().expect("the other guest does not panic");
+        pauser.join().expect("the pauser does not panic");
+    });
+}
+
+/// Who is held by the gate sees that it has opened, or is woken.
+#[test]
+fn gate_opens_for_who_sleeps() {
+    explore(|| {
+        let (pins, gate) = (Arc::new(Pins::new()), Arc::new(Gate::new()));
+        let heard = Arc::new(Notified::default());
+        let inbox = Arc::new(Inbox::new(Arc::clone(&heard) as Arc<dyn Notify>));
+        let queue = QueuePins::new(Arc::clone(&pins), Arc::clone(&inbox));
+        gate.close();
+        let opener = {
+            let (pins, gate) = (Arc::clone(&pins), Arc::clone(&gate));
+            thread::spawn(move || gate.open(&pins))
+        };
+        // As a queue does: its turn, then sleep.
+        let served = gate.enter(&queue).is_some() || !gate.is_closed();
+        let asleep = !served && inbox.prepare_sleep();
+        opener.join().expect("the opener does not panic");
+        let heard = heard.0.load(Ordering::SeqCst);
+        assert!(!asleep || heard, "held for ever");
+    });
+}
+
+fn poll<T>(future: std::pin::Pin<&mut impl Future<Output = T>>, heard: &Arc<Notified>) -> Poll<T> {
+    let waker = Waker::from(Arc::clone(heard));
+    future.poll(&mut Context::from_waker(&waker))
+}
+
+/// O14: the lock of a cluster goes from one to the other, who hears of it, and never to both.
+#[test]
+fn cluster_lock_changes_hands() {
+    explore(|| {
+        let locks = Arc::new(ClusterLocks::new());
+        let inside = Arc::new(AtomicBool::new(false));
+        let heard = Arc::new(Notified::default());
+        let mut first = Box::pin({
+            let locks = Arc::clone(&locks);
+            async move { locks.lock(GuestCluster(5), 1).await }
+        });
+        let Poll::Ready(guard) = poll(first.as_mut(), &heard) else {
+            unreachable!("nobody has it")
+        };
+        inside.store(true, Ordering::SeqCst);
+        let holder = {
+            let inside = Arc::clone(&inside);
+            thread::spawn(move || {
+                inside.store(false, Ordering::SeqCst);
+                drop(guard);
+            })
+        };
+        let mut second = pin!(locks.lock(GuestCluster(4), 3));
+        match poll(second.as_mut(), &heard) {
+            Poll::Ready(_) => assert!(!inside.load(Ordering::SeqCst), "both have it"),
+            Poll::Pending => {
+                holder.join().expect("the holder does not panic");
+                assert!(
+                    heard.0.load(Ordering::SeqCst),
+                    "nobody said that it is free"
+                );
+                assert!(poll(second.as_mut(), &heard).is_ready());
+                return;
+            }
+        }
+        holder.join().expect("the holder does not panic");
+    });
+}
+
+/// A value that is sent, and a sender that is gone without one, are heard of.
+#[test]
+fn a_sent_value_arrives() {
+    for sends in [true, false] {
+        explore(move || {
+            let (sender, receiver) = oneshot();
+            let heard = Arc::new(Notified::default());
+            let other = thread::spawn(move || {
+                if sends {
+                    sender.send(7);
+                }
+            });
+            let mut receiving = pin!(receiver.receive());
+            let first = poll(receiving.as_mut(), &heard);
+            other.join().expect("the sender does not panic");
+            let value = match first {
+                Poll::Ready(value) => value,
+                Poll::Pending => {
+                    assert!(
+                        heard.0.load(Ordering::SeqCst),
+                        "nobody said that it is there"
+                    );
+                    match poll(receiving.as_mut(), &heard) {
+                        Poll::Ready(value) => value,
+                        Poll::Pending => panic!("it was said to be there"),
+                    }
+                }
+            };
+            assert_eq!(value, sends.then_some(7));
+        });
+    }
+}
+
+/// O19: a slice that is read from disk while it changes, is written back and makes room for another never comes back as it was.
+#[test]
+fn load_against_change_and_eviction() {
+    explore(|| {
+        let map = Arc::new(Map::new(Geometry::new(9, 4, 8, 3), (1, 1), 1));
+        map.set_l1(0, 1 << 63 | 512);
+        let frames = Arc::new(Mutex::new(Frames::new(1)));
+        let disk = Arc::new(AtomicU64::new(10));
+        let (slice, other) = (SliceId(0), SliceId(1));
+        let loader = {
+            let (map, frames, disk) = (Arc::clone(&map), Arc::clone(&frames), Arc::clone(&disk));
+            thread::spawn(move || {
+                let ticket = {
+                    let mut frames = frames.lock();
+                    if map.frame_of(slice).is_some() {
+                        return;
+                    }
+                    frames.begin_load(slice)
+                };
+                let words = [disk.load(Ordering::SeqCst), 11];
+                let _ = frames.lock().end_load(&map, slice, ticket, Some(&words));
+            })
+        };
+        let sealed = {
+            let mut frames = frames.lock();
+            let frame = map.frame_of(slice).unwrap_or_else(|| {
+                let installed = frames.install(&map, slice, &[10, 11]);
+                installed.expect("nothing is dirty")
+            });
+            map.store(frame, GuestCluster(0), raw(30, 0));
+            frames.mark_dirty(slice, frame);
+            frames.seal()
+        };
+        disk.store(30, Ordering::SeqCst);
+        {
+            let mut frames = frames.lock();
+            frames.unseal(&sealed, true);
+            let installed = frames.install(&map, other, &[20, 21]);
+            installed.expect("nothing is dirty");
+        }
+        loader.join().expect("the loader does not panic");
+        match map.lookup(GuestCluster(0)) {
+            Lookup::Miss(found) => assert_eq!(found, slice),
+            found => assert_eq!(found, Lookup::Entry(raw(30, 0))),
+        }
+    });
+}
+
+/// O19: what was decoded from a cluster is never found once somebody else has it.
+#[test]
+fn decoded_and_reused() {
+    explore(|| {
+        let pins = Arc::new(Pins::new());
+        let queue = QueuePins::new(Arc::clone(&pins), inbox());
+        let (map, cache) = (map(8), Arc::new(DecodedCache::default()));
+        let disk = Arc::new(AtomicU64::new(1));
+        let settler = {
+            let (pins, map) = (Arc::clone(&pins), Arc::clone(&map));
+            let (cache, disk) = (Arc::clone(&cache), Arc::clone(&disk));
+            thread::spawn(move || {
+                map.store(0, GuestCluster(0), raw(99, 0));
+                let mark = pins.mark();
+                let free = pins.passed(mark);
+                if free {
+                    cache.invalidate(0, 512, 1024);
+                    disk.store(2, Ordering::SeqCst);
+                }
+                free
+            })
+        };
+        let epoch = queue.begin();
+        if map.lookup(GuestCluster(0)) == Lookup::Entry(raw(10, 0)) {
+            let data = cache.get(0, 600).unwrap_or_else(|| {
+                let value = u8::try_from(disk.load(Ordering::SeqCst)).expect("a small one");
+                let data = std::sync::Arc::new(vec![value]);
+                cache.insert(0, 600, std::sync::Arc::clone(&data));
+                data
+            });
+            assert_eq!(*data, [1], "somebody else's");
+        }
+        queue.end(epoch);
+        if settler.join().expect("the settler does not panic") {
+            assert!(cache.get(0, 600).is_none(), "it came late");
+        }
     });
 }

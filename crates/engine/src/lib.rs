@@ -19,6 +19,8 @@ pub mod limits;
 pub mod parts;
 pub mod planted;
 pub mod request;
+#[doc(hidden)]
+pub mod seen;
 pub mod storage;
 pub mod sync;
 
@@ -29,6 +31,7 @@ mod commit;
 mod counters;
 mod decoded;
 mod frames;
+mod gate;
 mod header;
 mod hit;
 #[cfg(all(test, feature = "loom"))]

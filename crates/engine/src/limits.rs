@@ -24,6 +24,20 @@ pub const GROW_PART: u64 = 8;
 pub const GROW_BYTES_MIN: u64 = 64 << 10;
 /// …and no more than these.
 pub const GROW_BYTES_MAX: u64 = 16 << 20;
+/// Parts of one request, or writes of one commit, that run side by side.
+pub const PARTS_AT_ONCE: usize = 64;
+/// Bytes that the writes of a commit that run side by side hold, at most (one write at least).
+pub const COMMIT_WINDOW_BYTES: u64 = 8 << 20;
+/// Bytes of neighbouring L2 slices that become one write (a cluster at least).
+pub const JOINED_BYTES: u64 = 64 << 10;
+/// Dirty L2 slices at most, whatever the cache's budget: it bounds what one commit copies and writes. A
+/// commit starts at half of them.
+pub const DIRTY_SLICES: usize = 16 << 10;
+/// Changes (first references, removed references) that may wait for a commit before the next one
+/// waits for it. A commit starts at a quarter of them.
+pub const PENDING_CHANGES: usize = 16 << 10;
+/// Freed clusters that are settled in one step.
+pub const SETTLE_STEP_CLUSTERS: u64 = 4096;
 /// Freed clusters that may wait for a commit before one is started without being asked for.
 pub const PENDING_FREES: usize = 4096;
 /// Budget of the cache of decoded clusters: holds a working set of 64 MiB whose ends lie inside clusters.
@@ -50,6 +64,95 @@ pub const REFCOUNT_TABLE_BYTES: u64 = 8 << 20;
 pub const SKIPS_MAX: u64 = 256 << 10;
 /// Largest L1 table.
 pub const L1_TABLE_BYTES: u64 = 32 << 20;
+
+/// Tables that the directory of a map has room for from the beginning, at most.
+pub const NEAR_TABLES: usize = if cfg!(feature = "loom") { 2 } else { 16 << 10 };
+
+/// Those limits that a small image never reaches. The simulator makes them small, so that what happens beyond them is looked at as often
+/// as the rest; everybody else has the values above. A slice is never smaller than the file's alignment, nor larger than a cluster.
+#[doc(hidden)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Sizes {
+    /// [`SLICE_BYTES`]; a power of two.
+    pub slice_bytes: u64,
+    /// [`REFCOUNT_SLICE_BYTES`]; a power of two.
+    pub refcount_slice_bytes: u64,
+    /// [`MIN_FRAMES`]
+    pub min_frames: usize,
+    /// [`NEAR_TABLES`]
+    pub near_tables: usize,
+    /// [`SCAN_SLICES_PER_STEP`]
+    pub scan_slices: u64,
+    /// [`RUN_CLUSTERS`]
+    pub run_clusters: u64,
+    /// [`RUN_BYTES`]
+    pub run_bytes: u64,
+    /// [`GROW_BYTES_MIN`]
+    pub grow_bytes_min: u64,
+    /// [`GROW_BYTES_MAX`]
+    pub grow_bytes_max: u64,
+    /// [`PENDING_FREES`]
+    pub pending_frees: usize,
+    /// [`DECODED_CACHE_BYTES`]
+    pub decoded_bytes: u64,
+    /// [`ZERO_STEP_CLUSTERS`]
+    pub zero_step_clusters: u64,
+    /// [`WRITE_STEP_CLUSTERS`]
+    pub write_step_clusters: u64,
+    /// [`ZERO_BUFFER_BYTES`]; a multiple of the file's alignment.
+    pub zero_buffer_bytes: u64,
+    /// [`ZERO_RANGE_FROM_BYTES`]
+    pub zero_range_from_bytes: u64,
+    /// [`STATUS_EXTENTS`]
+    pub status_extents: usize,
+    /// [`SKIPS_MAX`]; a power of two.
+    pub skips: u64,
+    /// [`SECTOR_BYTES`]: what is written of the tables in memory (L1, refcount table) where an entry changed; a power of two.
+    pub table_unit_bytes: u64,
+    /// [`DIRTY_SLICES`]
+    pub dirty_slices: usize,
+    /// [`PENDING_CHANGES`]
+    pub pending_changes: usize,
+    /// [`PARTS_AT_ONCE`]
+    pub parts_at_once: usize,
+    /// [`COMMIT_WINDOW_BYTES`]
+    pub commit_window_bytes: u64,
+    /// [`JOINED_BYTES`]
+    pub joined_bytes: u64,
+    /// [`SETTLE_STEP_CLUSTERS`]
+    pub settle_step_clusters: u64,
+}
+
+impl Default for Sizes {
+    fn default() -> Self {
+        Self {
+            slice_bytes: SLICE_BYTES,
+            refcount_slice_bytes: REFCOUNT_SLICE_BYTES,
+            min_frames: MIN_FRAMES,
+            near_tables: NEAR_TABLES,
+            scan_slices: SCAN_SLICES_PER_STEP,
+            run_clusters: RUN_CLUSTERS,
+            run_bytes: RUN_BYTES,
+            grow_bytes_min: GROW_BYTES_MIN,
+            grow_bytes_max: GROW_BYTES_MAX,
+            pending_frees: PENDING_FREES,
+            decoded_bytes: DECODED_CACHE_BYTES,
+            zero_step_clusters: ZERO_STEP_CLUSTERS,
+            write_step_clusters: WRITE_STEP_CLUSTERS,
+            zero_buffer_bytes: ZERO_BUFFER_BYTES,
+            zero_range_from_bytes: ZERO_RANGE_FROM_BYTES,
+            status_extents: STATUS_EXTENTS,
+            skips: SKIPS_MAX,
+            table_unit_bytes: SECTOR_BYTES,
+            dirty_slices: DIRTY_SLICES,
+            pending_changes: PENDING_CHANGES,
+            parts_at_once: PARTS_AT_ONCE,
+            commit_window_bytes: COMMIT_WINDOW_BYTES,
+            joined_bytes: JOINED_BYTES,
+            settle_step_clusters: SETTLE_STEP_CLUSTERS,
+        }
+    }
+}
 
 const _: () = assert!(SLICE_BYTES.is_power_of_two() && REFCOUNT_SLICE_BYTES.is_power_of_two());
 const _: () = assert!(ZERO_RANGE_FROM_BYTES < ZERO_BUFFER_BYTES);

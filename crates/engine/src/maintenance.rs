@@ -2,7 +2,7 @@
 //! storage that no queue shares. So the progress of shared work never depends on a queue being polled.
 
 use std::cell::{Cell, RefCell};
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::VecDeque;
 use std::rc::Rc;
 use std::task::Waker;
 use std::time::Duration;
@@ -13,6 +13,7 @@ use crate::alloc::Allocator;
 use crate::error::{Error, Result};
 use crate::open;
 use crate::pins::IDLE;
+use crate::planted::{self, Bug};
 use crate::shared::{Control, ControlReply, LayerSpec, Mail, Options, Removed, Run, Shared};
 use crate::storage::Storage;
 use crate::sync::{Arc, Ordering};
@@ -34,8 +35,8 @@ pub(crate) struct Device<S: Storage> {
     image: RefCell<Option<Rc<ImageState>>>,
     /// Removals that are durable, and not settled.
     pub(crate) settling: RefCell<VecDeque<Removed>>,
-    /// Clusters, and how many references they have lost, whose refcounts could not be read.
-    pub(crate) unsettled: RefCell<BTreeMap<u64, u64>>,
+    /// Clusters (first, count) that have lost a reference, and whose refcounts could not be read.
+    pub(crate) unsettled: RefCell<Vec<(u64, u64)>>,
     pub(crate) settler: RefCell<Option<Waker>>,
     pub(crate) settled: Cell<bool>,
     pub(crate) settled_waiters: RefCell<WaitList>,
@@ -45,6 +46,8 @@ pub(crate) struct Device<S: Storage> {
     pub(crate) no_punch: Cell<bool>,
     /// All of the L1 table has its room on the disk.
     l1_has_room: Cell<bool>,
+    /// The metadata was to be read again, and could not be: nothing of it is to be used.
+    half_read: Cell<bool>,
 }
 
 /// The maintenance executor of one device. It belongs to the thread that made it.
@@ -72,6 +75,7 @@ impl<S: Storage> Maintenance<S> {
             header_turn: Turn::default(),
             no_punch: Cell::new(false),
             l1_has_room: Cell::new(false),
+            half_read: Cell::new(false),
         });
         let service = Rc::clone(&device);
         worker
@@ -147,9 +151,9 @@ impl<S: Storage> Drop for Maintenance<S> {
     fn drop(&mut self) {
         let shared = self.device.shared();
         shared.closed.store(true, Ordering::SeqCst);
-        shared.gate_closed.store(true, Ordering::SeqCst);
-        let mail = std::mem::take(&mut *shared.mail.lock());
-        shared.mail.lock().closed = true;
+        shared.gate.close();
+        // In one step with the mark: what is posted later is not kept either.
+        let mail = shared.mail.lock().end();
         // Not under the lock: dropped senders wake those who wait.
         drop(mail);
         self.device.worker.reactor.abandon_tasks();
@@ -263,7 +267,7 @@ impl<S: Storage> Device<S> {
                 }
                 Control::Resume(header, reply) => reply(self.resume(header).await),
                 Control::Resize(size, reply) => {
-                    let paused = self.shared().gate_closed.load(Ordering::SeqCst);
+                    let paused = self.shared().gate.is_closed();
                     let result = self.resize(size).await;
                     if !paused {
                         self.open_gate();
@@ -289,13 +293,12 @@ impl<S: Storage> Device<S> {
     /// Closes the gate and waits for every request in flight, on every queue. Their owners have to go on polling
     /// their queues.
     pub(crate) async fn quiesce(&self) {
-        self.shared().gate_closed.store(true, Ordering::SeqCst);
+        self.shared().gate.close();
         let _: Option<()> = self.shared().wait_for_pins(IDLE).receive().await;
     }
 
     fn open_gate(&self) {
-        self.shared().gate_closed.store(false, Ordering::SeqCst);
-        self.shared().pins.nudge_queues();
+        self.shared().gate.open(&self.shared().pins);
     }
 
     /// O12: pausing flushes metadata, all of it, so that another process may take the image.
@@ -324,9 +327,24 @@ impl<S: Storage> Device<S> {
     }
 
     async fn resume(&self, header: Option<Box<Header>>) -> Result<()> {
+        if planted::is(Bug::EarlyResume) {
+            self.open_gate();
+        }
         if let Some(header) = header {
+            self.half_read.set(true);
             let image = open::reload(&self.worker, *header).await?;
             *self.image.borrow_mut() = image.map(Rc::new);
+            // The L1 table may be another one.
+            self.l1_has_room.set(false);
+            self.half_read.set(false);
+        }
+        if self.half_read.get() {
+            return Err(Error::Unsupported {
+                what: format!(
+                    "{} cannot go on: its metadata could not be read after the pause; read it again",
+                    self.shared().image_name()
+                ),
+            });
         }
         self.open_gate();
         Ok(())
@@ -334,7 +352,7 @@ impl<S: Storage> Device<S> {
 
     async fn close(&self, reply: ControlReply) {
         self.shared().closed.store(true, Ordering::SeqCst);
-        self.shared().gate_closed.store(true, Ordering::SeqCst);
+        self.shared().gate.close();
         self.shared().pins.nudge_queues();
         self.quiesce().await;
         let result = self.commit_and_settle().await;

@@ -7,12 +7,11 @@
 
 use urus_format::{Geometry, GuestCluster, L2Raw};
 
-use crate::limits;
+use crate::limits::Sizes;
+use crate::seen::{Way, note};
 use crate::sync::{AtomicBool, AtomicU32, AtomicU64, OnceLock, Ordering, fence, spin_loop};
 use crate::to_usize;
 
-/// Tables that the directory has room for from the beginning, at most.
-const NEAR: usize = if cfg!(feature = "loom") { 2 } else { 16 << 10 };
 /// Tables per chunk of the rest of it.
 const CHUNK: usize = if cfg!(feature = "loom") { 2 } else { 2048 };
 /// How often a look-up that meets a changing frame starts over before it counts as a miss.
@@ -86,15 +85,16 @@ impl Map {
         geometry: Geometry,
         (tables, max_tables): (u64, u64),
         max_frames: usize,
+        sizes: &Sizes,
     ) -> Self {
-        let slice_bytes = limits::SLICE_BYTES.min(geometry.cluster_bytes());
+        let slice_bytes = sizes.slice_bytes.min(geometry.cluster_bytes());
         let slice_bits = (slice_bytes / geometry.l2_entry_bytes()).trailing_zeros();
         let lots = |n: usize, per: usize| n.div_ceil(per).max(1);
         Self {
             geometry,
             slice_bits,
             table_bits: geometry.l2_bits() - slice_bits,
-            near: TableSlot::lot(to_usize(tables).min(NEAR)),
+            near: TableSlot::lot(to_usize(tables).min(sizes.near_tables)),
             far: OnceLock::new(),
             max_tables: to_usize(max_tables),
             frames: (0..lots(max_frames, FRAME_CHUNK))
@@ -134,6 +134,11 @@ impl Map {
         self.slice_in_table(slice) as u64 * self.slice_bytes()
     }
 
+    /// Neither the first nor the second of its table.
+    pub(crate) fn is_later_slice(&self, slice: SliceId) -> bool {
+        self.slice_in_table(slice) >= 2
+    }
+
     #[inline]
     fn slice_in_table(&self, slice: SliceId) -> usize {
         to_usize(slice.0 & (self.slices_per_table() - 1))
@@ -156,6 +161,7 @@ impl Map {
         if let Some(slot) = self.near.get(index) {
             return slot;
         }
+        note(Way::FarTable, || true);
         let index = index - self.near.len();
         let far = self.far.get_or_init(|| {
             let chunks = (self.max_tables - self.near.len()).div_ceil(CHUNK);
@@ -279,6 +285,9 @@ impl Map {
 
     /// Puts a slice into a frame that [`release`](Self::release) has emptied. Under the `meta` lock.
     pub(crate) fn install(&self, frame_number: u32, slice: SliceId, words: &[u64]) {
+        note(Way::SecondFrameChunk, || {
+            frame_number as usize >= FRAME_CHUNK
+        });
         let frame = self.frame(frame_number);
         debug_assert_eq!(words.len(), frame.words.len());
         let version = frame.version.load(Ordering::Relaxed);
@@ -302,8 +311,7 @@ impl Map {
     /// Takes a frame away from the slice that it holds. Under the `meta` lock.
     pub(crate) fn release(&self, frame_number: u32) {
         let frame = self.frame(frame_number);
-        let owner = frame.owner.load(Ordering::Relaxed);
-        let Some(slice) = owner.checked_sub(1).map(SliceId) else {
+        let Some(slice) = self.owner_of(frame_number) else {
             return;
         };
         if let Some(frames) = self
@@ -317,6 +325,12 @@ impl Map {
         fence(Ordering::Release);
         frame.owner.store(0, Ordering::Relaxed);
         frame.version.store(version + 2, Ordering::Release);
+    }
+
+    /// The slice that a frame holds. Under the `meta` lock.
+    pub(crate) fn owner_of(&self, frame_number: u32) -> Option<SliceId> {
+        let owner = self.frame(frame_number).owner.load(Ordering::Relaxed);
+        owner.checked_sub(1).map(SliceId)
     }
 
     /// Whether the frame was looked up since this was last asked.
@@ -359,9 +373,14 @@ mod tests {
     /// Tables on both sides of the directory's seam, and of that between two chunks.
     #[test]
     fn a_table_is_found_wherever_the_directory_has_it() {
+        const NEAR: usize = 1 << 10;
+        let sizes = Sizes {
+            near_tables: NEAR,
+            ..Sizes::default()
+        };
         let most = (NEAR + 3 * CHUNK) as u64;
         for tables in [0, 1, 3, NEAR as u64, most] {
-            let map = Map::new(Geometry::new(9, 4, 8, 3), (tables, most), 1);
+            let map = Map::new(Geometry::new(9, 4, 8, 3), (tables, most), 1, &sizes);
             let near = tables.min(NEAR as u64);
             let places = [0, 2, near.saturating_sub(1), near, near + 1]
                 .into_iter()

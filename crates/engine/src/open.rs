@@ -4,7 +4,9 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
 
-use urus_format::{Geometry, Header, HostOffset, L1Entry, autoclear, incompatible, snapshot};
+use urus_format::{
+    Geometry, Header, HeaderChange, HostOffset, L1Entry, autoclear, incompatible, snapshot,
+};
 
 use crate::alloc::{Allocator, TablePlace};
 use crate::check::{self, CheckReport, Repair};
@@ -13,10 +15,13 @@ use crate::counters::Stats;
 use crate::decoded::DecodedCache;
 use crate::error::{Error, Result};
 use crate::frames::Frames;
-use crate::limits;
+use crate::gate::Gate;
+use crate::header;
+use crate::limits::{self, Sizes};
 use crate::maintenance::ImageState;
 use crate::map::Map;
 use crate::pins::Pins;
+use crate::planted::{self, Bug};
 use crate::refcounts::Refcounts;
 use crate::shared::{
     Layer, LayerFormat, LayerKind, LayerSpec, Mail, Meta, Options, Owner, Owners, Qcow2Layer,
@@ -49,7 +54,13 @@ pub(crate) fn open<S: Storage>(
     let mut frames = Vec::with_capacity(specs.len());
     for (index, spec) in specs.into_iter().enumerate() {
         let writable = index == 0 && !options.read_only;
-        let (layer, layer_frames, header) = layer_of(spec, &storage, writable, frame_budget)?;
+        let (layer, layer_frames, header) = layer_of(
+            spec,
+            &storage,
+            (index == 0, writable),
+            frame_budget,
+            options.sizes,
+        )?;
         layers.push(layer);
         frames.push(layer_frames);
         headers.push(header);
@@ -74,9 +85,8 @@ pub(crate) fn open<S: Storage>(
 
 pub(crate) fn share(layers: Vec<Layer>, frames: Vec<Frames>, options: Options) -> Arc<Shared> {
     Arc::new(Shared {
-        skips: Skips::of(&layers),
+        skips: Skips::of(&layers, options.sizes.skips),
         layers,
-        options,
         pins: Arc::new(Pins::new()),
         locks: Arc::new(ClusterLocks::new()),
         meta: Mutex::new(Meta {
@@ -88,13 +98,15 @@ pub(crate) fn share(layers: Vec<Layer>, frames: Vec<Frames>, options: Options) -
             owners: Owners::default(),
         }),
         mail: Mutex::new(Mail::default()),
-        decoded: DecodedCache::default(),
+        decoded: DecodedCache::new(options.sizes.decoded_bytes),
         poisoned: AtomicBool::new(false),
-        gate_closed: AtomicBool::new(false),
+        gate: Gate::new(),
         closed: AtomicBool::new(false),
+        cut_short: AtomicBool::new(false),
         serialize_writes: AtomicBool::new(false),
         generation: AtomicU64::new(0),
         stats: Stats::default(),
+        options,
     })
 }
 
@@ -115,7 +127,7 @@ pub fn check_image<S: Storage>(
         name,
         format: LayerFormat::Raw,
     };
-    let (layer, frames, _) = layer_of(spec, &storage, false, 0)?;
+    let (layer, frames, _) = layer_of(spec, &storage, (true, false), 0, Sizes::default())?;
     let options = Options {
         read_only: repair == Repair::None,
         ..Options::default()
@@ -131,8 +143,9 @@ pub fn check_image<S: Storage>(
 fn layer_of<S: Storage>(
     spec: LayerSpec,
     storage: &S,
-    writable: bool,
+    (is_image, writable): (bool, bool),
     frame_budget: u64,
+    mut sizes: Sizes,
 ) -> Result<(Layer, Frames, Option<Box<Header>>)> {
     let LayerSpec { file, name, format } = spec;
     match format {
@@ -144,13 +157,17 @@ fn layer_of<S: Storage>(
                 bytes: 0,
                 errno: error.raw_os_error().unwrap_or(5),
             })?;
+            // Whole sectors, as QEMU has it: what the file does not have of the last one reads as zeroes.
+            let size = size
+                .checked_next_multiple_of(limits::SECTOR_BYTES)
+                .unwrap_or(size);
             let layer = Layer {
                 file,
                 name,
                 size: AtomicU64::new(size),
                 kind: LayerKind::Raw,
             };
-            Ok((layer, Frames::new(0), None))
+            Ok((layer, Frames::new(0, 0), None))
         }
         LayerFormat::Qcow2(header) => {
             let format_error = |source| Error::Format {
@@ -169,10 +186,14 @@ fn layer_of<S: Storage>(
                     ),
                 });
             }
-            let slice_bytes = limits::SLICE_BYTES.min(geometry.cluster_bytes());
-            let max_frames = to_usize(frame_budget / slice_bytes).max(limits::MIN_FRAMES);
+            // A slice is read and written by itself.
+            sizes.slice_bytes = sizes
+                .slice_bytes
+                .clamp(alignment, geometry.cluster_bytes().max(alignment));
+            let max_frames = to_usize(frame_budget / sizes.slice_bytes).max(sizes.min_frames);
             let tables = u64::from(header.l1_entries);
-            let max_tables = if writable {
+            // The image may grow here, and in a pause by another process, also where it is only read.
+            let max_tables = if is_image {
                 limits::L1_TABLE_BYTES / 8
             } else {
                 tables
@@ -180,9 +201,9 @@ fn layer_of<S: Storage>(
             let kind = LayerKind::Qcow2(Qcow2Layer {
                 geometry,
                 compression: header.compression,
-                map: Map::new(geometry, (tables, max_tables), max_frames),
+                map: Map::new(geometry, (tables, max_tables), max_frames, &sizes),
             });
-            let size = AtomicU64::new(usable_size(&header));
+            let size = AtomicU64::new(header.disk_bytes());
             Ok((
                 Layer {
                     file,
@@ -190,16 +211,11 @@ fn layer_of<S: Storage>(
                     size,
                     kind,
                 },
-                Frames::new(max_frames),
+                Frames::new(max_frames, sizes.dirty_slices),
                 Some(header),
             ))
         }
     }
-}
-
-/// Bytes of the virtual disk: whole sectors.
-fn usable_size(header: &Header) -> u64 {
-    header.size & !511
 }
 
 async fn open_image<S: Storage>(
@@ -207,7 +223,9 @@ async fn open_image<S: Storage>(
     mut header: Header,
 ) -> Result<Option<ImageState>> {
     let writable = !worker.shared.read_only();
-    if writable && header.incompatible & incompatible::DIRTY != 0 {
+    // O11: once a sync has failed nothing more is written, also where the image is read again after a pause.
+    let mends = writable && !worker.shared.is_poisoned();
+    if mends && header.incompatible & incompatible::DIRTY != 0 {
         tracing::warn!(
             image = worker.shared.image_name(),
             "the image was not closed: repairing its refcounts"
@@ -225,7 +243,9 @@ async fn open_image<S: Storage>(
         return Ok(None);
     }
     let image = writable_state(worker, &mut header).await?;
-    clear_unknown_autoclear(worker, &image).await?;
+    if mends {
+        clear_unknown_autoclear(worker, &image).await?;
+    }
     Ok(Some(image))
 }
 
@@ -262,12 +282,16 @@ pub(crate) async fn reload<S: Storage>(
             }
         }
     }
-    shared.decoded.clear();
-    shared.generation.fetch_add(1, Ordering::SeqCst);
+    if !planted::is(Bug::KeepsDecoded) {
+        shared.decoded.clear();
+    }
+    if !planted::is(Bug::KeepsReserved) {
+        shared.generation.fetch_add(1, Ordering::SeqCst);
+    }
     shared.mail.lock().given_back.clear();
     shared.layers[0]
         .size
-        .store(usable_size(&header), Ordering::Release);
+        .store(header.disk_bytes(), Ordering::Release);
     open_image(worker, header).await
 }
 
@@ -278,7 +302,8 @@ async fn load_l1<S: Storage>(
     header: &Header,
 ) -> Result<()> {
     let layer = &worker.shared.layers[layer_index];
-    let map = &layer.qcow2().expect("only qcow2 layers have a header").map;
+    let qcow2 = layer.qcow2().expect("only qcow2 layers have a header");
+    let map = &qcow2.map;
     if header.l1_entries == 0 {
         return Ok(());
     }
@@ -291,7 +316,8 @@ async fn load_l1<S: Storage>(
         .await?;
     for (index, entry) in bytes.chunks_exact(8).enumerate() {
         let raw = u64::from_be_bytes(entry.try_into().expect("chunks of eight"));
-        if raw != 0 {
+        // An entry of flags alone names no table. One that makes no sense is told when it is needed.
+        if L1Entry::decode(raw, &qcow2.geometry) != Ok(None) {
             map.set_l1(index as u64, raw);
         }
     }
@@ -317,7 +343,10 @@ async fn writable_state<S: Storage>(
     }
     let owners = collect_owners(worker, header, &geometry, &table).await?;
     worker.shared.meta.lock().owners = owners;
-    let refcounts = Refcounts::new(geometry, table, worker.shared.options.refcount_cache_slices);
+    let options = &worker.shared.options;
+    let alignment = u64::from(worker.reactor.properties(IMAGE).alignment);
+    let slice_bytes = options.sizes.refcount_slice_bytes.max(alignment);
+    let refcounts = Refcounts::new(geometry, table, options.refcount_cache_slices, slice_bytes);
     let place = TablePlace {
         offset: header.refcount_table.0,
         clusters: u64::from(header.refcount_table_clusters),
@@ -429,20 +458,19 @@ async fn collect_owners<S: Storage>(
         }
     }
     if header.snapshot_count > 0 {
-        let snapshots = read_snapshots(worker, header).await?;
-        let bytes = snapshot::encode_table(&snapshots)
-            .map_err(|source| Error::Format {
-                file: name.to_owned(),
-                source,
-            })?
-            .len();
+        let mut table = read_snapshots(worker, header).await?;
+        if planted::is(Bug::OwnSnapshotTable)
+            && let Ok(own) = snapshot::encode_table(&table.snapshots)
+        {
+            table.bytes = own.len() as u64;
+        }
         claim(
             header.snapshot_table.0,
-            bytes as u64,
+            table.bytes,
             Owner::Snapshots,
             &|| "the header's snapshot table".to_owned(),
         )?;
-        for (index, snapshot) in snapshots.iter().enumerate() {
+        for (index, snapshot) in table.snapshots.iter().enumerate() {
             snapshot
                 .check_l1(geometry)
                 .map_err(|source| Error::Format {
@@ -461,11 +489,18 @@ async fn collect_owners<S: Storage>(
     Ok(owners)
 }
 
+/// The snapshot table as it is on disk.
+pub(crate) struct SnapshotTable {
+    pub(crate) snapshots: Vec<snapshot::Snapshot>,
+    /// Its length there: entries of other programs may be shorter or longer than those written here (O28).
+    bytes: u64,
+}
+
 /// Reads the snapshot table, no more of it than there is.
-async fn read_snapshots<S: Storage>(
+pub(crate) async fn read_snapshots<S: Storage>(
     worker: &Worker<S>,
     header: &Header,
-) -> Result<Vec<snapshot::Snapshot>> {
+) -> Result<SnapshotTable> {
     let file = worker.shared.image_name();
     let format_error = |source| Error::Format {
         file: file.to_owned(),
@@ -482,8 +517,13 @@ async fn read_snapshots<S: Storage>(
             .read_bytes(IMAGE, header.snapshot_table.0, step)
             .await?;
         match snapshot::table_bytes(&bytes, header.snapshot_count).map_err(format_error)? {
-            snapshot::TableBytes::Exactly(_) => {
-                return snapshot::parse_table(&bytes, header.snapshot_count).map_err(format_error);
+            snapshot::TableBytes::Exactly(table_bytes) => {
+                let snapshots =
+                    snapshot::parse_table(&bytes, header.snapshot_count).map_err(format_error)?;
+                return Ok(SnapshotTable {
+                    snapshots,
+                    bytes: table_bytes,
+                });
             }
             snapshot::TableBytes::AtLeast(need_bytes) if need_bytes > rest => {
                 let source = urus_format::Error::Truncated {
@@ -501,17 +541,16 @@ async fn read_snapshots<S: Storage>(
 /// Unknown autoclear bits promise something that this writer does not keep. Cleared only now, when the open is
 /// known to succeed.
 async fn clear_unknown_autoclear<S: Storage>(worker: &Worker<S>, image: &ImageState) -> Result<()> {
-    let mut header = image.header.borrow().clone();
-    if header.autoclear & !autoclear::KNOWN == 0 {
+    let known = image.header.borrow().autoclear & autoclear::KNOWN;
+    if image.header.borrow().autoclear == known {
         return Ok(());
     }
-    header.autoclear &= autoclear::KNOWN;
-    let bytes = header.encode().map_err(|source| Error::Format {
-        file: worker.shared.image_name().to_owned(),
-        source,
-    })?;
-    let sector = worker.reactor.properties(IMAGE).alignment.max(512) as usize;
-    worker.write_bytes(IMAGE, 0, &bytes[..sector]).await?;
+    // O28: nothing else of the header changes.
+    let before = worker.read_header_sector().await?;
+    let changes = [HeaderChange::Autoclear(known)];
+    let name = worker.shared.image_name();
+    let (after, header) = header::patch(name, &image.header.borrow(), &changes, &before)?;
+    worker.write_bytes(IMAGE, 0, &after).await?;
     worker.barrier().await?;
     *image.header.borrow_mut() = header;
     Ok(())

@@ -36,3 +36,38 @@ pub fn reserve<S: Storage>(maintenance: &Maintenance<S>, count: u64) -> Result<u
         Ok(run.count)
     })
 }
+
+/// Looks the caches of an idle device over: none holds more than its bound, and their accounts are right.
+///
+/// # Errors
+/// What is wrong.
+pub fn look_over_caches<S: Storage>(
+    maintenance: &Maintenance<S>,
+) -> std::result::Result<(), String> {
+    let shared = maintenance.shared();
+    let meta = shared.meta.lock();
+    for (frames, layer) in meta.frames.iter().zip(&shared.layers) {
+        let Some(layer) = layer.qcow2() else { continue };
+        let (used, most) = frames.looked_over(&layer.map)?;
+        if used > most {
+            return Err(format!("{used} frames are in use, and {most} may be"));
+        }
+    }
+    let [bytes, counted, most, clusters] = shared.decoded.kept();
+    if bytes != counted || bytes > most && clusters > 1 {
+        return Err(format!(
+            "{clusters} decoded clusters of {bytes} bytes count {counted}, and {most} may be kept"
+        ));
+    }
+    if maintenance.device().is_raw() {
+        return Ok(());
+    }
+    let (slices, dirty, most) = maintenance.device().image().allocator.refcounts.cached();
+    // One that was just read stays for whoever asked for it.
+    if slices - dirty > most.max(1) {
+        return Err(format!(
+            "{slices} slices of refcounts are kept, {dirty} of them dirty, and {most} may be"
+        ));
+    }
+    Ok(())
+}

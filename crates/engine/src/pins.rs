@@ -202,6 +202,7 @@ mod tests {
     use std::task::Wake;
 
     use super::*;
+    use crate::shared::Removed;
     use crate::storage::Notify;
 
     struct Silent;
@@ -245,5 +246,50 @@ mod tests {
         let begun = queues[0].begin();
         queues[0].end(begun);
         assert_eq!(woken(), 2, "it was told that the waiter waits again");
+    }
+
+    fn removed(first: u64, count: u64, mark: u64) -> Removed {
+        Removed { first, count, mark }
+    }
+
+    /// Removals become one only where nothing is lost by it, and the newer mark counts.
+    #[test]
+    fn merged_removals_have_the_newer_mark() {
+        let mut list = Vec::new();
+        for (next, expected) in [
+            (removed(7, 1, 3), removed(7, 1, 3)),
+            (removed(8, 2, 3), removed(7, 3, 3)),
+            (removed(10, 1, 4), removed(7, 4, 4)),
+            // So much later that the first would wait for long; not adjacent; before it; the same once more.
+            (removed(11, 1, 6), removed(11, 1, 6)),
+            (removed(13, 1, 6), removed(13, 1, 6)),
+            (removed(12, 1, 7), removed(12, 1, 7)),
+            (removed(12, 1, 8), removed(12, 1, 8)),
+        ] {
+            next.add_to(&mut list);
+            assert_eq!(list.last(), Some(&expected));
+        }
+        assert_eq!(list.len(), 5);
+    }
+
+    /// O7: a request that began between two removals may use what the second took away.
+    #[test]
+    fn a_pin_between_two_removals_keeps_what_they_became() {
+        let pins = Arc::new(Pins::new());
+        let inbox = Arc::new(Inbox::new(Arc::new(Silent)));
+        let queue = QueuePins::new(Arc::clone(&pins), inbox);
+        let mut list = Vec::new();
+        let before = queue.begin();
+        removed(7, 1, pins.mark()).add_to(&mut list);
+        let between = queue.begin();
+        removed(8, 1, pins.mark()).add_to(&mut list);
+        let after = queue.begin();
+        assert_eq!(list.len(), 1);
+        assert!(!pins.passed(list[0].mark));
+        queue.end(before);
+        assert!(!pins.passed(list[0].mark), "one is left that began between");
+        queue.end(between);
+        assert!(pins.passed(list[0].mark), "who began after has not seen it");
+        queue.end(after);
     }
 }

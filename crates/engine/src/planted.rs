@@ -70,11 +70,54 @@ pub enum Bug {
     EarlyL1Table = 30,
     /// A backing file that ends early is passed over as if it had nothing, and what lies beneath it shows.
     SkipsShortLayer = 31,
+    /// A changed slice of an L2 table in use is written one slice too early, from the table's third on.
+    ThirdSliceMisplaced = 32,
+    /// A changed sector of the L1 table is written over the first, whichever it is.
+    SecondL1SectorMisplaced = 33,
+    /// The third slice of a refcount block is written in the place of the first.
+    WrongCountsSlice = 34,
+    /// The cache of refcounts keeps all that a commit has cleaned.
+    CountsNeverShrink = 35,
+    /// A raw backing file that ends inside a sector is taken to end before it.
+    OddEndCutOff = 36,
+    /// The last cluster of a disk that ends in it counts as whole when the disk grows: what it holds beyond the old end shows.
+    PartialClusterTakenWhole = 37,
+    /// A block status says zero of what the image leaves to its backing file.
+    StatusHidesBacking = 40,
+    /// A block status past the end of a shorter backing file names that file, and not the layer above.
+    StatusBelowTheEnd = 41,
+    /// O19: what was decoded of an image is kept when another process has written it during a pause.
+    KeepsDecoded = 42,
+    /// Clusters that a queue reserved before a pause count as free after another process has written the image.
+    KeepsReserved = 43,
+    /// O5: a punch that the file system cannot do counts as done, so that what is left there counts as zero.
+    PunchTakenForDone = 44,
+    /// Zeroes that the file system cannot make of a range of a raw image count as made.
+    ZeroTakenForDone = 45,
+    /// O7: removals that are merged are over with the older mark.
+    OlderMark = 50,
+    /// O7: a pause lets requests go on before the metadata that was read again is in place.
+    EarlyResume = 51,
+    /// O20: a disk shows its new size before the file says so.
+    EarlySize = 52,
+    /// O28: a change of the header writes it as this engine would lay it out.
+    WholeHeader = 60,
+    /// O28: a change of the header is put into bytes that were read before another change.
+    StaleHeader = 61,
+    /// O28: feature bits are written in version 2 too, which has other things there.
+    FeatureBitsAnyVersion = 62,
+    /// The snapshot table is taken to be as long as this engine would write it.
+    OwnSnapshotTable = 63,
+    /// O28: after a failed write of the header it is written as this engine would lay it out.
+    RestoredAnew = 64,
 }
 
 impl Bug {
-    /// Every planted bug.
-    pub const ALL: [Self; 31] = [
+    /// Those that threads on schedules find (the simulator's `tests/shuttle`).
+    pub const THREADED: [Self; 3] = [Self::OlderMark, Self::EarlyResume, Self::EarlySize];
+
+    /// Those that the simulator hunts.
+    pub const ALL: [Self; 48] = [
         Self::RefcountsAfterPointers,
         Self::NoBarrierBeforePointers,
         Self::EarlyL1Entry,
@@ -106,16 +149,34 @@ impl Bug {
         Self::GrowthShowsBacking,
         Self::EarlyL1Table,
         Self::SkipsShortLayer,
+        Self::ThirdSliceMisplaced,
+        Self::SecondL1SectorMisplaced,
+        Self::WrongCountsSlice,
+        Self::CountsNeverShrink,
+        Self::OddEndCutOff,
+        Self::PartialClusterTakenWhole,
+        Self::StatusHidesBacking,
+        Self::StatusBelowTheEnd,
+        Self::KeepsDecoded,
+        Self::KeepsReserved,
+        Self::PunchTakenForDone,
+        Self::ZeroTakenForDone,
+        Self::WholeHeader,
+        Self::StaleHeader,
+        Self::FeatureBitsAnyVersion,
+        Self::OwnSnapshotTable,
+        Self::RestoredAnew,
     ];
 }
 
 #[cfg(feature = "planted-bugs")]
 mod switch {
     use super::Bug;
-    use std::cell::Cell;
+    use std::cell::{Cell, RefCell};
 
     thread_local! {
         static PLANTED: Cell<Bug> = const { Cell::new(Bug::None) };
+        static KEPT: RefCell<Option<Vec<u8>>> = const { RefCell::new(None) };
     }
 
     /// Plants a bug on this thread (the simulator runs a whole device on one).
@@ -126,14 +187,35 @@ mod switch {
     pub(crate) fn is(bug: Bug) -> bool {
         PLANTED.with(Cell::get) == bug
     }
+
+    /// Bytes that a bug uses later than it should.
+    pub(crate) fn keep(bytes: Option<Vec<u8>>) {
+        KEPT.set(bytes);
+    }
+
+    pub(crate) fn kept() -> Option<Vec<u8>> {
+        if is(Bug::StaleHeader) {
+            KEPT.with_borrow(Clone::clone)
+        } else {
+            None
+        }
+    }
 }
 
 #[cfg(feature = "planted-bugs")]
-pub(crate) use switch::is;
-#[cfg(feature = "planted-bugs")]
 pub use switch::plant;
+#[cfg(feature = "planted-bugs")]
+pub(crate) use switch::{is, keep, kept};
 
 #[cfg(not(feature = "planted-bugs"))]
 pub(crate) const fn is(_bug: Bug) -> bool {
     false
+}
+
+#[cfg(not(feature = "planted-bugs"))]
+pub(crate) fn keep(_bytes: Option<Vec<u8>>) {}
+
+#[cfg(not(feature = "planted-bugs"))]
+pub(crate) const fn kept() -> Option<Vec<u8>> {
+    None
 }

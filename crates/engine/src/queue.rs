@@ -140,7 +140,7 @@ impl<S: Storage> Queue<S> {
         }
         if shared.closed.load(Ordering::SeqCst) {
             core.reject_held();
-        } else if !shared.gate_closed.load(Ordering::SeqCst) {
+        } else if !shared.gate.is_closed() {
             core.release_held();
             core.worker
                 .reactor
@@ -217,17 +217,14 @@ impl<S: Storage> Core<S> {
     fn begin(self: &Rc<Self>, request: Request<S::Memory>) {
         self.join_alone();
         let shared = &self.worker.shared;
-        // O7: the pin is set before the gate is looked at and before the first look-up.
-        let epoch = self.pins.begin();
-        if shared.gate_closed.load(Ordering::SeqCst) {
-            self.pins.end(epoch);
+        let Some(epoch) = shared.gate.enter(&self.pins) else {
             if shared.closed.load(Ordering::SeqCst) {
                 self.reject(request);
             } else {
                 self.held.borrow_mut().push_back(request);
             }
             return;
-        }
+        };
         let Request { token, kind } = request;
         match kind {
             RequestKind::Read { offset, memory } => self.begin_read(token, epoch, offset, memory),

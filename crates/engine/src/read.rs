@@ -8,7 +8,7 @@ use crate::shared::Shared;
 use crate::storage::{FileId, Memory, OpKind, Storage};
 use crate::sync::{Arc, Mutex};
 use crate::to_usize;
-use crate::wake::{Parts, join_all};
+use crate::wake::Window;
 use crate::worker::Worker;
 
 impl<S: Storage> Worker<S> {
@@ -21,7 +21,7 @@ impl<S: Storage> Worker<S> {
         memory: S::Memory,
     ) -> Result<()> {
         let total = memory.len() as u64;
-        let mut running: Parts<'_, Error> = Vec::new();
+        let mut running = Window::new(self.shared.options.sizes.parts_at_once);
         // (file, host offset, start in memory, bytes) that may still grow.
         let mut open: Option<(FileId, u64, u64, u64)> = None;
         let mut done = 0;
@@ -37,7 +37,9 @@ impl<S: Storage> Worker<S> {
                             Some((f, h, start, bytes + len))
                         }
                         other => {
-                            running.extend(other.map(|part| self.read_part(part, &memory)));
+                            if let Some(part) = other {
+                                running.start(self.read_part(part, &memory)).await;
+                            }
                             Some((file, host, done, len))
                         }
                     };
@@ -49,13 +51,13 @@ impl<S: Storage> Worker<S> {
                     within,
                 } => {
                     let target = memory.slice(to_usize(done), to_usize(len));
-                    running.push(Box::pin(
-                        self.read_compressed(layer, extent, within, target),
-                    ));
+                    running
+                        .start(self.read_compressed(layer, extent, within, target))
+                        .await;
                 }
                 Piece::Miss { layer, slice } => {
                     // The request's pin keeps what was resolved before valid (O7), so nothing starts over.
-                    if let Err(error) = self.load(layer, slice).await {
+                    if let Err(error) = running.during(self.load(layer, slice)).await {
                         failed = Some(error);
                         break;
                     }
@@ -68,8 +70,10 @@ impl<S: Storage> Worker<S> {
             }
             done += len;
         }
-        running.extend(open.map(|part| self.read_part(part, &memory)));
-        let result = join_all(running).await;
+        if let Some(part) = open {
+            running.start(self.read_part(part, &memory)).await;
+        }
+        let result = running.end().await;
         failed.map_or(result, Err)
     }
 
@@ -77,8 +81,8 @@ impl<S: Storage> Worker<S> {
         &self,
         (file, host, start, bytes): (FileId, u64, u64, u64),
         memory: &S::Memory,
-    ) -> std::pin::Pin<Box<dyn Future<Output = Result<()>> + '_>> {
-        Box::pin(self.read(file, host, memory.slice(to_usize(start), to_usize(bytes))))
+    ) -> impl Future<Output = Result<()>> + use<'_, S> {
+        self.read(file, host, memory.slice(to_usize(start), to_usize(bytes)))
     }
 
     /// Reads part of a compressed cluster.

@@ -9,7 +9,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use urus_format::{Geometry, refcount};
 
 use crate::error::{Error, Result};
-use crate::limits;
+use crate::planted::{self, Bug};
+use crate::seen::{Way, note};
 use crate::storage::{IMAGE, Storage};
 use crate::to_usize;
 use crate::worker::Worker;
@@ -41,6 +42,7 @@ pub(crate) struct Refcounts {
     slices: RefCell<BTreeMap<u64, Slice>>,
     /// Slices kept though they are clean.
     most_slices: usize,
+    slice_bytes: u64,
     loads: Cell<u32>,
     /// A commit holds frozen slices: nothing is dropped from the cache until its writes were seen.
     committing: Cell<bool>,
@@ -48,8 +50,15 @@ pub(crate) struct Refcounts {
 }
 
 impl Refcounts {
-    pub(crate) fn new(geometry: Geometry, table: Vec<u64>, most_slices: usize) -> Self {
+    /// `slice_bytes`: a power of two; no more than a cluster counts.
+    pub(crate) fn new(
+        geometry: Geometry,
+        table: Vec<u64>,
+        most_slices: usize,
+        slice_bytes: u64,
+    ) -> Self {
         Self {
+            slice_bytes: slice_bytes.min(geometry.cluster_bytes()),
             geometry,
             table: RefCell::new(table),
             dirty_entries: RefCell::default(),
@@ -62,8 +71,8 @@ impl Refcounts {
         }
     }
 
-    fn slice_bytes(&self) -> u64 {
-        limits::REFCOUNT_SLICE_BYTES.min(self.geometry.cluster_bytes())
+    pub(crate) fn slice_bytes(&self) -> u64 {
+        self.slice_bytes
     }
 
     /// log2 of the refcounts in a slice.
@@ -238,31 +247,62 @@ impl Refcounts {
                 )
                 .await;
             self.loads.set(self.loads.get() - 1);
-            let bytes = bytes?;
-            let last_used = self.tick();
-            self.slices.borrow_mut().entry(id).or_insert(Slice {
-                bytes,
-                dirty: false,
-                last_used,
+            note(Way::CountsReadInCommit, || self.committing.get());
+            note(Way::CountsReadAtOnce, || self.loads.get() > 0);
+            let kept = bytes.map(|bytes| {
+                note(Way::LaterCountsRead, || in_block >= 2);
+                note(Way::CountsReadBesideDirty, || self.is_beside_dirty(id));
+                let last_used = self.tick();
+                self.slices.borrow_mut().entry(id).or_insert(Slice {
+                    bytes,
+                    dirty: false,
+                    last_used,
+                });
             });
-            self.evict(id);
+            self.evict(Some(id));
+            kept?;
         }
     }
 
-    fn evict(&self, keep: u64) {
-        let mut slices = self.slices.borrow_mut();
-        if slices.len() <= self.most_slices || self.loads.get() > 0 || self.committing.get() {
+    /// Whether another slice of the same block has changed.
+    fn is_beside_dirty(&self, id: u64) -> bool {
+        let first = id >> self.slices_per_block_bits() << self.slices_per_block_bits();
+        let slices = self.slices.borrow();
+        slices
+            .range(first..first + (1 << self.slices_per_block_bits()))
+            .any(|(other, slice)| *other != id && slice.dirty)
+    }
+
+    /// Brings the cache back to its bound, and some slices below it, so that not every load has to search. What has changed stays; so does
+    /// `keep`, which somebody waits for. A commit cleans any number of slices at once, so it ends with this, too.
+    fn evict(&self, keep: Option<u64>) {
+        let len = self.slices.borrow().len();
+        if len <= self.most_slices || self.loads.get() > 0 || self.committing.get() {
             return;
         }
-        let mut clean: Vec<(u64, u64)> = slices
+        let mut clean: Vec<(u64, u64)> = self
+            .slices
+            .borrow()
             .iter()
-            .filter(|(id, slice)| !slice.dirty && **id != keep)
+            .filter(|(id, slice)| !slice.dirty && Some(**id) != keep)
             .map(|(id, slice)| (slice.last_used, *id))
             .collect();
         clean.sort_unstable();
-        for (_, id) in clean.into_iter().take(self.most_slices.div_ceil(4)) {
-            slices.remove(&id);
+        let surplus = len - self.most_slices + self.most_slices / 4;
+        note(Way::CountsShrunk, || {
+            clean.len() >= surplus && surplus > self.most_slices / 4 + 2
+        });
+        for (_, id) in clean.into_iter().take(surplus) {
+            note(Way::CountsDroppedBesideDirty, || self.is_beside_dirty(id));
+            self.slices.borrow_mut().remove(&id);
         }
+    }
+
+    /// What is cached: slices, those of them that are dirty, and the bound for the rest.
+    pub(crate) fn cached(&self) -> (usize, usize, usize) {
+        let slices = self.slices.borrow();
+        let dirty = slices.values().filter(|slice| slice.dirty).count();
+        (slices.len(), dirty, self.most_slices)
     }
 
     pub(crate) fn is_dirty(&self) -> bool {
@@ -283,7 +323,11 @@ impl Refcounts {
                 continue;
             }
             slice.dirty = false;
-            let in_block = id & ((1 << bits) - 1);
+            let mut in_block = id & ((1 << bits) - 1);
+            if planted::is(Bug::WrongCountsSlice) && in_block == 2 {
+                in_block = 0;
+            }
+            note(Way::LaterCountsWritten, || in_block >= 2);
             frozen.push(FrozenSlice {
                 id: *id,
                 offset: self.block_offset(block) + in_block * self.slice_bytes(),
@@ -296,6 +340,9 @@ impl Refcounts {
     /// The commit is over, one way or the other.
     pub(crate) fn commit_ended(&self) {
         self.committing.set(false);
+        if !planted::is(Bug::CountsNeverShrink) {
+            self.evict(None);
+        }
     }
 
     /// A frozen slice did not become durable.
@@ -315,6 +362,7 @@ mod tests {
     //! Guards against a cache of refcounts that forgets what is not on disk, or finds a refcount in another's place.
 
     use super::*;
+    use crate::limits::REFCOUNT_SLICE_BYTES;
 
     const CLUSTER_BITS: u32 = 9;
 
@@ -324,6 +372,7 @@ mod tests {
             Geometry::new(CLUSTER_BITS, 4, 8, 3),
             Vec::new(),
             most_slices,
+            REFCOUNT_SLICE_BYTES,
         )
     }
 
@@ -333,9 +382,11 @@ mod tests {
 
     #[test]
     fn every_width_finds_its_refcounts_again() {
-        for (cluster_bits, order) in [(9, 0), (9, 6), (12, 4), (16, 0), (16, 4), (21, 6)] {
+        let widths = [(9, 0), (9, 6), (12, 4), (16, 0), (16, 4), (21, 6)];
+        let all = [64, 128, REFCOUNT_SLICE_BYTES].map(|bytes| widths.map(|width| (width, bytes)));
+        for ((cluster_bits, order), slice_bytes) in all.into_iter().flatten() {
             let geometry = Geometry::new(cluster_bits, order, 8, 3);
-            let refcounts = Refcounts::new(geometry, Vec::new(), 8);
+            let refcounts = Refcounts::new(geometry, Vec::new(), 8, slice_bytes);
             let per_block = 1 << geometry.refcount_block_bits();
             let block = |index: u64| (index + 5) << cluster_bits;
             for index in 0..3 {
@@ -377,35 +428,54 @@ mod tests {
         }
     }
 
-    /// A quarter of the clean slices goes, those not used for longest; what is dirty, asked for, or under way stays.
+    /// What is dirty, asked for, or under way stays; of the rest those go that were not used for longest.
     #[test]
     fn only_what_is_on_disk_is_dropped() {
         let refcounts = refcounts(8);
         for index in 0..12 {
             refcounts.add_block(index, (index + 1) << CLUSTER_BITS);
         }
-        refcounts.evict(0);
+        refcounts.evict(None);
         assert_eq!(cached(&refcounts).len(), 12, "all of them are dirty");
         let frozen = refcounts.freeze(true);
         assert_eq!(frozen.len(), 12);
-        refcounts.evict(0);
+        refcounts.evict(None);
         assert_eq!(cached(&refcounts).len(), 12, "a commit is under way");
-        refcounts.commit_ended();
         refcounts.loads.set(1);
-        refcounts.evict(0);
+        refcounts.commit_ended();
         assert_eq!(cached(&refcounts).len(), 12, "a read is under way");
         refcounts.loads.set(0);
-        // 1 is used again, 2 changed.
+        // 1 is used again, 2 changed, 3 is what somebody waits for.
         assert_eq!(refcounts.get(256), Some(0));
         refcounts.set(2 * 256, 7);
-        refcounts.evict(0);
-        assert_eq!(cached(&refcounts), [0, 1, 2, 5, 6, 7, 8, 9, 10, 11]);
-        assert_eq!(refcounts.get(3 * 256), None, "it has to be read");
-        refcounts.evict(0);
-        assert_eq!(cached(&refcounts), [0, 1, 2, 7, 8, 9, 10, 11]);
-        refcounts.evict(0);
-        assert_eq!(cached(&refcounts).len(), 8, "few enough");
+        refcounts.evict(Some(3));
+        assert_eq!(cached(&refcounts), [1, 2, 3, 9, 10, 11]);
+        assert_eq!(refcounts.get(0), None, "it has to be read");
+        refcounts.evict(None);
+        assert_eq!(cached(&refcounts).len(), 6, "few enough");
         assert_eq!(refcounts.get(2 * 256), Some(7));
+    }
+
+    /// However far a cache has grown while everything in it was dirty, the end of the commit brings it back to its bound, also where nothing
+    /// is ever read (a disk that is written from its start to its end).
+    #[test]
+    fn a_cache_that_has_grown_comes_back_to_its_bound() {
+        for most in [1, 2, 8, 100] {
+            let refcounts = refcounts(most);
+            for index in 0..1000 {
+                refcounts.add_block(index, (index + 1) << CLUSTER_BITS);
+            }
+            let blocks = refcounts.freeze(true);
+            assert_eq!(blocks.len(), 1000);
+            // One changes behind the commit's back, and one commit has failed.
+            refcounts.set(700 * 256, 1);
+            refcounts.thaw(&blocks[..1]);
+            refcounts.commit_ended();
+            let (len, dirty, bound) = refcounts.cached();
+            assert_eq!((dirty, bound), (2, most));
+            assert!(len <= most.max(2), "{len} slices, and {most} may stay");
+            assert_eq!(refcounts.get(700 * 256), Some(1));
+        }
     }
 
     /// New blocks and the rest are written apart (O8), and what a commit could not write is dirty again.

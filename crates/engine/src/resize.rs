@@ -1,19 +1,23 @@
 //! Growing the virtual disk (O8 for the L1 table, O20 for what becomes visible).
 
-use urus_format::HostOffset;
+use urus_format::{HeaderChange, HostOffset};
 
 use crate::error::{Error, Result};
 use crate::limits;
 use crate::maintenance::Device;
+use crate::open;
 use crate::planted::{self, Bug};
 use crate::shared::{Owner, Run, Shared};
 use crate::storage::{IMAGE, OpKind, Storage};
 use crate::sync::Ordering;
 
 impl<S: Storage> Device<S> {
-    /// Changes the size; the gate stays closed.
+    /// Changes the size, rounded up to whole sectors, as every program has it; the gate stays closed.
     pub(crate) async fn resize(&self, size: u64) -> Result<()> {
         self.shared().check_writable()?;
+        let size = size
+            .checked_next_multiple_of(limits::SECTOR_BYTES)
+            .unwrap_or(size);
         let old = self.shared().size();
         if size < old {
             return Err(Error::Unsupported {
@@ -28,16 +32,41 @@ impl<S: Storage> Device<S> {
         }
         self.quiesce().await;
         self.flush().await?;
+        if planted::is(Bug::EarlySize) {
+            self.shared().layers[0].size.store(size, Ordering::Release);
+        }
         if self.is_raw() {
-            self.worker
-                .simple("resize", IMAGE, size, 0, || OpKind::SetLen { len: size })
-                .await?;
-            self.data_barrier().await?;
+            self.resize_raw(size).await?;
         } else {
             self.resize_mapped(old, size).await?;
         }
         self.shared().layers[0].size.store(size, Ordering::Release);
         Ok(())
+    }
+
+    /// A file becomes longer. A block device has its length from elsewhere: the disk follows it.
+    async fn resize_raw(&self, size: u64) -> Result<()> {
+        if self.worker.reactor.properties(IMAGE).regular {
+            self.worker
+                .simple("resize", IMAGE, size, 0, || OpKind::SetLen { len: size })
+                .await?;
+            return self.data_barrier().await;
+        }
+        let len = self
+            .worker
+            .reactor
+            .with_storage(|storage| storage.file_len(IMAGE))
+            .map_err(|error| self.worker.io_error("find the length", IMAGE, 0, 0, &error))?;
+        if len == size {
+            return Ok(());
+        }
+        Err(Error::Unsupported {
+            what: format!(
+                "{} is a block device of {len} bytes: a raw disk on it can take no other size (asked: {size} \
+                 bytes); enlarge the device first",
+                self.shared().image_name()
+            ),
+        })
     }
 
     async fn resize_mapped(&self, old: u64, size: u64) -> Result<()> {
@@ -54,6 +83,10 @@ impl<S: Storage> Device<S> {
                     geometry.cluster_bytes()
                 ),
             });
+        }
+        self.check_snapshots().await?;
+        if planted::is(Bug::StaleHeader) {
+            planted::keep(Some(self.worker.read_header_sector().await?));
         }
         if entries > self.with_header(|header| u64::from(header.l1_entries)) {
             self.grow_l1(entries).await?;
@@ -79,7 +112,43 @@ impl<S: Storage> Device<S> {
             self.worker.clear_unbacked(backed_to, clear_to).await?;
             self.flush().await?;
         }
-        self.switch_header(|header| header.size = size).await
+        let switched = self.switch_header(&[HeaderChange::Size(size)]).await;
+        planted::keep(None);
+        switched
+    }
+
+    /// A snapshot that does not say how large the disk was is taken to be as large as the disk is now: once the disk
+    /// has grown, no program can apply it. Version 2 never says so.
+    async fn check_snapshots(&self) -> Result<()> {
+        let image = self.image();
+        let header = image.header.borrow().clone();
+        if header.snapshot_count == 0 {
+            return Ok(());
+        }
+        let name = self.shared().image_name();
+        if header.version < 3 {
+            return Err(Error::Unsupported {
+                what: format!(
+                    "{name} cannot grow: it is a version 2 image with internal snapshots, which could not be \
+                     applied any more; delete them first, or upgrade it (qemu-img amend -o compat=1.1)"
+                ),
+            });
+        }
+        let table = open::read_snapshots(&self.worker, &header).await?;
+        let without = table
+            .snapshots
+            .iter()
+            .find(|snapshot| snapshot.disk_bytes.is_none());
+        match without {
+            None => Ok(()),
+            Some(snapshot) => Err(Error::Unsupported {
+                what: format!(
+                    "{name} cannot grow: its internal snapshot {:?} does not record the size of the disk, and \
+                     could not be applied any more; delete it first",
+                    snapshot.name_text()
+                ),
+            }),
+        }
     }
 
     /// Gives the L1 table a larger place: the new table durable, one header write, then the old one is free.
@@ -89,7 +158,7 @@ impl<S: Storage> Device<S> {
         let clusters = geometry.clusters_for(entries * 8);
         let first = image
             .allocator
-            .extend_contiguous(&self.worker, clusters)
+            .take_contiguous(&self.worker, clusters)
             .await?;
         let (old_table, old_entries) =
             self.with_header(|header| (header.l1_table, u64::from(header.l1_entries)));
@@ -157,10 +226,8 @@ impl<S: Storage> Device<S> {
         if !planted::is(Bug::EarlyL1Table) {
             self.flush().await?;
         }
-        self.switch_header(|header| {
-            header.l1_table = HostOffset(offset);
-            header.l1_entries = u32::try_from(entries).expect("checked against the largest table");
-        })
-        .await
+        let entries = u32::try_from(entries).expect("checked against the largest table");
+        self.switch_header(&[HeaderChange::L1Table(HostOffset(offset), entries)])
+            .await
     }
 }

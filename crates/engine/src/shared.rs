@@ -12,9 +12,11 @@ use crate::counters::Stats;
 use crate::decoded::DecodedCache;
 use crate::error::{Error, Result};
 use crate::frames::Frames;
+use crate::gate::Gate;
 use crate::limits;
 use crate::map::{Map, SliceId};
 use crate::pins::Pins;
+use crate::planted::{self, Bug};
 use crate::skips::Skips;
 use crate::storage::FileId;
 use crate::sync::{Arc, AtomicBool, AtomicU64, Mutex, Ordering};
@@ -52,6 +54,9 @@ pub struct Options {
     pub refcount_cache_slices: usize,
     /// Discarded and otherwise freed clusters are given back to the file system.
     pub discard: bool,
+    /// For the simulator.
+    #[doc(hidden)]
+    pub sizes: limits::Sizes,
 }
 
 impl Default for Options {
@@ -61,6 +66,7 @@ impl Default for Options {
             l2_cache_bytes: limits::DEFAULT_L2_CACHE_BYTES,
             refcount_cache_slices: limits::REFCOUNT_CACHE_SLICES,
             discard: true,
+            sizes: limits::Sizes::default(),
         }
     }
 }
@@ -150,6 +156,28 @@ pub(crate) struct Removed {
     pub(crate) mark: u64,
 }
 
+impl Removed {
+    /// Adds what was removed last. Where it is adjacent to what was removed just before, both become one, which is over with the newer
+    /// mark: a request that began between the two may still use the second.
+    pub(crate) fn add_to(self, list: &mut Vec<Self>) {
+        match list.last_mut() {
+            Some(last)
+                if last.first + last.count == self.first
+                    && (last.mark == self.mark || last.mark + 1 == self.mark) =>
+            {
+                last.count += self.count;
+                // O7
+                last.mark = if planted::is(Bug::OlderMark) {
+                    last.mark
+                } else {
+                    self.mark
+                };
+            }
+            _ => list.push(self),
+        }
+    }
+}
+
 /// The live metadata that differs from the disk, and the bookkeeping of caches.
 pub(crate) struct Meta {
     /// By layer.
@@ -164,6 +192,13 @@ pub(crate) struct Meta {
     pub(crate) removed: Vec<Removed>,
     /// Metadata of the image itself.
     pub(crate) owners: Owners,
+}
+
+impl Meta {
+    /// Changes that the next commit has to know of: they are kept in memory until it does.
+    pub(crate) fn pending_changes(&self) -> usize {
+        self.used.len() + self.removed.len()
+    }
 }
 
 /// Host clusters reserved in memory for one queue.
@@ -213,6 +248,19 @@ pub(crate) struct Mail {
     pub(crate) settler: WaitList,
 }
 
+impl Mail {
+    /// Nobody takes any more: gives out what is there, for the caller to drop after the lock.
+    pub(crate) fn end(&mut self) -> Self {
+        std::mem::replace(
+            self,
+            Self {
+                closed: true,
+                ..Self::default()
+            },
+        )
+    }
+}
+
 /// Shared by all queues and the maintenance executor of one device.
 pub struct Shared {
     pub(crate) layers: Vec<Layer>,
@@ -225,9 +273,10 @@ pub struct Shared {
     pub(crate) mail: Mutex<Mail>,
     pub(crate) decoded: DecodedCache,
     pub(crate) poisoned: AtomicBool,
-    /// New requests wait (pause, resize).
-    pub(crate) gate_closed: AtomicBool,
+    pub(crate) gate: Gate,
     pub(crate) closed: AtomicBool,
+    /// Requests that go on for long end at their next step.
+    pub(crate) cut_short: AtomicBool,
     /// O18: every write takes its cluster's lock, since one smaller than the file's alignment was seen.
     pub(crate) serialize_writes: AtomicBool,
     /// Moves on when the metadata is read again: what was reserved before is nobody's.
@@ -279,6 +328,20 @@ impl Shared {
         }
     }
 
+    /// From now on a discard or write-zeroes under way ends at its next step, with [`Error::Closed`]: its range may be
+    /// cleared in part. For an owner that is about to close the device and does not want to wait for
+    /// requests that cover terabytes.
+    pub fn cut_clearing_short(&self) {
+        self.cut_short.store(true, Ordering::Relaxed);
+    }
+
+    pub(crate) fn check_not_cut_short(&self) -> Result<()> {
+        if self.cut_short.load(Ordering::Relaxed) {
+            return Err(Error::Closed);
+        }
+        Ok(())
+    }
+
     fn post_flush(&self, reply: ControlReply) {
         self.post(|mail| {
             mail.flush.push(reply);
@@ -291,7 +354,13 @@ impl Shared {
     }
 
     fn post(&self, put: impl FnOnce(&mut Mail) -> VecDeque<std::task::Waker>) {
-        let wakers = put(&mut self.mail.lock());
+        let (wakers, undeliverable) = {
+            let mut mail = self.mail.lock();
+            let wakers = put(&mut mail);
+            (wakers, mail.closed.then(|| mail.end()))
+        };
+        // Not under the lock: whoever waits for an answer learns that there is none.
+        drop(undeliverable);
         for waker in wakers {
             waker.wake();
         }

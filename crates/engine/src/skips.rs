@@ -4,7 +4,7 @@
 //! begin there. Nothing else is remembered: the layer itself is looked at each time. The table is bounded, and an entry makes room
 //! for a younger one of the same place; each is one word, so that a reader sees all of it or none.
 
-use crate::limits;
+use crate::seen::{Way, note};
 use crate::shared::Layer;
 use crate::sync::{AtomicU64, OnceLock, Ordering};
 use crate::to_usize;
@@ -18,29 +18,31 @@ const LAYER_BITS: u32 = 16;
 pub(crate) struct Skips {
     /// log2 of a part: the smallest cluster of all backing files, so that no layer has something for half of one.
     unit_bits: u32,
+    /// log2 of the places: a part's is the low bits of its number.
+    place_bits: u32,
     chunks: Box<[OnceLock<Box<[AtomicU64]>>]>,
 }
 
 impl Skips {
     /// For these layers, the image first; none where there is nothing to skip.
-    pub(crate) fn of(layers: &[Layer]) -> Option<Self> {
+    pub(crate) fn of(layers: &[Layer], most: u64) -> Option<Self> {
         if layers.len() < 3 || layers.len() >> LAYER_BITS != 0 {
             return None;
         }
         let backing = layers[1..].iter().filter_map(Layer::qcow2);
         let unit_bits = backing.map(|layer| layer.geometry.cluster_bits()).min();
-        unit_bits.map(|bits| Self::new(bits, layers[0].size()))
+        unit_bits.map(|bits| Self::new(bits, layers[0].size(), most))
     }
 
-    fn new(unit_bits: u32, size: u64) -> Self {
+    /// At most `most` entries, a power of two.
+    fn new(unit_bits: u32, size: u64, most: u64) -> Self {
         let units = size.max(1).div_ceil(1 << unit_bits);
-        let entries = to_usize(units.min(limits::SKIPS_MAX));
+        let entries = to_usize(units.min(most));
+        let chunks = entries.div_ceil(CHUNK).next_power_of_two();
         Self {
             unit_bits,
-            // A power of two: the place is the low bits of the number.
-            chunks: (0..entries.div_ceil(CHUNK).next_power_of_two())
-                .map(|_| OnceLock::new())
-                .collect(),
+            place_bits: (chunks * CHUNK).min(to_usize(most)).trailing_zeros(),
+            chunks: (0..chunks).map(|_| OnceLock::new()).collect(),
         }
     }
 
@@ -50,8 +52,7 @@ impl Skips {
     }
 
     fn place(&self, offset: u64) -> (usize, u64) {
-        let unit = offset >> self.unit_bits;
-        let bits = (self.chunks.len() * CHUNK).trailing_zeros();
+        let (unit, bits) = (offset >> self.unit_bits, self.place_bits);
         (to_usize(unit & ((1 << bits) - 1)), (unit >> bits) + 1)
     }
 
@@ -74,20 +75,43 @@ impl Skips {
         let (place, tag) = self.place(offset);
         let chunk = self.chunks[place / CHUNK]
             .get_or_init(|| (0..CHUNK).map(|_| AtomicU64::new(0)).collect());
+        note(Way::SkipReplaced, || {
+            let old = chunk[place % CHUNK].load(Ordering::Relaxed);
+            old != 0 && old >> LAYER_BITS != tag
+        });
         chunk[place % CHUNK].store(tag << LAYER_BITS | layer as u64, Ordering::Relaxed);
     }
 }
 
 #[cfg(all(test, not(feature = "loom")))]
 mod tests {
+    use std::collections::BTreeSet;
+
     use super::*;
+    use crate::limits;
 
     /// What is remembered is of that part alone, also where two parts share a place.
     #[test]
     fn an_entry_is_believed_for_its_own_part_only() {
-        let skips = Skips::new(16, 1 << 50);
-        let around = limits::SKIPS_MAX << 16;
+        for most in [limits::SKIPS_MAX, 4] {
+            believed_for_its_own_part(most);
+        }
+    }
+
+    fn believed_for_its_own_part(most: u64) {
+        let skips = Skips::new(16, 1 << 50, most);
+        let around = most << 16;
         let parts = [0, 1 << 16, 4095 << 16, 4096 << 16, around - 1];
+        let places: BTreeSet<_> = parts.map(|at| at >> 16 & (most - 1)).into();
+        if places.len() < parts.len() {
+            // Only the youngest of a place is remembered.
+            for at in parts {
+                skips.learn(at, 7);
+                assert_eq!(skips.first(at), 7);
+                assert_eq!(skips.first(at ^ 1 << 40), 1);
+            }
+            return;
+        }
         for at in parts {
             assert_eq!(skips.first(at), 1);
             skips.learn(at, 7);
@@ -109,7 +133,7 @@ mod tests {
 
     #[test]
     fn parts_end_where_the_next_begins() {
-        let skips = Skips::new(9, 1 << 20);
+        let skips = Skips::new(9, 1 << 20, limits::SKIPS_MAX);
         assert_eq!(skips.end_of(0), 512);
         assert_eq!(skips.end_of(511), 512);
         assert_eq!(skips.end_of(512), 1024);
@@ -118,9 +142,9 @@ mod tests {
     /// A small disk needs no more than one chunk, and a large one no more than the bound.
     #[test]
     fn the_table_is_bounded() {
-        assert_eq!(Skips::new(16, 0).chunks.len(), 1);
-        assert_eq!(Skips::new(16, 1 << 30).chunks.len(), 4);
-        let most = to_usize(limits::SKIPS_MAX);
-        assert_eq!(Skips::new(9, 1 << 62).chunks.len() * CHUNK, most);
+        let chunks = |bits, size| Skips::new(bits, size, limits::SKIPS_MAX).chunks.len();
+        assert_eq!(chunks(16, 0), 1);
+        assert_eq!(chunks(16, 1 << 30), 4);
+        assert_eq!(chunks(9, 1 << 62) * CHUNK, to_usize(limits::SKIPS_MAX));
     }
 }

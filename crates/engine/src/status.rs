@@ -3,9 +3,10 @@
 use urus_format::L2Entry;
 
 use crate::error::Result;
-use crate::limits;
+use crate::planted::{self, Bug};
 use crate::request::Extent;
 use crate::resolve::LayerEntry;
+use crate::seen::{Way, note};
 use crate::shared::LayerKind;
 use crate::storage::Storage;
 use crate::worker::Worker;
@@ -18,10 +19,13 @@ impl<S: Storage> Worker<S> {
         while done < len {
             let extent = self.extent_at(offset + done, len - done).await?;
             done += extent.len;
-            let full = extents.len() == limits::STATUS_EXTENTS;
+            let full = extents.len() >= self.shared.options.sizes.status_extents;
             match extents.last_mut() {
                 Some(last) if continues(last, &extent) => last.len += extent.len,
-                _ if full => break,
+                _ if full => {
+                    note(Way::StatusFull, || true);
+                    break;
+                }
                 _ => extents.push(extent),
             }
         }
@@ -44,7 +48,9 @@ impl<S: Storage> Worker<S> {
             let size = layer.size();
             if offset >= size {
                 // Past the end of a backing file. As QEMU counts, the layer above has these zeroes, without saying so.
-                extent.depth = extent.depth.saturating_sub(1);
+                if !planted::is(Bug::StatusBelowTheEnd) {
+                    extent.depth = extent.depth.saturating_sub(1);
+                }
                 return Ok(extent);
             }
             extent.len = extent.len.min(size - offset);
@@ -83,6 +89,7 @@ impl<S: Storage> Worker<S> {
                 }
             };
             match entry {
+                L2Entry::Unallocated if planted::is(Bug::StatusHidesBacking) => {}
                 L2Entry::Unallocated => continue,
                 L2Entry::Zero => {}
                 L2Entry::ZeroAllocated { host, .. } => extent.host = Some(host.0 + within),

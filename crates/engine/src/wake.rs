@@ -3,8 +3,8 @@
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, VecDeque};
 use std::future::{Future, poll_fn};
-use std::pin::Pin;
-use std::task::{Poll, Waker};
+use std::pin::{Pin, pin};
+use std::task::{Context, Poll, Waker};
 
 use crate::sync::{Arc, Mutex};
 
@@ -165,33 +165,175 @@ impl<K: Ord + Copy> Drop for FlightGuard<'_, K> {
     }
 }
 
-/// Work of one task that runs side by side, each part with its own result.
-pub(crate) type Parts<'a, E> = Vec<Pin<Box<dyn Future<Output = Result<(), E>> + 'a>>>;
+type Part<'a, E> = Pin<Box<dyn Future<Output = Result<(), E>> + 'a>>;
 
-/// Runs futures side by side on one task; the first error, after all have ended.
-pub(crate) async fn join_all<E>(futures: Parts<'_, E>) -> Result<(), E> {
-    let mut running: Vec<Option<_>> = futures.into_iter().map(Some).collect();
-    let mut first_error = None;
-    poll_fn(move |cx| {
-        let mut pending = false;
-        for entry in &mut running {
-            if let Some(future) = entry {
-                match future.as_mut().poll(cx) {
-                    Poll::Ready(result) => {
-                        *entry = None;
-                        if let Err(error) = result {
-                            first_error.get_or_insert(error);
-                        }
-                    }
-                    Poll::Pending => pending = true,
-                }
+/// Parts of one task's work that run side by side, a bounded number at once: so what they hold is
+/// bounded, and a wake costs a look at these few, however many parts there are in all.
+///
+/// While parts are running, the task must not wait for anything else: a part that is not polled may
+/// hold what the task waits for. [`during`](Self::during) waits and polls them.
+pub(crate) struct Window<'a, E> {
+    running: Vec<Part<'a, E>>,
+    most: usize,
+    first_error: Option<E>,
+}
+
+impl<'a, E> Window<'a, E> {
+    /// At most `most` parts at once, one at least.
+    pub(crate) fn new(most: usize) -> Self {
+        Self {
+            running: Vec::new(),
+            most: most.max(1),
+            first_error: None,
+        }
+    }
+
+    /// Adds a part, as soon as there is room for it. It runs while the window is waited for.
+    pub(crate) async fn start(&mut self, part: impl Future<Output = Result<(), E>> + 'a) {
+        poll_fn(|cx| {
+            if self.running.len() >= self.most {
+                self.poll(cx);
             }
-        }
-        if pending {
-            Poll::Pending
+            if self.running.len() < self.most {
+                Poll::Ready(())
+            } else {
+                Poll::Pending
+            }
+        })
+        .await;
+        self.running.push(Box::pin(part));
+    }
+
+    /// Waits for something else while the parts go on.
+    pub(crate) async fn during<T>(&mut self, other: impl Future<Output = T>) -> T {
+        let mut other = pin!(other);
+        poll_fn(|cx| {
+            self.poll(cx);
+            other.as_mut().poll(cx)
+        })
+        .await
+    }
+
+    /// Waits until every part has ended; the first error.
+    pub(crate) async fn end(mut self) -> Result<(), E> {
+        poll_fn(move |cx| {
+            self.poll(cx);
+            if self.running.is_empty() {
+                Poll::Ready(self.first_error.take().map_or(Ok(()), Err))
+            } else {
+                Poll::Pending
+            }
+        })
+        .await
+    }
+
+    fn poll(&mut self, cx: &mut Context<'_>) {
+        let first_error = &mut self.first_error;
+        self.running
+            .retain_mut(|part| match part.as_mut().poll(cx) {
+                Poll::Pending => true,
+                Poll::Ready(result) => {
+                    if let Err(error) = result {
+                        first_error.get_or_insert(error);
+                    }
+                    false
+                }
+            });
+    }
+}
+
+#[cfg(all(test, not(feature = "loom")))]
+mod tests {
+    //! Guards against a window that starts more parts than it may, polls them more often than their
+    //! number allows, forgets an error, or leaves a part unpolled while its task waits.
+
+    use std::rc::Rc;
+    use std::task::Wake;
+
+    use super::*;
+
+    struct NoWake;
+
+    impl Wake for NoWake {
+        fn wake(self: std::sync::Arc<Self>) {}
+    }
+
+    /// Parts that end in order, one at each poll of the whole.
+    #[derive(Default)]
+    struct Parts {
+        polls: Cell<usize>,
+        running: Cell<usize>,
+        most: Cell<usize>,
+        ended: Cell<usize>,
+        /// As many as this may have ended.
+        allowed: Cell<usize>,
+    }
+
+    async fn part(parts: Rc<Parts>, number: usize) -> Result<(), usize> {
+        parts.running.set(parts.running.get() + 1);
+        parts.most.set(parts.most.get().max(parts.running.get()));
+        poll_fn(|_| {
+            parts.polls.set(parts.polls.get() + 1);
+            if number < parts.allowed.get() {
+                Poll::Ready(())
+            } else {
+                Poll::Pending
+            }
+        })
+        .await;
+        parts.running.set(parts.running.get() - 1);
+        parts.ended.set(parts.ended.get() + 1);
+        if number % 10 == 3 {
+            Err(number)
         } else {
-            Poll::Ready(first_error.take().map_or(Ok(()), Err))
+            Ok(())
         }
-    })
-    .await
+    }
+
+    fn run(parts: &Rc<Parts>, work: impl Future<Output = Result<(), usize>>) -> Result<(), usize> {
+        let waker = Waker::from(std::sync::Arc::new(NoWake));
+        let mut work = pin!(work);
+        loop {
+            if let Poll::Ready(result) = work.as_mut().poll(&mut Context::from_waker(&waker)) {
+                return result;
+            }
+            parts.allowed.set(parts.allowed.get() + 1);
+        }
+    }
+
+    #[test]
+    fn a_window_is_bounded_and_linear() {
+        let parts = Rc::new(Parts::default());
+        let result = run(&parts, async {
+            let mut window = Window::new(8);
+            for number in 0..5000 {
+                window.start(part(Rc::clone(&parts), number)).await;
+            }
+            window.end().await
+        });
+        assert_eq!(result, Err(3), "the first error, after all have ended");
+        assert_eq!((parts.ended.get(), parts.most.get()), (5000, 8));
+        assert!(parts.polls.get() <= 5000 * 2 * 9, "{}", parts.polls.get());
+    }
+
+    /// A task that waits for what a part of its own holds gets it.
+    #[test]
+    fn parts_go_on_while_their_task_waits() {
+        let parts = Rc::new(Parts::default());
+        let result = run(&parts, async {
+            let mut window = Window::new(2);
+            window.start(part(Rc::clone(&parts), 0)).await;
+            window
+                .during(poll_fn(|_| {
+                    if parts.ended.get() == 1 {
+                        Poll::Ready(())
+                    } else {
+                        Poll::Pending
+                    }
+                }))
+                .await;
+            window.end().await
+        });
+        assert_eq!((result, parts.ended.get()), (Ok(()), 1));
+    }
 }

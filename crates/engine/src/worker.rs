@@ -13,7 +13,9 @@ use crate::frames::{Install, NoCleanFrame};
 use crate::hit::Direct;
 use crate::limits;
 use crate::map::SliceId;
+use crate::planted::{self, Bug};
 use crate::reactor::Reactor;
+use crate::seen::{Way, note};
 use crate::shared::{Owner, Run, Shared};
 use crate::storage::{FileId, IMAGE, Memory, OpKind, Storage};
 use crate::sync::{Arc, Ordering};
@@ -198,7 +200,11 @@ impl<S: Storage> Worker<S> {
 
     /// Whether a read that stopped here has met the end of the file inside a sector or block.
     pub(crate) fn ends_file(&self, file: FileId, end: u64) -> bool {
-        !end.is_multiple_of(self.resume_unit(file)) && self.is_past_end(file, end)
+        let ends = !end.is_multiple_of(self.resume_unit(file)) && self.is_past_end(file, end);
+        note(Way::OddEnd, || {
+            ends && !end.is_multiple_of(limits::SECTOR_BYTES)
+        });
+        ends
     }
 
     /// The part of a short read or write at `offset` after which one can go on.
@@ -389,6 +395,7 @@ impl<S: Storage> Worker<S> {
         let layer = &self.shared.layers[layer];
         let map = &layer.qcow2().expect("only qcow2 layers have slices").map;
         let place = offset + map.offset_in_table(slice);
+        note(Way::LaterSliceRead, || map.is_later_slice(slice));
         let bytes = self
             .read_bytes(layer.file, place, map.slice_bytes())
             .await?;
@@ -495,8 +502,9 @@ impl<S: Storage> Worker<S> {
                 .shared
                 .geometry()
                 .map_or(1, |geometry| geometry.cluster_bytes());
-            let want = (limits::RUN_BYTES / cluster_bytes)
-                .clamp(1, limits::RUN_CLUSTERS)
+            let sizes = &self.shared.options.sizes;
+            let want = (sizes.run_bytes / cluster_bytes)
+                .clamp(1, sizes.run_clusters)
                 .max(count);
             let result = self
                 .shared
@@ -554,13 +562,18 @@ impl<S: Storage> Worker<S> {
         runs
     }
 
-    /// fdatasync of the image.
+    /// fdatasync of the image. One that fails poisons the device, whoever asked for it (O11, O17): a repair and the opening after a pause too.
     pub(crate) async fn barrier(&self) -> Result<()> {
         Shared::count(&self.shared.stats.barriers, 1);
         // A failed sync is not tried again: what it covered is unknown (ordering.md, assumptions).
         match self.reactor.run(IMAGE, OpKind::SyncData).await {
             Ok(_) => Ok(()),
-            Err(error) => Err(self.io_error("fdatasync", IMAGE, 0, 0, &error)),
+            Err(error) => {
+                if !planted::is(Bug::NoPoison) {
+                    self.shared.poisoned.store(true, Ordering::SeqCst);
+                }
+                Err(self.io_error("fdatasync", IMAGE, 0, 0, &error))
+            }
         }
     }
 }

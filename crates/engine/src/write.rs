@@ -3,17 +3,15 @@
 use urus_format::{ClusterIndex, GuestCluster, GuestOffset, HostOffset, L2Entry};
 
 use crate::change::Outcome;
-use crate::error::{Error, Result};
-use crate::limits;
+use crate::error::Result;
 use crate::planted::{self, Bug};
 use crate::resolve::LayerEntry;
+use crate::seen::{Way, note};
 use crate::shared::{LayerKind, Run, Shared};
 use crate::storage::{FileId, IMAGE, Memory, OpKind, Storage};
 use crate::to_usize;
-use crate::wake::{Parts, join_all};
+use crate::wake::Window;
 use crate::worker::{Worker, copy};
-
-type Running<'a> = Parts<'a, Error>;
 
 /// log2 of the range that one write lock covers on a raw image.
 const RAW_LOCK_BITS: u32 = 16;
@@ -49,7 +47,7 @@ impl<S: Storage> Worker<S> {
     async fn write_mapped(&self, offset: u64, memory: S::Memory) -> Result<()> {
         let geometry = self.image().geometry;
         let total = memory.len() as u64;
-        let mut running: Running<'_> = Vec::new();
+        let mut running = Window::new(self.shared.options.sizes.parts_at_once);
         let mut done = 0;
         let mut failed = None;
         while done < total {
@@ -61,7 +59,7 @@ impl<S: Storage> Worker<S> {
                     break;
                 }
                 LayerEntry::Miss(slice) => {
-                    if let Err(error) = self.load(0, slice).await {
+                    if let Err(error) = running.during(self.load(0, slice)).await {
                         failed = Some(error);
                         break;
                     }
@@ -69,23 +67,21 @@ impl<S: Storage> Worker<S> {
                 LayerEntry::Entry(L2Entry::Data { host, copied }) if writable_in_place(copied) => {
                     let part = memory.slice(to_usize(done), to_usize(in_cluster));
                     let host = host.0 + geometry.in_cluster(at);
-                    running.push(Box::pin(self.write_locked_in_place(
-                        geometry.cluster_bits(),
-                        at,
-                        host,
-                        part,
-                    )));
+                    let bits = geometry.cluster_bits();
+                    running
+                        .start(self.write_locked_in_place(bits, at, host, part))
+                        .await;
                     done += in_cluster;
                 }
                 LayerEntry::Entry(_) => {
                     let len = self.changing_bytes(at, total - done);
                     let part = memory.slice(to_usize(done), to_usize(len));
-                    running.push(Box::pin(self.write_changing(at, part)));
+                    running.start(self.write_changing(at, part)).await;
                     done += len;
                 }
             }
         }
-        let result = join_all(running).await;
+        let result = running.end().await;
         failed.map_or(result, Err)
     }
 
@@ -93,7 +89,8 @@ impl<S: Storage> Worker<S> {
     fn changing_bytes(&self, at: u64, len: u64) -> u64 {
         let geometry = self.image().geometry;
         let mut bytes = (geometry.cluster_bytes() - geometry.in_cluster(at)).min(len);
-        let limit = len.min(limits::WRITE_STEP_CLUSTERS << geometry.cluster_bits());
+        let most = self.shared.options.sizes.write_step_clusters;
+        let limit = len.min(most << geometry.cluster_bits());
         while bytes < limit {
             match self.layer_entry(0, at + bytes) {
                 LayerEntry::Entry(L2Entry::Data { copied, .. }) if writable_in_place(copied) => {
@@ -103,6 +100,7 @@ impl<S: Storage> Worker<S> {
                 LayerEntry::Miss(_) | LayerEntry::Bad(_) => break,
             }
         }
+        note(Way::WriteStep, || bytes == limit && limit < len);
         bytes
     }
 
@@ -218,6 +216,11 @@ impl<S: Storage> Worker<S> {
         let geometry = self.image().geometry;
         let want = self.fresh_clusters(at, memory.len() as u64).await?;
         let run = self.take_clusters(want).await?;
+        note(Way::ShortRun, || run.count < want);
+        note(Way::PartialCluster, || {
+            at + memory.len() as u64 == self.shared.size()
+                && geometry.in_cluster(self.shared.size()) != 0
+        });
         let start = geometry.in_cluster(at);
         let bytes = ((run.count << geometry.cluster_bits()) - start).min(memory.len() as u64);
         let memory = memory.slice(0, to_usize(bytes));
@@ -351,6 +354,7 @@ impl<S: Storage> Worker<S> {
                 return Err(error);
             }
             done += part.count;
+            note(Way::PublishedAcrossSlices, || done < run.count);
         }
         Ok(())
     }
@@ -367,7 +371,7 @@ impl<S: Storage> Worker<S> {
         let align = u64::from(properties.alignment);
         let data_end = data_host + memory.len() as u64;
         let apart = |bytes: u64| {
-            bytes >= limits::ZERO_RANGE_FROM_BYTES
+            bytes >= self.shared.options.sizes.zero_range_from_bytes
                 && properties.can_zero_range
                 && data_host.is_multiple_of(align)
                 && data_end.is_multiple_of(align)
@@ -379,11 +383,13 @@ impl<S: Storage> Worker<S> {
         };
         let mut first = data_host;
         let mut parts = Vec::with_capacity(3);
-        let mut running: Running<'_> = Vec::new();
+        let mut running = Window::new(self.shared.options.sizes.parts_at_once);
         match head {
             Filler::None | Filler::Zero(0) => {}
             Filler::Zero(bytes) if apart(bytes) => {
-                running.push(Box::pin(self.zero_range(data_host - bytes, bytes)))
+                running
+                    .start(self.zero_range(data_host - bytes, bytes))
+                    .await;
             }
             Filler::Zero(bytes) => {
                 first = data_host - bytes;
@@ -398,7 +404,7 @@ impl<S: Storage> Worker<S> {
         match tail {
             Filler::None | Filler::Zero(0) => {}
             Filler::Zero(bytes) if apart(bytes) => {
-                running.push(Box::pin(self.zero_range(data_end, bytes)))
+                running.start(self.zero_range(data_end, bytes)).await;
             }
             Filler::Zero(bytes) => parts.push(self.reactor.allocate(bytes)),
             Filler::Bytes(bytes) => parts.push(bytes),
@@ -408,11 +414,12 @@ impl<S: Storage> Worker<S> {
         } else {
             S::Memory::chain(parts)
         };
-        running.push(Box::pin(self.write_widened(IMAGE, first, all)));
-        join_all(running).await
+        running.start(self.write_widened(IMAGE, first, all)).await;
+        running.end().await
     }
 
     async fn zero_range(&self, offset: u64, len: u64) -> Result<()> {
+        note(Way::ZeroRange, || true);
         self.simple("zero range", IMAGE, offset, len, || OpKind::ZeroRange {
             offset,
             len,

@@ -17,10 +17,6 @@ pub enum EntryError {
     ReservedBits(u64),
     /// The offset is no multiple of the cluster size.
     Unaligned(u64),
-    /// The zero flag where the version does not know it.
-    ZeroFlag(u64),
-    /// COPIED without an offset, which only an external data file gives a meaning.
-    NoOffset(u64),
 }
 
 impl std::fmt::Display for EntryError {
@@ -28,8 +24,6 @@ impl std::fmt::Display for EntryError {
         match self {
             Self::ReservedBits(raw) => write!(f, "reserved bits set in entry {raw:#018x}"),
             Self::Unaligned(raw) => write!(f, "offset of entry {raw:#018x} is not cluster-aligned"),
-            Self::ZeroFlag(raw) => write!(f, "zero flag in entry {raw:#018x} of a version 2 image"),
-            Self::NoOffset(raw) => write!(f, "entry {raw:#018x} has flags but no offset"),
         }
     }
 }
@@ -46,21 +40,18 @@ pub struct L1Entry {
 }
 
 impl L1Entry {
-    /// Decodes an entry; `None` where no L2 table is allocated.
+    /// Decodes an entry; `None` where no L2 table is allocated. COPIED says nothing of a table that is not there.
     ///
     /// # Errors
     /// Reserved bits, an unaligned offset.
     pub fn decode(raw: u64, geometry: &Geometry) -> Result<Option<Self>, EntryError> {
-        if raw == 0 {
+        if raw & !COPIED == 0 {
             return Ok(None);
         }
         if raw & L1_RESERVED != 0 {
             return Err(EntryError::ReservedBits(raw));
         }
         let table = raw & OFFSET_MASK;
-        if table == 0 {
-            return Err(EntryError::NoOffset(raw));
-        }
         if geometry.in_cluster(table) != 0 {
             return Err(EntryError::Unaligned(raw));
         }
@@ -142,8 +133,12 @@ pub enum L2Entry {
 impl L2Entry {
     /// Decodes a standard (8-byte) entry.
     ///
+    /// COPIED without an offset says nothing: the cluster is not allocated, as QEMU has it. The zero flag, which
+    /// version 2 does not define, means zeroes there too: the one thing that its writer can have meant, and it
+    /// never shows what a host cluster holds.
+    ///
     /// # Errors
-    /// Reserved bits, an unaligned offset, a flag that the version does not know.
+    /// Reserved bits, an unaligned offset.
     pub fn decode(raw: L2Raw, geometry: &Geometry) -> Result<Self, EntryError> {
         let raw = raw.entry;
         if raw & COMPRESSED != 0 {
@@ -161,16 +156,12 @@ impl L2Entry {
             return Err(EntryError::ReservedBits(raw));
         }
         let zero = raw & ZERO != 0;
-        if zero && !geometry.has_zero_flag() {
-            return Err(EntryError::ZeroFlag(raw));
-        }
         let host = HostOffset(raw & OFFSET_MASK);
         if geometry.in_cluster(host.0) != 0 {
             return Err(EntryError::Unaligned(raw));
         }
         let copied = raw & COPIED != 0;
         match (zero, host.0) {
-            (false, 0) if copied => Err(EntryError::NoOffset(raw)),
             (false, 0) => Ok(Self::Unallocated),
             (true, 0) => Ok(Self::Zero),
             (false, _) => Ok(Self::Data { host, copied }),

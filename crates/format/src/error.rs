@@ -55,6 +55,15 @@ pub enum Error {
         /// Bytes of a cluster.
         cluster_bytes: u64,
     },
+    /// A field of the header on disk is not what it was when the image was opened.
+    #[error(
+        "{field} in the header is not what it was when the image was opened: another program has written it; \
+         close the image in one of the two and open it again"
+    )]
+    HeaderChanged {
+        /// The field's name in the specification.
+        field: &'static str,
+    },
     /// Compressed data that does not decode to exactly one cluster.
     #[error("compressed cluster ({codec}): {reason} after {have_bytes} of {need_bytes} bytes")]
     Compressed {

@@ -23,7 +23,7 @@ pub use entry::{CompressedExtent, EntryError, L1Entry, L2Entry, L2Raw};
 pub use error::Error;
 pub use geometry::{Geometry, MAX_CLUSTER_BITS, MIN_CLUSTER_BITS};
 pub use header::{
-    BackingName, BitmapsExtension, Compression, FeatureKind, FeatureName, Header, autoclear,
-    compatible, incompatible,
+    BackingName, BitmapsExtension, Compression, FaultKind, FeatureKind, FeatureName, Header,
+    HeaderChange, HeaderFault, autoclear, compatible, incompatible,
 };
 pub use offset::{ClusterIndex, GuestCluster, GuestOffset, HostOffset};

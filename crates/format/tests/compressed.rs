@@ -138,6 +138,66 @@ fn zstd_windows_are_bounded() {
     assert!(decode(Compression::Zstd, &frame, &mut [0; 512]).is_err());
 }
 
+/// `zstd --long=27` and `--ultra -22` on a pipe: a window of 128 MiB, and no size. QEMU reads such clusters.
+#[test]
+fn zstd_windows_wider_than_a_cluster_are_read() {
+    use std::io::Write as _;
+    for bits in [9, 16, 21] {
+        for window_log in [23, 24, 27] {
+            let cluster = text(1 << bits);
+            let mut encoder = zstd::stream::write::Encoder::new(Vec::new(), 3).unwrap();
+            encoder.window_log(window_log).unwrap();
+            encoder.long_distance_matching(true).unwrap();
+            encoder.write_all(&cluster).unwrap();
+            let mut stream = encoder.finish().unwrap();
+            // The window that the frame asks for: 2 to the power of 10 and these five bits.
+            assert_eq!(u32::from(stream[5] >> 3) + 10, window_log);
+            stream.resize(stream.len().next_multiple_of(512), 0);
+            let mut out = vec![0xee; cluster.len()];
+            decode(Compression::Zstd, &stream, &mut out).unwrap();
+            assert!(out == cluster, "{bits} {window_log}");
+        }
+    }
+}
+
+/// Several frames are one stream, skippable ones among them, as `pzstd` writes it.
+#[test]
+fn zstd_frames_follow_one_another() {
+    let cluster = text(65536);
+    let skippable = [0x50, 0x2a, 0x4d, 0x18, 3, 0, 0, 0, 1, 2, 3];
+    let frame = |part: &[u8]| zstd::stream::encode_all(part, 3).unwrap();
+    let parts = [
+        &skippable[..],
+        &frame(&cluster[..100]),
+        &frame(&[]),
+        &skippable,
+        &frame(&cluster[100..]),
+    ];
+    let mut stream = parts.concat();
+    stream.resize(stream.len().next_multiple_of(512), 0);
+    let mut out = vec![0; cluster.len()];
+    decode(Compression::Zstd, &stream, &mut out).unwrap();
+    assert!(out == cluster);
+    // No frame refers to what another one gave.
+    let first = zstd::stream::encode_all(&cluster[..32768], 3).unwrap();
+    let again = zstd::stream::encode_all(&cluster[..32768], 3).unwrap();
+    let mut out = vec![0; cluster.len()];
+    decode(Compression::Zstd, &[first, again].concat(), &mut out).unwrap();
+    assert!(out[..32768] == cluster[..32768] && out[32768..] == cluster[..32768]);
+}
+
+/// Frames without content cost time and no memory; the stream's length bounds them.
+#[test]
+fn endless_empty_frames_end() {
+    let empty = zstd::stream::encode_all(&[][..], 3).unwrap();
+    let stream = empty.repeat((4 << 20) / empty.len());
+    let fault = decode(Compression::Zstd, &stream, &mut vec![0; 2 << 20]).unwrap_err();
+    assert!(
+        matches!(fault, Error::Compressed { have_bytes: 0, .. }),
+        "{fault}"
+    );
+}
+
 /// A frame streamed without its size known, as writers other than QEMU may.
 #[test]
 fn zstd_streams_without_a_size_are_read() {

@@ -32,6 +32,9 @@ pub struct Base {
 
 /// Numbers of bases that an input can give; those that are free yet stand for the first ones.
 const NUMBERS: usize = 64;
+/// Configurations of the simulator that are bases: the first ones. What it has got since would move the numbers of those
+/// behind them, and there are no more numbers.
+const CONFIGURATIONS: usize = 61;
 
 thread_local! {
     static BASES: OnceCell<Vec<Rc<Base>>> = const { OnceCell::new() };
@@ -61,6 +64,7 @@ fn build() -> Vec<Rc<Base>> {
     let mut bases: Vec<Base> = config::all()
         .iter()
         .filter(|config| !config.raw && !matches!(config.backing, Backing::Chain(..)))
+        .take(CONFIGURATIONS)
         .map(of_config)
         .collect();
     bases.push(large_clusters());

@@ -217,7 +217,8 @@ fn hides(violation: &Violation) -> bool {
 
 /// Violations that no check may pass over. The simulator's checker is stricter: no writer shows one host cluster at two
 /// places of the guest, nor an L2 table at different places of the active table and a snapshot's, yet the format allows both
-/// (whoever writes there copies first); and it does not read tables that the end of the file cuts off, while urus, as QEMU does,
+/// (whoever writes there copies first); nor does any writer set flags in L2 entries where they say nothing, which harm nobody;
+/// and it does not read tables that the end of the file cuts off, while urus, as QEMU does,
 /// takes the rest for zeroes.
 fn serious(report: &Report) -> Vec<&Violation> {
     if report.violations.iter().any(is_unread) {
@@ -232,9 +233,16 @@ fn serious(report: &Report) -> Vec<&Violation> {
         owners.iter().all(|owner| !owner.is_metadata())
             || only_tables && owners.iter().filter(active).count() < 2
     };
+    let idle_flags = |violation: &&Violation| {
+        let Violation::BadEntry { owner, why, .. } = violation else {
+            return false;
+        };
+        let flags = ["flags without an offset", "the zero flag in version 2"];
+        matches!(owner, Owner::Data(..)) && flags.contains(why)
+    };
     report
         .violations
         .iter()
-        .filter(|violation| !shared(violation))
+        .filter(|violation| !shared(violation) && !idle_flags(violation))
         .collect()
 }

@@ -2,8 +2,8 @@
 
 use urus_format::snapshot::TableBytes;
 use urus_format::{
-    Compression, Error, Geometry, Header, L1Entry, L2Entry, L2Raw, bitmap, compressed, names,
-    refcount, snapshot,
+    Compression, Error, Geometry, Header, HeaderChange, L1Entry, L2Entry, L2Raw, bitmap,
+    compressed, names, refcount, snapshot,
 };
 
 use crate::Verdict;
@@ -46,7 +46,19 @@ pub fn header(data: &[u8]) -> Verdict {
         }
         bytes
     };
-    let Ok(parsed) = Header::parse(&bytes, file_bytes) else {
+    // What is only shown has no more than what is used, and no less.
+    let strict = Header::parse(&bytes, file_bytes);
+    match Header::parse_leniently(&bytes, file_bytes) {
+        Err(error) => require!(
+            strict == Err(error),
+            "lenient and strict differ: {strict:?}"
+        ),
+        Ok((header, faults)) => match faults.into_iter().next() {
+            None => require!(strict.as_ref() == Ok(&header), "two headers: {strict:?}"),
+            Some(fault) => require!(strict == Err(fault.error), "a fault lost: {strict:?}"),
+        },
+    }
+    let Ok(parsed) = strict else {
         return Ok(());
     };
     let _ = (parsed.check_supported(false), parsed.check_supported(true));
@@ -71,11 +83,39 @@ pub fn header(data: &[u8]) -> Verdict {
                 again.encode().as_ref() == Ok(&encoded),
                 "encoding twice gives two results"
             );
+            changed(&parsed, &bytes, file_bytes)?;
         }
         // Written by somebody who packed it more tightly.
         Err(Error::NoSpace { .. }) => {}
         Err(error) => return Err(format!("a parsed header does not encode: {error}")),
     }
+    Ok(())
+}
+
+/// A change of a header on disk: the same header but for the fields that change, and the same bytes but for theirs (O28).
+fn changed(header: &Header, bytes: &[u8], file_bytes: u64) -> Verdict {
+    let mut after = bytes.to_vec();
+    let sector = after.len().min(HeaderChange::SECTOR_BYTES);
+    let size = header.size - header.size % 7;
+    let changes = [HeaderChange::Size(size)];
+    let patched = header
+        .patch(&changes, &mut after[..sector])
+        .map_err(|error| format!("a smaller size is refused: {error}"))?;
+    let again = Header::parse(&after, file_bytes)
+        .map_err(|error| format!("a changed header does not parse: {error}"))?;
+    require!(
+        again == patched,
+        "another header: {patched:?}, then {again:?}"
+    );
+    require!(
+        Header {
+            size,
+            ..header.clone()
+        } == patched,
+        "more than the size has changed"
+    );
+    after[24..32].copy_from_slice(&bytes[24..32]);
+    require!(after == bytes, "bytes beside the size have changed");
     Ok(())
 }
 
@@ -116,7 +156,10 @@ pub fn tables(data: &[u8]) -> Verdict {
                 subclusters: 0,
             };
             if let Ok(decoded) = L2Entry::decode(entry, &geometry) {
-                let flagless = matches!(decoded, L2Entry::Compressed(_) | L2Entry::Zero);
+                let flagless = matches!(
+                    decoded,
+                    L2Entry::Compressed(_) | L2Entry::Zero | L2Entry::Unallocated
+                );
                 let mask = if flagless { !(1 << 63) } else { u64::MAX };
                 let encoded = decoded.encode(&geometry);
                 require!(

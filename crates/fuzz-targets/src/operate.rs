@@ -731,7 +731,7 @@ impl Run {
             eprintln!("resize to {size:#x}: {resized}");
         }
         if resized {
-            self.size = size & !511;
+            self.size = size.next_multiple_of(512);
             match usize::try_from(self.size) {
                 Ok(size) if size <= 8 << 20 => {
                     if let Some(disk) = &mut self.disk {

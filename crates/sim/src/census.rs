@@ -88,6 +88,15 @@ impl Touch {
         (self.does, self.place(owners), self.handle == 0)
     }
 
+    /// A write of the header that fails, and is not tried again.
+    pub(crate) fn fails_header(&self) -> bool {
+        let transient = |action| matches!(action, Action::Eintr | Action::Eagain);
+        self.file == IMAGE
+            && self.offset == 0
+            && matches!(self.does, Does::Write | Does::DurableWrite)
+            && self.action.is_some_and(|action| !transient(action))
+    }
+
     fn place(&self, owners: &Owners) -> Place {
         match self.does {
             _ if self.file != IMAGE => Place::Behind,
@@ -181,14 +190,15 @@ mod tests {
         let owners = Owners::default();
         census.take(&[touch(Does::Sync, Some(Action::Eio))], &owners);
         census.take(&[touch(Does::Read, None)], &owners);
-        // A sync has three errors, a read six.
-        assert_eq!(census.missed().len(), 2 + 6);
-        assert!(census.to_string().starts_with("injected: 1 of 9 kinds"));
+        // A sync has four errors, a read six.
+        assert_eq!(census.missed().len(), 3 + 6);
+        assert!(census.to_string().starts_with("injected: 1 of 10 kinds"));
         let mut other = Census::default();
         other.take(
             &[
                 touch(Does::Sync, Some(Action::Eintr)),
                 touch(Does::Sync, Some(Action::Eagain)),
+                touch(Does::Sync, Some(Action::Eopnotsupp)),
             ],
             &owners,
         );

@@ -307,6 +307,14 @@ impl Contents {
         self.resize(new);
     }
 
+    /// Makes a block device longer. What is added reads as anything but zeroes.
+    pub fn lengthen(&mut self, len: u64) {
+        assert!(self.fixed && len >= self.len(), "a device, and longer");
+        let old = self.bytes.len();
+        self.resize(index(len));
+        self.replace(old, index(len) - old, |bytes| bytes.fill(0xa5));
+    }
+
     /// What is cut off is zero already, as what is added.
     fn resize(&mut self, len: usize) {
         Rc::make_mut(&mut self.bytes).resize(len, 0);

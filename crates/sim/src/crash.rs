@@ -318,6 +318,11 @@ impl CrashCursor {
                 }
             }
             Event::Seen { op } => drop(self.seen.insert(*op)),
+            Event::Replaced { file, contents } => {
+                self.files[usize::from(file.0)] = contents.clone();
+                self.applied.retain(|pending| pending.file != *file);
+                self.in_flight.retain(|pending| pending.file != *file);
+            }
         }
     }
 

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use crate::census::{Does, Kind, Place};
 use crate::config::Config;
 use crate::contents::index;
+use crate::crash::Class;
 use crate::fault::{ACTIONS, Action, Fault, Trigger};
 use crate::rng::Rng;
 use crate::runner::{Effort, Outcome, run_with};
@@ -22,7 +23,18 @@ pub enum Injection {
     Sync(u64, Action),
     /// At one question for a file's length.
     Length(u64),
+    /// At so many operations in a row, from one on: what makes a failure good may fail, too.
+    Row(u64, u64, Action),
 }
+
+/// Of a [`Injection::Row`].
+const ROW: u64 = 4;
+
+/// What can happen to operations of almost every kind.
+const COMMON: [Action; 7] = {
+    let [common @ .., _] = ACTIONS;
+    common
+};
 
 /// Opening asks for lengths, and so does every read that ends inside a sector: so many of the first questions fail in turn.
 const LENGTHS: u64 = 24;
@@ -37,6 +49,7 @@ impl Injection {
             Self::Every(first, of, action) => (Trigger::Every(first, of), action),
             Self::Sync(sync, action) => (Trigger::Sync(sync), action),
             Self::Length(question) => (Trigger::Length(question), Action::Eio),
+            Self::Row(op, count, action) => (Trigger::Ops(op, op + count), action),
         };
         Fault { trigger, action }
     }
@@ -44,7 +57,15 @@ impl Injection {
     /// Drawn by lot, for a workload of so many operations and fdatasyncs.
     #[must_use]
     pub fn random(rng: &mut Rng, ops: u64, syncs: u64) -> Self {
-        let action = ACTIONS[rng.index(ACTIONS.len())];
+        let mut lot = rng.fork(ops);
+        let op = lot.below(ops + 1);
+        match lot.index(24) {
+            0 => return Self::From(op, Action::Eopnotsupp),
+            1 | 2 => return Self::Once(op, Action::Eopnotsupp),
+            3 => return Self::Row(op, ROW, Action::Eio),
+            _ => {}
+        }
+        let action = COMMON[rng.index(COMMON.len())];
         match rng.index(8) {
             0 => Self::From(rng.below(ops + 1), Action::Enospc),
             1 | 2 => Self::Sync(rng.below(syncs + 1), Action::Eio),
@@ -58,7 +79,7 @@ impl Injection {
     pub fn every(ops: u64, syncs: u64) -> Vec<Self> {
         let mut all = Vec::new();
         for op in 0..ops {
-            all.extend(ACTIONS.map(|action| Self::Once(op, action)));
+            all.extend(COMMON.map(|action| Self::Once(op, action)));
             all.extend([Action::Enospc, Action::Eio].map(|action| Self::From(op, action)));
         }
         for action in [Action::Eio, Action::Enospc] {
@@ -99,18 +120,41 @@ pub fn measure(config: &Config, seed: u64, effort: &Effort) -> Result<Measured, 
 /// Errors that are alike.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Sort {
-    Once(Kind, bool),
+    Once(Kind, Hardness),
     From(Action),
     Every,
     Sync,
-    Length,
+    /// The first ones are asked while it opens.
+    Length(u64),
+    Row(Kind),
+}
+
+/// What an operation makes of an error.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Hardness {
+    TriedAgain,
+    Fails,
+    TriedOtherwise,
 }
 
 impl Measured {
-    /// Every error of this workload.
+    /// Every error of this workload: those of any workload; then EOPNOTSUPP, once and from then on, where that can be; and errors in a row
+    /// where metadata is read or written.
     #[must_use]
     pub fn every(&self) -> Vec<Injection> {
-        Injection::every(self.ops, self.syncs)
+        let mut all = Injection::every(self.ops, self.syncs);
+        for (op, (does, place, _)) in (0..).zip(&self.kinds) {
+            if Action::Eopnotsupp.fits(does.class()) {
+                all.push(Injection::Once(op, Action::Eopnotsupp));
+                all.push(Injection::From(op, Action::Eopnotsupp));
+            }
+            let is_metadata =
+                matches!(place, Place::On(class) if !matches!(class, Class::Data | Class::Unknown));
+            if is_metadata && matches!(does, Does::Read | Does::Write | Does::DurableWrite) {
+                all.push(Injection::Row(op, ROW, Action::Eio));
+            }
+        }
+        all
     }
 
     /// The operations that do this, there.
@@ -152,12 +196,18 @@ impl Measured {
                 if !action.fits(kind.0.class()) {
                     return None;
                 }
-                Sort::Once(kind, action.is_hard())
+                let hardness = match action {
+                    Action::Eopnotsupp => Hardness::TriedOtherwise,
+                    _ if action.is_hard() => Hardness::Fails,
+                    _ => Hardness::TriedAgain,
+                };
+                Sort::Once(kind, hardness)
             }
             Injection::From(_, action) => Sort::From(action),
             Injection::Every(..) => Sort::Every,
             Injection::Sync(..) => Sort::Sync,
-            Injection::Length(_) => Sort::Length,
+            Injection::Length(question) => Sort::Length(question.min(8)),
+            Injection::Row(op, ..) => Sort::Row(*self.kinds.get(index(op))?),
         })
     }
 }

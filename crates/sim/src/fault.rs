@@ -52,12 +52,14 @@ pub enum Action {
     ShortByHalf,
     /// A read or write that does nothing and reports 0.
     ShortToZero,
+    /// It fails with EOPNOTSUPP: the file system cannot do it, and nothing is changed. A failed fdatasync makes nothing durable, ever.
+    Eopnotsupp,
 }
 
 impl Action {
     /// Whether it ends the operation, and is not tried again.
     pub(crate) fn is_hard(self) -> bool {
-        matches!(self, Self::Eio | Self::Enospc)
+        matches!(self, Self::Eio | Self::Enospc | Self::Eopnotsupp)
     }
 
     /// Whether it can happen to such an operation.
@@ -68,12 +70,13 @@ impl Action {
             Self::ShortBySector | Self::ShortByHalf | Self::ShortToZero => {
                 matches!(class, OpClass::Read | OpClass::Write)
             }
+            Self::Eopnotsupp => matches!(class, OpClass::Space | OpClass::Punch | OpClass::Sync),
         }
     }
 }
 
 /// All actions, for sweeps.
-pub const ACTIONS: [Action; 7] = [
+pub const ACTIONS: [Action; 8] = [
     Action::Eio,
     Action::Enospc,
     Action::Eintr,
@@ -81,6 +84,7 @@ pub const ACTIONS: [Action; 7] = [
     Action::ShortBySector,
     Action::ShortByHalf,
     Action::ShortToZero,
+    Action::Eopnotsupp,
 ];
 
 /// A planned error.

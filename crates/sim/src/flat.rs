@@ -1,10 +1,11 @@
 //! Against a flat array: any bytes, any alignment, and no cuts. All cluster sizes and refcount widths.
 
 use urus_engine::Control;
+use urus_engine::limits::Sizes;
 use urus_engine::request::RequestKind;
 use urus_engine::storage::FileId;
 
-use crate::config::{Backing, Config};
+use crate::config::{Backing, Config, TINY};
 use crate::contents::index;
 use crate::judge::Scene;
 use crate::machine::Machine;
@@ -12,7 +13,7 @@ use crate::memory::SimMemory;
 use crate::model::Model;
 use crate::rng::{Rng, mix};
 use crate::runner::{Outcome, guarded};
-use urus_format::Compression;
+use urus_format::{Compression, Header};
 
 /// Cluster sizes times refcount widths.
 pub const GEOMETRIES: u64 = 13 * 7;
@@ -61,6 +62,25 @@ pub fn config(number: u64, rng: &mut Rng) -> Config {
         _ => 1,
     };
     config.device = rng.chance(24);
+    if rng.chance(128) {
+        // Whatever a slice is, in whatever cluster.
+        let slice = |rng: &mut Rng| 1 << (6 + rng.below(7));
+        let unit = u64::from(config.alignment);
+        config.sizes = Sizes {
+            slice_bytes: slice(rng),
+            refcount_slice_bytes: slice(rng),
+            zero_buffer_bytes: unit.max(512) << rng.below(4),
+            ..TINY
+        };
+        config.refcount_slices = Some(1 + rng.index(6));
+        config.cache_bytes = 16 << 10;
+    }
+    if rng.chance(24) {
+        (config.raw, config.device, config.backing) = (true, false, Backing::None);
+    }
+    if config.raw || matches!(config.backing, Backing::Raw(_)) {
+        config.odd = [0, 24 + rng.index(512 - 24)][rng.index(2)];
+    }
     config
 }
 
@@ -111,11 +131,16 @@ fn attempt(
     let scene = Scene::new(config, &mut rng.fork(1));
     let mut files = scene.files().to_vec();
     let mut flat = Flat {
-        bytes: crate::image::bytes_of(&scene.fixture.initial),
+        bytes: if config.raw {
+            files[0].bytes().to_vec()
+        } else {
+            crate::image::bytes_of(&scene.fixture.initial)
+        },
         flights: Vec::new(),
         rng: rng.fork(2),
         requests: 0,
     };
+    let mut swaps = Rng::new(mix(rng.clone().next_u64()));
     for life in 0..3 {
         let driving = scene.driving(rng);
         let model = Model::zeroed(0);
@@ -123,6 +148,10 @@ fn attempt(
         flat.life(&mut machine, requests / 3)?;
         if life < 2 && !config.device && rng.chance(96) {
             flat.grow(&mut machine, config)?;
+            flat.life(&mut machine, requests / 9)?;
+        }
+        if !config.device && !config.snapshot && swaps.chance(96) {
+            flat.swap(&mut machine, &scene, u64::from(life) + 1, &mut swaps)?;
             flat.life(&mut machine, requests / 9)?;
         }
         machine.close()?;
@@ -324,6 +353,25 @@ impl Flat {
             }
         }
         Ok(())
+    }
+
+    /// Another process puts another image in the place of this one during a pause. Nothing is in flight.
+    fn swap(
+        &mut self,
+        machine: &mut Machine,
+        scene: &Scene,
+        number: u64,
+        rng: &mut Rng,
+    ) -> Result<(), String> {
+        machine.control(Control::Pause)?;
+        let sectors = self.bytes.len() as u64 / 512 + rng.below(2) * rng.below(300);
+        let built = scene.another(sectors, number, rng);
+        self.bytes = crate::image::bytes_of(&built.active);
+        let header = Header::parse(&built.bytes, built.bytes.len() as u64);
+        let header = header.map_err(|error| error.to_string())?;
+        machine.world.replace(FileId(0), built.bytes);
+        let resumed = machine.resume(Some(header))?;
+        resumed.then_some(()).ok_or_else(|| "not resumed".into())
     }
 
     fn grow(&mut self, machine: &mut Machine, config: &Config) -> Result<(), String> {

@@ -10,8 +10,9 @@ use urus_format::{
 };
 
 use crate::contents::index;
+use crate::foreign::{self, Foreign};
 use crate::rng::Rng;
-use crate::stamp::{Content, stamp};
+use crate::stamp::{Content, stamp, stamp_until};
 
 /// What to build.
 #[derive(Clone, Debug)]
@@ -28,6 +29,10 @@ pub struct Plan {
     pub far: Option<u64>,
     /// It is marked as not closed, and has an autoclear bit that nobody knows.
     pub left_open: bool,
+    /// Its refcounts are wrong: whoever wrote it meant to count again.
+    pub miscounted: bool,
+    /// Another program than QEMU laid out its header and its snapshot table.
+    pub foreign: Option<Foreign>,
     /// Stamps have versions from here on.
     pub first_version: u64,
     /// Guest sectors as the backing file shows them.
@@ -175,7 +180,10 @@ impl Builder<'_> {
             header.incompatible |= incompatible::DIRTY;
             header.autoclear |= 1 << 40;
         }
-        let bytes = header.encode().expect("a valid header");
+        let bytes = match self.plan.foreign {
+            None => header.encode().expect("a valid header"),
+            Some(foreign) => foreign::lay_out(&header, foreign),
+        };
         // Stale bytes behind the header would be taken for its extensions.
         self.put(0, &vec![0; index(self.cluster())]);
         self.put(0, &bytes);
@@ -351,7 +359,10 @@ impl Builder<'_> {
             icount: None,
             unknown_extra: Vec::new(),
         };
-        let table = encode_table(&[snapshot]).expect("one short snapshot");
+        let table = match self.plan.foreign {
+            None => encode_table(&[snapshot]).expect("one short snapshot"),
+            Some(_) => foreign::snapshot_table(&snapshot, self.cluster()),
+        };
         let bytes = table.len() as u64;
         let place = self.take(self.geometry.clusters_for(bytes));
         self.count(place, bytes, 1);
@@ -362,6 +373,21 @@ impl Builder<'_> {
         self.put(place.0, &table);
         header.snapshot_count = 1;
         header.snapshot_table = place;
+    }
+
+    /// Some clusters that are in use count as free, or for less than they are; some that nobody uses, or too few, count as used.
+    fn miscount(&mut self) {
+        let most = self.geometry.refcount_max();
+        for cluster in 1..self.next {
+            let counted = self.counts.get(&cluster).copied().unwrap_or(0);
+            let wrong = match self.rng.index(12) {
+                0 => 0,
+                1 => counted / 2,
+                2 => (counted + 1).min(most),
+                _ => continue,
+            };
+            self.counts.insert(cluster, wrong);
+        }
     }
 
     /// Refcounts come last and count themselves.
@@ -388,6 +414,9 @@ impl Builder<'_> {
         self.next = start + table_clusters + blocks.len() as u64;
         for cluster in start..self.next {
             self.counts.insert(cluster, 1);
+        }
+        if self.plan.miscounted {
+            self.miscount();
         }
         let cluster = self.cluster();
         let mut table = vec![0; index(table_clusters * cluster)];
@@ -422,8 +451,10 @@ pub fn backing_name(name: &str, format: &str) -> BackingName {
 pub fn bytes_of(contents: &[Content]) -> Vec<u8> {
     let mut bytes = vec![0; contents.len() * 512];
     for ((lba, content), sector) in (0..).zip(contents).zip(bytes.chunks_exact_mut(512)) {
-        if let Content::Version(version) = content {
-            stamp(sector, lba, *version);
+        match content {
+            Content::Version(version) => stamp(sector, lba, *version),
+            Content::Cut(version, end) => stamp_until(sector, lba, *version, usize::from(*end)),
+            Content::Zero | Content::Foreign => {}
         }
     }
     bytes
@@ -445,6 +476,8 @@ pub fn plan(size: u64, cluster_bits: u32, version: u32, refcount_order: u32) -> 
         snapshot: false,
         far: None,
         left_open: false,
+        miscounted: false,
+        foreign: None,
         first_version: 1,
         backing: None,
     }

@@ -59,6 +59,13 @@ pub enum Event {
         /// The operation.
         op: OpId,
     },
+    /// Another process replaced all bytes of a file, durably, while nothing of the engine was in flight.
+    Replaced {
+        /// Its file.
+        file: FileId,
+        /// What it holds now.
+        contents: Contents,
+    },
 }
 
 /// All events of a run, each with its moment.

@@ -1,18 +1,25 @@
 //! A device on a simulated machine: the engine's queues and its maintenance, polled by lot, and the guest's model
 //! beside them.
 
+use std::cell::OnceCell;
 use std::collections::BTreeMap;
+use std::ops::Range;
 
-use urus_engine::request::{Reply, Request, RequestKind};
+use urus_engine::request::{Extent, Reply, Request, RequestKind};
 use urus_engine::storage::{FileId, IMAGE};
 use urus_engine::sync::{Arc, Mutex};
-use urus_engine::{Control, ControlReply, Error, LayerSpec, Maintenance, Options, Queue, Shared};
+use urus_engine::{
+    Control, ControlReply, Error, LayerFormat, LayerSpec, Maintenance, Options, Queue, Shared,
+};
 use urus_format::Header;
 
+use crate::contents::{Contents, SECTOR, index};
+use crate::extents::{self, Chain};
+use crate::image::Built;
 use crate::memory::SimMemory;
 use crate::model::{GuestOp, Model};
-use crate::rng::Rng;
-use crate::stamp::stamped;
+use crate::rng::{Rng, mix};
+use crate::stamp::{Content, stamped};
 use crate::storage::SimStorage;
 use crate::workload::{Ask, Workload};
 use crate::world::SimWorld;
@@ -34,6 +41,16 @@ pub type Answer = (u64, Result<(), String>, Option<SimMemory>);
 struct Seat {
     queue: Queue<SimStorage>,
     handle: usize,
+}
+
+/// How the disk was stored at one moment at which all of its mapping was on disk and nothing was in flight.
+struct Base {
+    at: u64,
+    chain: Chain,
+    /// Made when it is asked for.
+    map: OnceCell<Vec<Extent>>,
+    /// The disk has grown since then, or was to.
+    has_grown: bool,
 }
 
 /// How a machine is driven.
@@ -61,6 +78,17 @@ pub struct Machine {
     pub failed: u64,
     /// Replies to [`submit_kind`](Self::submit_kind).
     pub replies: Vec<Answer>,
+    /// The image as it was opened, or as another process has put it there since.
+    pub opened: Contents,
+    /// Events of the log during which the image was opened, or read again.
+    pub openings: Vec<Range<usize>>,
+    /// Other disks that this one was before, each with the moment at which it ended.
+    past: Vec<(u64, Model)>,
+    base: Base,
+    layers: Vec<(FileId, bool)>,
+    cluster_sectors: u64,
+    /// What draws nothing from it goes on as it would.
+    lot: Rng,
     maintenance: Option<Maintenance<SimStorage>>,
     maintenance_handle: usize,
     seats: Vec<Seat>,
@@ -84,6 +112,12 @@ impl Machine {
         driving: Driving,
         rng: Rng,
     ) -> Result<Self, String> {
+        let is_raw = |layer: &LayerSpec| matches!(layer.format, LayerFormat::Raw);
+        let files: Vec<(FileId, bool)> = layers
+            .iter()
+            .map(|layer| (layer.file, is_raw(layer)))
+            .collect();
+        let began = world.log().events.len();
         let storage = world.handle();
         let maintenance_handle = storage.number();
         let mut maintenance = Maintenance::open(storage, layers, options)
@@ -99,11 +133,20 @@ impl Machine {
                 Seat { queue, handle }
             })
             .collect();
+        // Nothing but maintenance has touched the image, and what that did to its mapping (a repair) is on disk.
+        let geometry = maintenance.shared().geometry();
         let mut machine = Self {
             world: world.clone(),
             model,
             failed: 0,
             replies: Vec::new(),
+            opened: world.contents(IMAGE).clone(),
+            openings: std::iter::once(began..world.log().events.len()).collect(),
+            past: Vec::new(),
+            base: Base::now(world, &files),
+            layers: files,
+            cluster_sectors: geometry.map_or(1, |geometry| geometry.cluster_bytes() / SECTOR),
+            lot: Rng::new(mix(rng.clone().next_u64())),
             maintenance: Some(maintenance),
             maintenance_handle,
             seats,
@@ -148,7 +191,7 @@ impl Machine {
         let (kind, change) = match ask {
             Ask::Read { lba, count } => {
                 // What a read leaves untouched must show.
-                let memory = self.guest_memory(vec![0xa5; crate::contents::index(bytes(count))]);
+                let memory = self.guest_memory(vec![0xa5; index(bytes(count))]);
                 (
                     RequestKind::Read {
                         offset: bytes(lba),
@@ -197,11 +240,9 @@ impl Machine {
             }
             Ask::Flush => (RequestKind::Flush, Some(self.model.flush(issued))),
             Ask::Status { lba, count } => {
-                let kind = RequestKind::BlockStatus {
-                    offset: bytes(lba),
-                    len: bytes(count),
-                };
-                (kind, None)
+                let (offset, end) = asked_bytes(token, lba, count);
+                let len = end - offset;
+                (RequestKind::BlockStatus { offset, len }, None)
             }
         };
         let poisoned = self.is_poisoned();
@@ -322,21 +363,102 @@ impl Machine {
                         .map_err(|mismatch| format!("read: {mismatch} ({:?})", ask))?;
                 }
                 Ask::Status { lba, count } => {
-                    let mut at = lba * 512;
-                    for extent in &extents {
-                        if extent.start != at || extent.len == 0 {
-                            return Err(format!("block status: {extents:?} for {:?}", ask));
-                        }
-                        at += extent.len;
-                    }
-                    if at > (lba + count) * 512 || extents.is_empty() {
-                        return Err(format!("block status: {extents:?} for {:?}", ask));
-                    }
+                    let (start, end) = asked_bytes(token, lba, count);
+                    self.check_status(&extents, (start, end), open.issued, now)
+                        .map_err(|wrong| {
+                            let asked = format!("[{start:#x}, {end:#x})");
+                            format!("block status of {asked}: {wrong}: {extents:?}")
+                        })?;
                 }
                 _ => {}
             },
         }
         Ok(())
+    }
+
+    /// What a block status said, that was issued and completed at these moments: its form; that zero is said only of what may read so;
+    /// what the tables said of clusters that have not changed since; and that what was written has data in the image.
+    fn check_status(
+        &self,
+        extents: &[Extent],
+        (start, end): (u64, u64),
+        issued: u64,
+        completed: u64,
+    ) -> Result<(), String> {
+        extents::check_form(extents, start, end, self.layers.len())?;
+        for extent in extents.iter().filter(|extent| extent.zero) {
+            let last = extent.start + extent.len - 1;
+            for lba in extent.start / SECTOR..=last / SECTOR {
+                if !self.model.may_read(lba, Content::Zero, issued, completed) {
+                    return Err(format!("sector {lba} is said to be zero"));
+                }
+            }
+        }
+        let cluster = self.cluster_sectors;
+        let room = self.model.room();
+        let mut at = start;
+        while at < end {
+            let first = at / (cluster * SECTOR) * cluster;
+            let part_end = end.min((first + cluster) * SECTOR);
+            let found = extents::within(extents, at, part_end);
+            let lbas = first..(first + cluster).min(room);
+            let part = at..part_end;
+            at = part_end;
+            if self.model.is_written(lbas.clone(), self.base.at, issued) {
+                let is_data = |part: &Extent| part.data && part.depth == 0 && !part.compressed;
+                if !found.iter().all(is_data) {
+                    return Err(format!("cluster {} was written", first / cluster));
+                }
+            }
+            if !self.model.is_untouched(lbas, self.base.at) {
+                continue;
+            }
+            let map = self.base.map()?;
+            let mapped = map.last().map_or(0, |last| last.start + last.len);
+            // The last cluster may have been cleared behind the old end.
+            if (first + cluster) * SECTOR > mapped && self.base.has_grown {
+                continue;
+            }
+            let expected = extents::within(map, part.start, part.end);
+            if found != expected {
+                return Err(format!(
+                    "cluster {} is stored as {expected:?}",
+                    first / cluster
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    /// Flushes, so that the files say how the whole disk is stored, and asks for it from odd places. Now and then, by a lot of its own.
+    ///
+    /// # Errors
+    /// As [`drain`](Self::drain).
+    pub fn survey(&mut self) -> Result<(), String> {
+        if !self.lot.chance(85) {
+            return Ok(());
+        }
+        self.drain()?;
+        let failed = self.failed;
+        self.ask(Ask::Flush)?;
+        self.drain()?;
+        if self.failed != failed || self.is_poisoned() {
+            return Ok(());
+        }
+        self.base = Base::now(&self.world, &self.layers);
+        let sectors = self.model.sectors();
+        let mut lba = 0;
+        while lba < sectors {
+            let count = (1 + self.lot.below(self.cluster_sectors * 80)).min(sectors - lba);
+            self.ask(Ask::Status { lba, count })?;
+            lba += count;
+        }
+        for _ in 0..6 {
+            let lba = self.lot.below(sectors);
+            let count = 1 + self.lot.below(sectors - lba);
+            self.ask(Ask::Status { lba, count })?;
+        }
+        self.drain()
     }
 
     /// Lets one thing happen, drawn by lot. `false` when nothing can.
@@ -502,11 +624,37 @@ impl Machine {
         }
         let waiting = self.open.len();
         self.settle()?;
+        self.look_over_caches()?;
         if self.open.len() == waiting {
             Ok(true)
         } else {
             Err("a request was served during a pause".to_owned())
         }
+    }
+
+    /// Another process puts another image in the place of this one, while the device is paused. What waits is still to come.
+    pub fn replace(&mut self, built: Built) {
+        self.world.replace(IMAGE, built.bytes);
+        let now = self.world.now();
+        let snapshot = built
+            .snapshot
+            .map(|contents| Arc::from(crate::image::bytes_of(&contents)));
+        let new = self.model.replaced(built.active, snapshot);
+        self.past
+            .push((now, std::mem::replace(&mut self.model, new)));
+        self.opened = self.world.contents(IMAGE).clone();
+        self.base = Base::now(&self.world, &self.layers);
+    }
+
+    /// What the disk may hold, by the history that counted at this moment; and how many disks it was before that.
+    #[must_use]
+    pub fn model_at(&self, now: u64) -> (&Model, u64) {
+        let passed = self.past.partition_point(|(ended, _)| *ended <= now);
+        let model = self
+            .past
+            .get(passed)
+            .map_or(&self.model, |(_, model)| model);
+        (model, passed as u64)
     }
 
     /// Goes on after a pause; `header`: somebody else may have written the image. Whether it does so.
@@ -515,7 +663,11 @@ impl Machine {
     /// As [`step`](Self::step); a failure that nobody expects.
     pub fn resume(&mut self, header: Option<Header>) -> Result<bool, String> {
         let header = header.map(Box::new);
-        match self.answer(|reply| Control::Resume(header, reply))? {
+        let began = self.world.log().events.len();
+        let result = self.answer(|reply| Control::Resume(header, reply))?;
+        let ended = self.world.log().events.len();
+        self.openings.push(began..ended);
+        match result {
             Ok(()) => Ok(true),
             Err(error) if self.is_expected(&error) => Ok(false),
             Err(error) => Err(format!("resuming failed: {error}")),
@@ -528,6 +680,7 @@ impl Machine {
     /// As [`step`](Self::step); a failure that nobody expects.
     pub fn grow(&mut self, sectors: u64) -> Result<bool, String> {
         let poisoned = self.is_poisoned();
+        self.base.has_grown = true;
         self.model.grow(sectors, self.world.tick());
         self.world.trace(0x96 ^ sectors << 8);
         let result = self.answer(|reply| Control::Resize(sectors * 512, reply))?;
@@ -561,9 +714,17 @@ impl Machine {
     pub fn close(&mut self) -> Result<(), String> {
         self.drain()?;
         let result = self.control(Control::Close);
+        self.look_over_caches()?;
         self.seats.clear();
         self.maintenance = None;
         result.map_err(|error| format!("closing failed: {error}"))
+    }
+
+    /// None of the engine's caches holds more than it may. Nothing is under way.
+    fn look_over_caches(&self) -> Result<(), String> {
+        let maintenance = self.maintenance.as_ref().expect("the device is open");
+        urus_engine::parts::look_over_caches(maintenance)
+            .map_err(|error| format!("caches: {error}"))
     }
 
     /// Reads the whole disk, in pieces.
@@ -591,6 +752,42 @@ impl Machine {
     #[must_use]
     pub fn image(&self) -> Vec<u8> {
         self.file(IMAGE)
+    }
+}
+
+impl Base {
+    fn now(world: &SimWorld, layers: &[(FileId, bool)]) -> Self {
+        let files = layers
+            .iter()
+            .map(|(file, raw)| (world.contents(*file).clone(), *raw));
+        Self {
+            at: world.now(),
+            chain: Chain::new(files.collect()),
+            map: OnceCell::new(),
+            has_grown: false,
+        }
+    }
+
+    fn map(&self) -> Result<&[Extent], String> {
+        if self.map.get().is_none() {
+            let map = self.chain.map()?;
+            return Ok(self.map.get_or_init(|| map));
+        }
+        Ok(self.map.get().expect("it is there"))
+    }
+}
+
+/// A status is asked for bytes, not for sectors: by its token it begins and ends somewhere in the first and last one.
+fn asked_bytes(token: u64, lba: u64, count: u64) -> (u64, u64) {
+    let (start, end) = (lba * SECTOR, (lba + count) * SECTOR);
+    let drawn = mix(token ^ mix(lba));
+    match drawn % 3 {
+        0 => (start, end),
+        1 => (start + (drawn >> 8) % SECTOR, end),
+        _ => {
+            let start = start + (drawn >> 8) % (SECTOR / 2);
+            (start, end - (drawn >> 32) % (SECTOR / 2))
+        }
     }
 }
 

@@ -1,7 +1,7 @@
 //! Runs the simulator and prints what it saw.
 //!
 //! `urus-sim [--part cuts|sequences|errors|model|plants|trace]... [--seed S] [--states N] [--minutes M] [--threads T]
-//! [--config NAME|NUMBER] [--plant NAME] [--hunts N] [--qemu N] [--cuts N] [--injections N] [--exact SEED [--inject K]]`
+//! [--config NAME|NUMBER] [--plant NAME] [--hunts N | --by-config] [--qemu N] [--cuts N] [--injections N] [--exact SEED [--inject K]]`
 //!
 //! One state in `--qemu` (1000) after a cut goes through qemu-img too; 0: none. Without `--part` it runs all parts, each with the budget of `--states`. It exits with 1 where something is wrong.
 
@@ -9,6 +9,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use urus_engine::planted::Bug;
+use urus_engine::seen::Way;
 use urus_sim::config::{self, Config};
 use urus_sim::qemu;
 use urus_sim::runner::{Effort, quiet_panics, run};
@@ -23,6 +24,7 @@ struct Arguments {
     config: Option<Config>,
     plant: Option<Bug>,
     hunts: u64,
+    by_config: bool,
     qemu: u64,
     cuts: u64,
     injections: Option<usize>,
@@ -40,6 +42,7 @@ fn arguments() -> Result<Arguments, String> {
         config: None,
         plant: None,
         hunts: 3,
+        by_config: false,
         qemu: 1000,
         cuts: Effort::QUICK.cuts,
         injections: None,
@@ -48,6 +51,10 @@ fn arguments() -> Result<Arguments, String> {
     };
     let mut given = std::env::args().skip(1);
     while let Some(name) = given.next() {
+        if name == "--by-config" {
+            arguments.by_config = true;
+            continue;
+        }
         let value = given
             .next()
             .ok_or_else(|| format!("{name} needs a value"))?;
@@ -77,13 +84,14 @@ fn arguments() -> Result<Arguments, String> {
 
 const USAGE: &str = "\
 urus-sim [--part cuts|sequences|errors|model|plants|trace]... [--seed S] [--states N | --minutes M] [--threads T]
-         [--config NAME|NUMBER] [--plant NAME] [--hunts N] [--qemu N] [--cuts N] [--injections N]
-         [--exact SEED [--inject K]]
+         [--config NAME|NUMBER] [--plant NAME] [--hunts N | --by-config] [--qemu N] [--cuts N]
+         [--injections N] [--exact SEED [--inject K]]
 
 Without --part: all of them. A violation comes with the --exact (and --inject) that shows it again.
 --qemu N: one in N states after a cut also goes through qemu-img; 0: none.
 --cuts N: cut points of a workload (24); --injections N: so many of a workload's errors, by lot. Few of them show all configurations quickly.
---plant NAME: hunts one planted bug; --hunts: so often.";
+--plant NAME: hunts one planted bug; --hunts: so often.
+--by-config: hunts each planted bug in each configuration, up to --states in each, and says which configurations find it first.";
 
 fn main() -> ExitCode {
     if std::env::args().any(|argument| argument == "--help") {
@@ -130,6 +138,16 @@ fn main() -> ExitCode {
     }
     if wanted("plants") || arguments.plant.is_some() {
         let bugs = arguments.plant.map_or(Bug::ALL.to_vec(), |bug| vec![bug]);
+        if arguments.by_config {
+            let lines = sweep::hunt_by_config(
+                &bugs,
+                arguments.seed,
+                (arguments.states, arguments.cuts),
+                arguments.threads,
+            );
+            lines.iter().for_each(|line| println!("{line}"));
+            return ExitCode::SUCCESS;
+        }
         let (lines, all) = sweep::hunt_all(
             &bugs,
             arguments.seed,
@@ -163,6 +181,12 @@ fn sweep_part(part: Part, arguments: &Arguments) -> bool {
     if !tally.census.is_empty() {
         println!("  {}", tally.census);
     }
+    let missed: Vec<Way> = tally.ways.missed().collect();
+    println!(
+        "  {} of {} ways that only large images take; not taken: {missed:?}",
+        Way::ALL.len() - missed.len(),
+        Way::ALL.len()
+    );
     for violation in &tally.violations {
         println!("  VIOLATION: {violation}");
     }

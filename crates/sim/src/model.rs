@@ -7,6 +7,8 @@
 //! - A failed change may have happened, wholly or in part; a flush promises nothing about it.
 
 use std::fmt;
+use std::ops::Range;
+use std::sync::Arc;
 
 use crate::contents::{SECTOR_BYTES, index};
 use crate::stamp::{Content, content, foreign_stamp};
@@ -68,6 +70,8 @@ pub struct Model {
     next_version: u64,
     /// What a discard may show besides zeroes and the old content: version 2 images cannot hide their backing file.
     reveals: Option<Vec<Content>>,
+    /// What the internal snapshot shows, where that is not what it showed at first.
+    snapshot: Option<Arc<[u8]>>,
 }
 
 /// A sector that does not hold what it may.
@@ -104,6 +108,7 @@ impl fmt::Display for Mismatch {
 pub struct View {
     legal: Vec<Vec<Content>>,
     sizes: Vec<u64>,
+    snapshot: Option<Arc<[u8]>>,
 }
 
 impl Model {
@@ -122,6 +127,7 @@ impl Model {
             requests: Vec::new(),
             next_version: first_version,
             reveals: None,
+            snapshot: None,
         }
     }
 
@@ -150,12 +156,34 @@ impl Model {
         self
     }
 
+    /// The disk as it is from now on, after another process has put these contents in its place; and its internal snapshot. What is in flight
+    /// has waited, and is still to come.
+    #[must_use]
+    pub fn replaced(&self, contents: Vec<Content>, snapshot: Option<Arc<[u8]>>) -> Self {
+        let room = self.sectors.len() as u64;
+        let mut new = Self::new(contents, self.next_version).with_room(room);
+        new.requests.clone_from(&self.requests);
+        new.reveals.clone_from(&self.reveals);
+        new.snapshot = snapshot;
+        for (sector, old) in new.sectors.iter_mut().zip(&self.sectors) {
+            let waits = |op: &&GuestOp| self.requests[op.0].completed.is_none();
+            sector.changes = old.changes.iter().filter(waits).copied().collect();
+        }
+        new
+    }
+
     /// Sectors of the disk.
     #[must_use]
     pub fn sectors(&self) -> u64 {
         let grown = |growth: &&Growth| matches!(growth.completed, Some((_, true)));
         let last = self.growths.iter().rfind(grown);
         last.map_or(self.at_first, |growth| growth.sectors)
+    }
+
+    /// Sectors that the disk may ever have.
+    #[must_use]
+    pub fn room(&self) -> u64 {
+        self.sectors.len() as u64
     }
 
     /// The disk is to grow, within its [room](Self::with_room). One at a time.
@@ -345,6 +373,7 @@ impl Model {
                 .map(|lba| self.legal(lba, now, settled))
                 .collect(),
             sizes: self.sizes(now),
+            snapshot: self.snapshot.clone(),
         }
     }
 
@@ -357,6 +386,7 @@ impl Model {
                 .map(|lba| self.legal(lba, now, settled))
                 .collect(),
             sizes: self.sizes(now),
+            snapshot: self.snapshot.clone(),
         }
     }
 
@@ -376,6 +406,37 @@ impl Model {
             judge(lba, sector, &legal)?;
         }
         Ok(())
+    }
+
+    /// Whether a read that was issued and completed at these moments could have returned this.
+    #[must_use]
+    pub fn may_read(&self, lba: u64, content: Content, issued: u64, completed: u64) -> bool {
+        let settled = |change: &Request| change.succeeded_before(issued);
+        self.legal(lba, completed, settled).contains(&content)
+    }
+
+    /// The changes that touch one of these sectors, less those that were over at `since`.
+    fn changes_since(&self, lbas: Range<u64>, since: u64) -> impl Iterator<Item = &Request> {
+        let sectors = &self.sectors[index(lbas.start)..index(lbas.end)];
+        let changes = sectors.iter().flat_map(|sector| &sector.changes);
+        let changes = changes.map(|op| &self.requests[op.0]);
+        changes.filter(move |change| change.completed.is_none_or(|(at, _)| at > since))
+    }
+
+    /// Whether nothing has changed these sectors since that moment, and nothing is about to.
+    #[must_use]
+    pub fn is_untouched(&self, lbas: Range<u64>, since: u64) -> bool {
+        self.changes_since(lbas, since).next().is_none()
+    }
+
+    /// Whether these sectors were only written to since that moment, with success at least once before `before`.
+    #[must_use]
+    pub fn is_written(&self, lbas: Range<u64>, since: u64, before: u64) -> bool {
+        let writes = |change: &Request| matches!(change.what, What::Write(_));
+        self.changes_since(lbas.clone(), since).all(writes)
+            && self
+                .changes_since(lbas, since)
+                .any(|change| change.succeeded_before(before))
     }
 
     /// The disk as it is found after a cut or a new start: from now on it holds exactly this.
@@ -398,11 +459,18 @@ impl Model {
         }
         let mut model = Self::new(initial, self.next_version).with_room(self.sectors.len() as u64);
         model.reveals.clone_from(&self.reveals);
+        model.snapshot.clone_from(&self.snapshot);
         Ok(model)
     }
 }
 
 impl View {
+    /// What the internal snapshot shows, where that is not what it showed at first.
+    #[must_use]
+    pub fn snapshot(&self) -> Option<&[u8]> {
+        self.snapshot.as_deref()
+    }
+
     /// The sizes that the disk may have, in sectors.
     #[must_use]
     pub fn sizes(&self) -> &[u64] {
@@ -554,6 +622,33 @@ mod tests {
         let found = model.adopt(&stamped(0, 5, 3)).unwrap();
         assert_eq!((found.sectors(), sizes(&found, 0)), (5, vec![5]));
         assert_eq!(found.after_cut(0).legal(8), [Zero]);
+    }
+
+    /// Another process replaces the disk: what was is over, what waits is to come.
+    #[test]
+    fn a_replaced_disk_has_no_past() {
+        let mut model = Model::zeroed(2).with_room(3);
+        let (a, _) = model.write(0, 2, false, 1);
+        model.complete(a, 2, true);
+        let (b, _) = model.write(1, 1, false, 3);
+        let snapshot: Arc<[u8]> = Arc::from([7; 4]);
+        let mut new = model.replaced(vec![Version(900), Version(901)], Some(snapshot));
+        assert_eq!(cut(&new, 9), [Version(900)]);
+        assert_eq!(
+            new.after_cut(9).legal(1),
+            [Version(901), Version(2)],
+            "b has waited"
+        );
+        assert_eq!(new.after_cut(9).snapshot(), Some(&[7; 4][..]));
+        assert!(new.is_untouched(0..1, 4) && !new.is_untouched(0..2, 4));
+        assert!(new.may_read(0, Version(900), 5, 6) && !new.may_read(0, Version(1), 5, 6));
+        new.complete(b, 10, true);
+        assert!(new.is_written(0..2, 4, 11) && !new.is_written(0..2, 4, 10));
+        assert!(new.is_untouched(0..2, 10));
+        let zero = new.zero(0, 1, false, 12);
+        new.complete(zero, 13, true);
+        assert!(!new.is_written(0..2, 4, 20) && new.is_written(1..2, 4, 20));
+        assert_eq!(new.next_version(), 3);
     }
 
     #[test]

@@ -461,15 +461,22 @@ impl World {
         if matches!(op.kind, OpKind::Punch { .. }) && !self.config.gives_back {
             self.complain(format!("{:?} was punched, and was not to be", op.file));
         }
-        if let Some(action @ (Action::Enospc | Action::Eintr | Action::Eagain)) = op.fault {
+        if let Some(
+            action @ (Action::Enospc | Action::Eintr | Action::Eagain | Action::Eopnotsupp),
+        ) = op.fault
+        {
             return Some(errno_of(action));
         }
-        let unsupported = match op.kind {
-            OpKind::Punch { .. } => !properties.can_punch,
-            OpKind::ZeroRange { .. } => !properties.can_zero_range,
-            OpKind::Allocate { .. } => !properties.regular,
-            _ => false,
+        let can = match op.kind {
+            OpKind::Punch { .. } => Some(properties.can_punch),
+            OpKind::ZeroRange { .. } => Some(properties.can_zero_range),
+            OpKind::Allocate { .. } => Some(properties.regular),
+            _ => None,
         };
+        let most = self.config.unsupported;
+        // Decided when it begins, not in its middle.
+        let refused = most > 0 && can.is_some() && op.left.is_none() && self.rng.chance(most);
+        let unsupported = refused || can == Some(false);
         if unsupported {
             return Some(errno::EOPNOTSUPP);
         }
@@ -521,6 +528,7 @@ fn errno_of(action: Action) -> i32 {
         Action::Enospc => errno::ENOSPC,
         Action::Eintr => errno::EINTR,
         Action::Eagain => errno::EAGAIN,
+        Action::Eopnotsupp => errno::EOPNOTSUPP,
         _ => errno::EIO,
     }
 }

@@ -42,7 +42,28 @@ fn homes(bug: Bug) -> &'static [&'static str] {
         Bug::GrowthShowsBacking => &["grows over a longer backing file"],
         Bug::EarlyL1Table => &["grows", "grows, outlives"],
         Bug::SkipsShortLayer => &["chain, short middle, tiny cache", "chain, grows"],
+        Bug::StatusHidesBacking | Bug::StatusBelowTheEnd => {
+            &["asked, short raw backing", "asked, chain"]
+        }
+        Bug::KeepsDecoded => &["swapped, compressed, 4K"],
+        Bug::KeepsReserved => &["swapped", "swapped, tiny cache, grows"],
+        Bug::PunchTakenForDone => &["nothing supported", "sometimes supported, churn"],
+        Bug::ZeroTakenForDone => &["raw, nothing supported"],
+        Bug::ThirdSliceMisplaced => &["slices", "slices, tiny cache, scattered"],
+        Bug::SecondL1SectorMisplaced => &["small units of L1", "two sectors of L1"],
+        Bug::WrongCountsSlice => &["refcount blocks larger than their cache", "slices"],
+        Bug::CountsNeverShrink => &["slices, grows"],
+        Bug::OddEndCutOff => &["ends in a cluster, odd raw backing"],
+        Bug::PartialClusterTakenWhole => &["grows, snapshot, backed, 1K"],
         Bug::EarlyPunch => &["compressed", "zstd", "4-bit, compressed"],
+        Bug::WholeHeader | Bug::RestoredAnew => &[
+            "foreign, name further back, grows",
+            "foreign, unknown extension, left open, grows",
+            "foreign, refcount table grows",
+        ],
+        Bug::StaleHeader => &["grows", "foreign, name further back, grows"],
+        Bug::FeatureBitsAnyVersion => &["foreign, no end marker, version 2, grows"],
+        Bug::OwnSnapshotTable => &["foreign, snapshot"],
         _ => &[],
     }
 }
@@ -50,9 +71,27 @@ fn homes(bug: Bug) -> &'static [&'static str] {
 /// Of three workloads, so many have errors.
 fn with_errors(bug: Bug) -> u64 {
     match bug {
-        Bug::DoubleGiveBack | Bug::NoPoison | Bug::SilentSyncFailure | Bug::SettleAfterFailure => 3,
+        Bug::DoubleGiveBack
+        | Bug::NoPoison
+        | Bug::SilentSyncFailure
+        | Bug::SettleAfterFailure
+        | Bug::RestoredAnew => 3,
         _ => 1,
     }
+}
+
+/// A workload with errors.
+fn with_errors_in(bug: Bug, config: &Config, rng: &mut Rng, seed: u64) -> Outcome {
+    if bug != Bug::RewrittenTable {
+        return errors::run_random(config, seed, &Effort::ERRORS);
+    }
+    // Shows between a commit that failed and the next one.
+    let effort = Effort {
+        cuts: 120,
+        ..Effort::ERRORS
+    };
+    let injection = Injection::Every(rng.below(16), 5 + rng.below(16), Action::Eio);
+    runner::run_with(config, seed, &effort, Some(injection))
 }
 
 fn workload(configs: &[Config], bug: Bug, seed: u64, number: u64) -> (&Config, u64, Outcome) {
@@ -68,16 +107,8 @@ fn workload(configs: &[Config], bug: Bug, seed: u64, number: u64) -> (&Config, u
     } else {
         &configs[index(rng.below(configs.len() as u64))]
     };
-    let outcome = if bug == Bug::RewrittenTable {
-        // Shows between a commit that failed and the next one.
-        let effort = Effort {
-            cuts: 120,
-            ..Effort::ERRORS
-        };
-        let injection = Injection::Every(rng.below(16), 5 + rng.below(16), Action::Eio);
-        runner::run_with(config, seed, &effort, Some(injection))
-    } else if number % 3 < with_errors(bug) {
-        errors::run_random(config, seed, &Effort::ERRORS)
+    let outcome = if bug == Bug::RewrittenTable || number % 3 < with_errors(bug) {
+        with_errors_in(bug, config, &mut rng, seed)
     } else {
         // What shows while the device runs needs few cuts.
         let running = [Bug::NoInFlightPins, Bug::StaleLoad, Bug::EvictTooEarly];
@@ -95,6 +126,41 @@ fn workload(configs: &[Config], bug: Bug, seed: u64, number: u64) -> (&Config, u
         runner::run(config, seed, &effort)
     };
     (config, seed, outcome)
+}
+
+/// Whether a bug shows only where something has failed.
+fn needs_errors(bug: Bug) -> bool {
+    with_errors(bug) == 3 || bug == Bug::RewrittenTable
+}
+
+/// Runs workloads of one configuration with a bug planted, as the parts `cuts` or (where the bug needs that) `errors` do, until it shows or so
+/// many states were judged, at so many cuts of each workload.
+#[must_use]
+pub fn hunt_in(config: &Config, bug: Bug, seed: u64, (states, cuts): (u64, u64)) -> Hunt {
+    let effort = Effort {
+        cuts,
+        ..Effort::QUICK
+    };
+    let mut hunt = Hunt {
+        workloads: 0,
+        states: 0,
+        found: None,
+    };
+    plant(bug);
+    while hunt.states < states && hunt.found.is_none() {
+        let seed = mix(seed ^ mix(hunt.workloads));
+        let outcome = if needs_errors(bug) {
+            let mut rng = Rng::new(seed);
+            with_errors_in(bug, config, &mut rng, seed)
+        } else {
+            runner::run(config, seed, &effort)
+        };
+        hunt.workloads += 1;
+        hunt.states += outcome.states + 1;
+        hunt.found = outcome.violation.map(|found| (config.name, seed, found));
+    }
+    plant(Bug::None);
+    hunt
 }
 
 /// Runs workloads with a bug planted until it shows, at most so many.

@@ -6,6 +6,7 @@ use std::collections::{BTreeSet, HashSet};
 use std::ops::ControlFlow;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
+use urus_engine::seen::{self, Ways};
 use urus_engine::storage::FileId;
 use urus_format::Header;
 
@@ -48,6 +49,8 @@ pub struct Outcome {
     pub syncs: u64,
     /// What each operation of the first life is, where errors were planned.
     pub(crate) kinds: Vec<Kind>,
+    /// Ways through the engine that only large images take, and this has taken.
+    pub ways: Ways,
     /// Names the run.
     pub trace: u64,
     /// What is wrong, and where.
@@ -157,7 +160,9 @@ pub fn run_with(
 /// Runs something that fills an outcome; an error or a panic is its violation.
 pub fn guarded(f: impl FnOnce(&mut Outcome) -> Result<(), String>) -> Outcome {
     let mut outcome = Outcome::default();
+    let _ = seen::take();
     let result = catch_unwind(AssertUnwindSafe(|| f(&mut outcome)));
+    outcome.ways = seen::take();
     outcome.violation = match result {
         Ok(Ok(())) => None,
         Ok(Err(violation)) => Some(violation),
@@ -202,7 +207,7 @@ fn attempt(
     let scene = Scene::new(config, &mut rng.fork(1));
     let files = scene.files();
     let model = Model::new(scene.fixture.initial.clone(), FIRST_VERSION)
-        .with_room(config.sectors + config.grows);
+        .with_room(scene.config.sectors + scene.config.grows);
     let initial = scene
         .judge(files, &model.after_cut(0))
         .map_err(|error| format!("before the first request: {error}"))?;
@@ -225,7 +230,7 @@ fn attempt(
         opened => opened?,
     };
     if let Some(injection) = injection {
-        scene.look(files, injection.fault())?;
+        scene.look(files, vec![injection.fault()])?;
     }
     let workload = scene.workload(&mut rng);
     let run = Run {
@@ -330,7 +335,9 @@ impl Run<'_> {
             if self.scene.config.grows > 0 && rng.below(requests) < 2 {
                 self.grow(&mut machine, &mut workload, rng)?;
             }
-            if self.effort.pauses && rng.below(requests) < 2 {
+            let pauses = self.effort.pauses || self.scene.config.swaps;
+            let often = if self.scene.config.swaps { 4 } else { 2 };
+            if pauses && rng.below(requests) < often {
                 self.pause(&mut machine, &mut workload, rng)?;
             }
             machine.ask(workload.next_ask())?;
@@ -339,6 +346,7 @@ impl Run<'_> {
             }
         }
         machine.drain()?;
+        machine.survey()?;
         if self.injection.is_some() {
             self.recover(&mut machine, &mut workload)?;
         }
@@ -369,7 +377,12 @@ impl Run<'_> {
         if !machine.pause(workload)? {
             return Ok(());
         }
-        let again = !self.scene.config.raw && rng.chance(192);
+        let mut again = !self.scene.config.raw && rng.chance(192);
+        if self.scene.config.swaps && rng.chance(160) {
+            self.swap(machine, rng);
+            workload.grow_to(machine.model.sectors());
+            again = true;
+        }
         let header = || {
             let file = machine.world.contents(FileId(0));
             let header = again.then(|| Header::parse(file.bytes(), file.len()));
@@ -385,6 +398,21 @@ impl Run<'_> {
             Ok(())
         } else {
             Err("without errors it cannot be resumed either".to_owned())
+        }
+    }
+
+    /// Another process has put another image in the place of this one.
+    fn swap(&self, machine: &mut Machine, rng: &mut Rng) {
+        let (_, past) = machine.model_at(u64::MAX);
+        // What was there before the power failed has stamps of its own, too.
+        let number = 1 + past + 16 * u64::from(self.depth - 1);
+        let (sectors, room) = (machine.model.sectors(), machine.model.room());
+        // It may have grown the disk, too.
+        let sectors = sectors + rng.below(room - sectors + 1);
+        let built = self.scene.another(sectors, number, rng);
+        let device = machine.world.contents(FileId(0)).clone();
+        if !device.is_fixed() || built.bytes.len() <= device.bytes().len() {
+            machine.replace(built);
         }
     }
 
@@ -427,8 +455,8 @@ impl Run<'_> {
                 .judge(&files, &view)
                 .map_err(|error| format!("after closing: {error}"))?;
             if self.depth == 1 && self.injection.is_none() && !self.scene.config.raw {
-                let before = &self.scene.files()[0];
-                self.scene.table_stays(before.bytes(), files[0].bytes())?;
+                self.scene
+                    .table_stays(machine.opened.bytes(), files[0].bytes())?;
             }
             if found.dirty {
                 return Err("after closing: the image is marked dirty".to_owned());
@@ -454,7 +482,9 @@ impl Run<'_> {
         if machine.world.failed_syncs() > 0 && !machine.is_poisoned() {
             return Err("a sync failed, and the device is not poisoned".to_owned());
         }
-        if machine.is_poisoned() && machine.world.injected_syncs() == 0 {
+        // O11: a header that can be neither changed nor restored may be either of the two.
+        let header_lost = machine.world.injected_headers() > 1;
+        if machine.is_poisoned() && machine.world.injected_syncs() == 0 && !header_lost {
             return Err("the device is poisoned, and no sync has failed".to_owned());
         }
         machine.expect_errors(machine.is_poisoned());
@@ -471,10 +501,18 @@ impl Run<'_> {
         if cuts >= events as u64 {
             return (1..=events).collect();
         }
-        (0..cuts)
+        let mut points: BTreeSet<usize> = (0..cuts)
             .filter(|_| events > 0)
             .map(|_| 1 + rng.index(events))
-            .collect()
+            .collect();
+        if self.scene.config.left_open && self.depth == 1 {
+            // A repair is short; what it does last is to say that all is well.
+            for opening in machine.openings.iter().filter(|range| !range.is_empty()) {
+                points.extend(opening.end.saturating_sub(10).max(opening.start + 1)..=opening.end);
+                points.extend((0..4).map(|_| opening.start + 1 + rng.index(opening.len())));
+            }
+        }
+        points
     }
 
     fn cut(&self, machine: &Machine, rng: &mut Rng, outcome: &mut Outcome) -> Result<(), String> {
@@ -490,8 +528,10 @@ impl Run<'_> {
             }
             outcome.cuts += 1;
             let (now, _) = log.events[position - 1];
-            let view = machine.model.after_cut(now);
-            let promises = machine.model.promises_at(now);
+            let (model, past) = machine.model_at(now);
+            let view = model.after_cut(now);
+            // What was promised of another disk counts no more.
+            let promises = model.promises_at(now) | past << 48;
             // What lies where, with everything that is pending in place.
             let owners = checker::check(machine.world.contents(FileId(0)).bytes()).owners;
             let classify = |file: FileId, change: &Change| match file {
@@ -501,7 +541,7 @@ impl Run<'_> {
             let mut violation = None;
             let mut visit = |state: &crate::crash::State<'_>| {
                 outcome.states += 1;
-                match self.state(state.files, &view, machine, &mut lot, outcome) {
+                match self.state(state.files, &view, model, &mut lot, outcome) {
                     Ok(()) => ControlFlow::Continue(()),
                     Err(error) => {
                         let name = state.choice.name;
@@ -523,7 +563,7 @@ impl Run<'_> {
                 return Err(violation);
             }
             if self.scene.config.outlives {
-                self.kill(&mut cursor, now, machine, &mut lot, outcome)
+                self.kill(&mut cursor, now, model, &mut lot, outcome)
                     .map_err(|error| {
                         format!("killed at event {position} (moment {now}): {error}")
                     })?;
@@ -537,16 +577,16 @@ impl Run<'_> {
         &self,
         cursor: &mut CrashCursor,
         now: u64,
-        machine: &Machine,
+        model: &Model,
         lot: &mut Rng,
         outcome: &mut Outcome,
     ) -> Result<(), String> {
-        let view = machine.model.after_kill(now);
+        let view = model.after_kill(now);
         for _ in 0..KILLS {
             let choice = cursor.killed(lot);
             outcome.states += 1;
             cursor.with_state(&choice, |state| {
-                self.state(state.files, &view, machine, lot, outcome)
+                self.state(state.files, &view, model, lot, outcome)
             })?;
         }
         Ok(())
@@ -556,13 +596,15 @@ impl Run<'_> {
         &self,
         files: &[Contents],
         view: &crate::model::View,
-        machine: &Machine,
+        model: &Model,
         lot: &mut Rng,
         outcome: &mut Outcome,
     ) -> Result<(), String> {
         let found = self.scene.judge(files, view)?;
         outcome.largest_leak = outcome.largest_leak.max(found.leaks);
-        if self.effort.qemu > 0 && !self.scene.config.raw && lot.below(self.effort.qemu) == 0 {
+        // QEMU would not open it for a check without a repair.
+        let for_qemu = !self.scene.config.raw && !(self.scene.config.miscounted && found.dirty);
+        if self.effort.qemu > 0 && for_qemu && lot.below(self.effort.qemu) == 0 {
             outcome.qemu += 1;
             qemu::judge(files, &found.guest, found.copied_clear > 0)?;
         }
@@ -576,14 +618,9 @@ impl Run<'_> {
         }
         outcome.reopened += 1;
         let driving = self.scene.driving(lot);
-        let mut again = self.scene.machine(
-            files,
-            &found.guest,
-            &machine.model,
-            driving,
-            Vec::new(),
-            lot,
-        )?;
+        let mut again = self
+            .scene
+            .machine(files, &found.guest, model, driving, Vec::new(), lot)?;
         again.read_all()?;
         let run = Run {
             leaks: found.leaks,

@@ -10,6 +10,8 @@ pub enum Content {
     Zero,
     /// The stamp of its own address, with this version.
     Version(u64),
+    /// The same up to this byte, and zeroes behind it: a file ended in the sector. (The byte is behind the last one that is not zero.)
+    Cut(u64, u16),
     /// Anything else: another sector's stamp, a mix of two versions, or no stamp.
     Foreign,
 }
@@ -52,6 +54,31 @@ pub fn content(sector: &[u8], lba: u64) -> Content {
     }
     match foreign_stamp(sector) {
         Some((found, version)) if found == lba => Content::Version(version),
+        Some(_) => Content::Foreign,
+        None => cut_stamp(sector, lba),
+    }
+}
+
+/// Writes what is left of a sector's stamp in a file that ends at this byte of it.
+pub fn stamp_until(sector: &mut [u8], lba: u64, version: u64, end: usize) {
+    stamp(sector, lba, version);
+    sector[end..].fill(0);
+}
+
+/// What a sector holds that has no whole stamp.
+fn cut_stamp(sector: &[u8], lba: u64) -> Content {
+    let end = sector
+        .iter()
+        .rposition(|byte| *byte != 0)
+        .map_or(0, |at| at + 1);
+    if sector.len() != SECTOR_BYTES || end <= 16 {
+        return Content::Foreign;
+    }
+    let version = u64::from_le_bytes(sector[8..16].try_into().expect("8 bytes"));
+    let mut expected = [0; SECTOR_BYTES];
+    stamp_until(&mut expected, lba, version, end);
+    match u16::try_from(end) {
+        Ok(end) if sector == expected => Content::Cut(version, end),
         _ => Content::Foreign,
     }
 }
@@ -78,6 +105,27 @@ pub fn foreign_stamp(sector: &[u8]) -> Option<(u64, u64)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_stamp_that_a_file_ends_in_is_told_from_any_other() {
+        for end in [24, 100, 488, 511] {
+            let mut sector = [0; SECTOR_BYTES];
+            stamp_until(&mut sector, 7, 0x0102_0304_0506_0708, end);
+            let found = content(&sector, 7);
+            assert!(
+                matches!(found, Content::Cut(0x0102_0304_0506_0708, at) if usize::from(at) <= end),
+                "{end}: {found:?}"
+            );
+            assert_eq!(content(&sector, 8), Content::Foreign);
+            // Cut elsewhere, it is something else.
+            let mut shorter = sector;
+            let last = sector.iter().rposition(|byte| *byte != 0).unwrap();
+            shorter[last] = 0;
+            assert_ne!(content(&shorter, 7), found);
+            sector[last] ^= 0x80;
+            assert_eq!(content(&sector, 7), Content::Foreign);
+        }
+    }
 
     #[test]
     fn a_stamp_is_known_only_in_its_place() {

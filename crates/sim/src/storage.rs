@@ -3,12 +3,17 @@
 use std::io;
 use std::time::Duration;
 
-use urus_engine::storage::{Completion, FileId, FileProperties, Memory, Notify, Op, Slot, Storage};
+use urus_engine::storage::{
+    Completion, FileExtent, FileId, FileProperties, Memory, Notify, Op, Slot, Storage,
+};
 use urus_engine::sync::{Arc, AtomicBool, Ordering};
 
+use crate::contents::SECTOR;
+use crate::extents::is_data;
 use crate::fault::{errno, error};
 use crate::log::Event;
 use crate::memory::SimMemory;
+use crate::rng::mix;
 use crate::world::SimWorld;
 
 /// Set by a notification, cleared by [`Storage::wait`] and [`SimStorage::take_notification`].
@@ -125,6 +130,24 @@ impl Storage for SimStorage {
 
     fn properties(&self, file: FileId) -> FileProperties {
         self.world.0.borrow().files[usize::from(file.0)].properties
+    }
+
+    /// By the sector: what reads as zeroes is a hole. Sometimes the file system tells of a part only.
+    fn extent(&self, file: FileId, offset: u64, len: u64) -> FileExtent {
+        let world = self.world.0.borrow();
+        let contents = &world.files[usize::from(file.0)].contents;
+        let end = (offset + len).min(contents.len());
+        let data_at = |at: u64| is_data(contents, at);
+        if offset >= end {
+            return FileExtent { data: false, len };
+        }
+        let (data, mut at) = (data_at(offset), offset);
+        let partial = mix(offset ^ mix(len)).is_multiple_of(4);
+        while at < end && data_at(at) == data && !(partial && at > offset + 3 * SECTOR) {
+            at = ((at / SECTOR + 1) * SECTOR).min(end);
+        }
+        let len = at - offset;
+        FileExtent { data, len }
     }
 
     fn file_len(&self, file: FileId) -> io::Result<u64> {

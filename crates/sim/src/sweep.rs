@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use urus_engine::planted::Bug;
+use urus_engine::seen::Ways;
 
 use crate::census::Census;
 use crate::config::{self, Config};
@@ -85,6 +86,8 @@ pub struct Tally {
     pub injected: u64,
     /// What they hit, and what they did not.
     pub census: Census,
+    /// Ways through the engine that only large images take.
+    pub ways: Ways,
     /// The first violations, each with how to see it again.
     pub violations: Vec<String>,
     /// Clusters leaked in the worst state.
@@ -107,6 +110,7 @@ impl Tally {
             qemu: 0,
             injected: 0,
             census: Census::default(),
+            ways: Ways::default(),
             violations: Vec::new(),
             largest_leak: 0,
             trace: TraceHash::default(),
@@ -122,6 +126,7 @@ impl Tally {
         self.qemu += outcome.qemu;
         self.injected += outcome.injected;
         self.census.add(outcome.census);
+        self.ways.add(outcome.ways);
         self.largest_leak = self.largest_leak.max(outcome.largest_leak);
         self.trace.add(outcome.trace);
         self.violations.extend(outcome.violation);
@@ -311,6 +316,7 @@ fn every_error(config: &Config, seed: u64, budget: &Budget) -> Outcome {
         sum.reopened += outcome.reopened;
         sum.injected += outcome.injected;
         sum.census.add(std::mem::take(&mut outcome.census));
+        sum.ways.add(outcome.ways);
         sum.largest_leak = sum.largest_leak.max(outcome.largest_leak);
         sum.trace = mix(sum.trace ^ outcome.trace);
         if outcome.violation.is_some() {
@@ -342,6 +348,77 @@ pub fn exact(part: Part, config: &Config, seed: u64, inject: Option<usize>) -> O
         (Part::Errors, None) => errors::run_random(config, seed, &Effort::ERRORS),
         _ => runner::run(config, seed, &Effort::of_cuts(seed)),
     }
+}
+
+/// Hunts each of the planted bugs in each configuration, up to so many states (at so many cuts of each workload), and gives the lines of two tables: for each bug the
+/// configurations that found it first, and for each configuration what it is good for.
+#[must_use]
+pub fn hunt_by_config(bugs: &[Bug], seed: u64, effort: (u64, u64), threads: usize) -> Vec<String> {
+    let configs = config::all();
+    let hunts = (bugs.len() * configs.len()) as u64;
+    let next = AtomicU64::new(0);
+    let done: Mutex<Vec<(usize, usize, u64)>> = Mutex::default();
+    std::thread::scope(|scope| {
+        for _ in 0..threads {
+            scope.spawn(|| {
+                loop {
+                    let number = next.fetch_add(1, Ordering::Relaxed);
+                    if number >= hunts {
+                        return;
+                    }
+                    let (bug, config) =
+                        (index(number) / configs.len(), index(number) % configs.len());
+                    let seed = seed_of(seed, number);
+                    let hunt = plants::hunt_in(&configs[config], bugs[bug], seed, effort);
+                    if hunt.found.is_some() {
+                        let mut done = done.lock().expect("no hunt panics");
+                        done.push((bug, config, hunt.states));
+                    }
+                }
+            });
+        }
+    });
+    let mut found = done.into_inner().expect("no hunt panics");
+    found.sort_unstable_by_key(|(bug, config, states)| (*bug, *states, *config));
+    let mut lines = vec![format!(
+        "{:<26} {:>7}  first in (states)",
+        "planted bug", "found in"
+    )];
+    // Bugs found at all, and among the first three.
+    let mut merits = vec![(0u64, 0u64, 0u64); configs.len()];
+    for (number, bug) in bugs.iter().enumerate() {
+        let here: Vec<_> = found.iter().filter(|(bug, ..)| *bug == number).collect();
+        let first: Vec<String> = here
+            .iter()
+            .take(4)
+            .map(|(_, config, states)| format!("{} ({states})", configs[*config].name))
+            .collect();
+        lines.push(format!(
+            "{:<26} {:>3}/{:<3}  {}",
+            format!("{bug:?}"),
+            here.len(),
+            configs.len(),
+            first.join("; ")
+        ));
+        for (place, (_, config, states)) in here.iter().enumerate() {
+            let merit = &mut merits[*config];
+            merit.0 += 1;
+            merit.1 += u64::from(place < 3);
+            merit.2 += states;
+        }
+    }
+    lines.push(format!(
+        "{:<50} {:>10} {:>11} {:>12}",
+        "configuration", "bugs found", "among first", "mean states"
+    ));
+    for (config, (bugs, first, states)) in configs.iter().zip(merits) {
+        lines.push(format!(
+            "{:<50} {bugs:>10} {first:>11} {:>12}",
+            config.name,
+            states / bugs.max(1),
+        ));
+    }
+    lines
 }
 
 /// Hunts each of the planted bugs several times, and gives the table's lines; the last says how many were found.

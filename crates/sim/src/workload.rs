@@ -59,6 +59,8 @@ pub enum Load {
     Churn,
     /// All over the disk, so that slices come and go.
     Scattered,
+    /// Much is asked about how the disk is stored, while it changes.
+    Asked,
 }
 
 /// Draws requests: mostly near one place that moves, so that they meet.
@@ -119,6 +121,11 @@ impl Workload {
                 self.weights = [16, 16, 2, 2, 3, 0];
                 self.long = 0;
                 self.everywhere = 256;
+            }
+            Load::Asked => {
+                self.weights = [2, 12, 5, 6, 2, 20];
+                self.long = 64;
+                self.everywhere = 96;
             }
         }
         self

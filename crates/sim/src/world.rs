@@ -115,6 +115,8 @@ pub struct SimConfig {
     pub eager: bool,
     /// Whether the device may punch holes; where it was told not to, one is a complaint.
     pub gives_back: bool,
+    /// So many in 256 punches, zero ranges and allocations are answered by EOPNOTSUPP, though the file is said to be able to do them.
+    pub unsupported: u32,
 }
 
 impl Default for SimConfig {
@@ -127,6 +129,7 @@ impl Default for SimConfig {
             split: 48,
             eager: false,
             gives_back: true,
+            unsupported: 0,
         }
     }
 }
@@ -144,6 +147,7 @@ impl SimConfig {
             split: pick(rng, &[0, 32, 128]),
             eager: rng.chance(64),
             gives_back: true,
+            unsupported: 0,
         }
     }
 }
@@ -418,6 +422,23 @@ impl SimWorld {
         plan.faults = faults;
     }
 
+    /// Another process has written the file while the device was paused: it holds these bytes now, durably. A block device keeps its length.
+    pub fn replace(&self, file: FileId, mut bytes: Vec<u8>) {
+        let mut world = self.0.borrow_mut();
+        assert!(world.running.is_empty(), "nothing of ours is in flight");
+        let old = &world.files[usize::from(file.0)].contents;
+        let contents = if old.is_fixed() {
+            assert!(bytes.len() <= old.bytes().len(), "it fits the device");
+            bytes.extend_from_slice(&old.bytes()[bytes.len()..]);
+            Contents::fixed(bytes)
+        } else {
+            Contents::new(bytes)
+        };
+        world.files[usize::from(file.0)].contents = contents.clone();
+        world.trace.add(contents.hash());
+        world.record(Event::Replaced { file, contents });
+    }
+
     /// From now on every change of a file is a complaint.
     pub(crate) fn forbid_writes(&self) {
         let files = &mut self.0.borrow_mut().files;
@@ -434,6 +455,12 @@ impl SimWorld {
     pub fn give_room(&self, file: FileId, blocks: u64) {
         let file = &mut self.0.borrow_mut().files[usize::from(file.0)];
         file.space = Some(Space::new(file.contents.bytes(), blocks));
+    }
+
+    /// Makes a block device longer, as an administrator does while it is in use.
+    pub fn lengthen(&self, file: FileId, len: u64) {
+        let file = &mut self.0.borrow_mut().files[usize::from(file.0)];
+        file.contents.lengthen(len);
     }
 
     /// Storage operations submitted so far.
@@ -484,6 +511,14 @@ impl SimWorld {
     #[must_use]
     pub fn injected_syncs(&self) -> u64 {
         self.0.borrow().faults.injected_syncs
+    }
+
+    /// Writes of the header that failed by planned errors, EINTR and its like not counted.
+    #[must_use]
+    pub fn injected_headers(&self) -> usize {
+        let world = self.0.borrow();
+        let touches = world.faults.touches.iter().flatten();
+        touches.filter(|touch| touch.fails_header()).count()
     }
 
     /// Operations submitted whose completions were not seen.

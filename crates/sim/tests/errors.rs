@@ -167,3 +167,75 @@ fn an_unread_refcount_block_leaks_nothing() {
     }
     assert!(hit > 40, "only {hit} reads failed");
 }
+
+/// O11: a header that can be neither changed nor restored may be the old one or the new one, so the device takes no more writes, though no
+/// sync has failed. The simulator called that a poisoning without a cause.
+#[test]
+fn a_header_that_is_lost_poisons() {
+    let config = config::find("grows, tiny cache, 64-bit refcounts").expect("there is one");
+    let effort = Effort::ERRORS;
+    let injection = Injection::From(37, Action::Eio);
+    let outcome = run_with(&config, 627_405_149_472_732_430, &effort, Some(injection));
+    assert_eq!(outcome.violation, None);
+    assert!(outcome.injected > 1);
+    // And wherever a header is written while disks grow, with errors in a row from there on.
+    let mut rows = 0;
+    for name in ["grows", "grows, version 2", "refcount table grows"] {
+        let config = config::find(name).expect("there is one");
+        for seed in 0..4 {
+            let measured = measure(&config, seed, &effort).expect("sound without errors");
+            for op in measured.operations(Does::Write, Place::On(Class::Header)) {
+                for count in [1, 2, 3, 8] {
+                    let injection = Injection::Row(op, count, Action::Eio);
+                    let outcome = run_with(&config, seed, &effort, Some(injection));
+                    assert_eq!(outcome.violation, None, "{name}, seed {seed}");
+                    rows += outcome.injected;
+                }
+            }
+        }
+    }
+    assert!(rows > 50, "only {rows} operations failed");
+}
+
+/// O11: a sync that fails while the metadata is read again after a pause (a repair, an autoclear bit) poisons, as any other does: a second
+/// attempt would find in the page cache what the disk does not have.
+#[test]
+fn a_sync_that_fails_after_a_pause_poisons() {
+    let config = config::find("swapped, miscounted").expect("there is one");
+    let seen = 11_279_818_088_504_776_260;
+    let mut hit = 0;
+    for seed in [seen, 1, 2, 3] {
+        let measured = measure(&config, seed, &Effort::ERRORS).expect("sound without errors");
+        for sync in 0..measured.syncs {
+            let injection = Injection::Sync(sync, Action::Eio);
+            let outcome = run_with(&config, seed, &Effort::ERRORS, Some(injection));
+            assert_eq!(outcome.violation, None, "seed {seed}");
+            hit += outcome.injected;
+        }
+    }
+    assert!(hit > 40, "only {hit} syncs failed");
+}
+
+/// What the file system cannot do is done in another way, or not at all, and never taken for done; a sync that it cannot do has failed.
+#[test]
+fn what_is_not_supported_is_not_taken_for_done() {
+    let mut hit = 0;
+    for name in ["churn", "full", "raw", "asked, raw", "compressed", "grows"] {
+        let config = config::find(name).expect("there is one");
+        for seed in 0..2 {
+            let measured = measure(&config, seed, &Effort::ERRORS).expect("sound without errors");
+            for injection in measured.every() {
+                let unsupported = matches!(
+                    injection,
+                    Injection::Once(_, Action::Eopnotsupp) | Injection::From(_, Action::Eopnotsupp)
+                );
+                if unsupported {
+                    let outcome = run_with(&config, seed, &Effort::ERRORS, Some(injection));
+                    assert_eq!(outcome.violation, None, "{name}, seed {seed}");
+                    hit += outcome.injected;
+                }
+            }
+        }
+    }
+    assert!(hit > 200, "only {hit} operations were refused");
+}

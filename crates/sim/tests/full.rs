@@ -9,6 +9,7 @@ use urus_sim::image;
 use urus_sim::machine::{Driving, Machine};
 use urus_sim::model::Model;
 use urus_sim::rng::Rng;
+use urus_sim::stamp::Content;
 use urus_sim::workload::Ask;
 use urus_sim::world::{FileSpec, SimConfig, SimWorld};
 
@@ -137,4 +138,151 @@ fn a_disk_that_cannot_grow_for_want_of_room_goes_on() {
     machine.close().expect("it closes");
     let report = checker::check(world.contents(IMAGE).bytes());
     assert!(report.is_sound(), "{:?}", report.violations);
+}
+
+fn open_device(bits: u32, sectors: u64, spare: usize, rng: &mut Rng) -> (SimWorld, Machine) {
+    let built = image::build(&image::plan(sectors * 512, bits, 3, 4), rng);
+    let len = (built.bytes.len() + spare).next_multiple_of(512);
+    let file = FileSpec::new(built.bytes.clone()).block_device(len, rng.next_u64());
+    let world = SimWorld::new(rng.next_u64(), SimConfig::random(rng), vec![file]);
+    let driving = Driving {
+        queues: 2,
+        depth: 8,
+        spurious: false,
+        errors: true,
+        outlives: false,
+    };
+    let layers = layers(&[&built.bytes], &[false]).expect("its header parses");
+    let machine = Machine::open(
+        &world,
+        layers,
+        Options::default(),
+        Model::new(built.active, 1).with_room(sectors * 4),
+        driving,
+        rng.clone(),
+    );
+    (world, machine.expect("it opens"))
+}
+
+/// Guards against a block device that stays full though it has become longer, and against one that hands out a last cluster
+/// of which it has only a part.
+#[test]
+fn a_full_block_device_goes_on_when_it_becomes_longer() {
+    for (bits, sectors) in [(9, 1 << 11), (10, 1 << 12), (12, 1 << 13)] {
+        for seed in 0..24 {
+            let mut rng = Rng::new(seed << 8 | u64::from(bits));
+            let spare = small(rng.below(sectors * 512 / 4));
+            let (world, mut machine) = open_device(bits, sectors, spare, &mut rng);
+            let what = format!("clusters of 2^{bits}, seed {seed}, {spare} bytes to spare");
+            for lba in (0..sectors - COUNT).step_by(16) {
+                let ask = Ask::Write {
+                    lba,
+                    count: COUNT,
+                    fua: false,
+                };
+                machine.ask(ask).expect(&what);
+            }
+            machine.drain().expect(&what);
+            assert!(machine.failed > 0, "{what}: it was to be full");
+            must(&mut machine, Ask::Flush, &what);
+            machine.read_all().expect(&what);
+            let len = world.contents(IMAGE).len();
+            world.lengthen(IMAGE, len + sectors * 1024 + (512 << bits));
+            for lba in (0..sectors - COUNT).step_by(16) {
+                let ask = Ask::Write {
+                    lba,
+                    count: COUNT,
+                    fua: false,
+                };
+                must(&mut machine, ask, &what);
+            }
+            must(&mut machine, Ask::Flush, &what);
+            machine.read_all().expect(&what);
+            machine.close().expect(&what);
+            let report = checker::check(world.contents(IMAGE).bytes());
+            assert!(report.is_clean(), "{what}: {:?}", report.violations);
+        }
+    }
+}
+
+/// Guards against a block device whose free space is not found for a larger L1 table, since refcounts cover it to its end.
+#[test]
+fn a_disk_grows_on_a_block_device() {
+    let mut grown = 0;
+    for (bits, sectors) in [(9, 1 << 10), (10, 1 << 11)] {
+        for seed in 0..24 {
+            let mut rng = Rng::new(seed << 8 | u64::from(bits));
+            let spare = small(sectors * 512 + (64 << bits));
+            let (world, mut machine) = open_device(bits, sectors, spare, &mut rng);
+            let what = format!("clusters of 2^{bits}, seed {seed}");
+            let ask = |rng: &mut Rng, machine: &mut Machine| {
+                let lba = rng.below(sectors / COUNT) * COUNT;
+                let ask = if rng.chance(64) {
+                    Ask::Discard { lba, count: COUNT }
+                } else {
+                    Ask::Write {
+                        lba,
+                        count: COUNT,
+                        fua: rng.chance(16),
+                    }
+                };
+                machine.ask(ask).expect(&what);
+            };
+            for _ in 0..sectors / COUNT / 2 {
+                ask(&mut rng, &mut machine);
+            }
+            grown += u64::from(machine.grow(sectors * 4).expect(&what));
+            for _ in 0..sectors / COUNT / 2 {
+                ask(&mut rng, &mut machine);
+            }
+            must(&mut machine, Ask::Flush, &what);
+            machine.read_all().expect(&what);
+            machine.close().expect(&what);
+            let report = checker::check(world.contents(IMAGE).bytes());
+            assert!(report.is_clean(), "{what}: {:?}", report.violations);
+        }
+    }
+    assert_eq!(grown, 48);
+}
+
+/// A raw disk on a block device follows the device, and takes no size that the device does not have.
+#[test]
+fn a_raw_disk_follows_its_block_device() {
+    let mut rng = Rng::new(1);
+    let file = FileSpec::new(Vec::new()).block_device(64 << 10, 1);
+    let bytes = file.contents.clone();
+    let world = SimWorld::new(1, SimConfig::random(&mut rng), vec![file]);
+    let driving = Driving {
+        queues: 1,
+        depth: 8,
+        spurious: false,
+        errors: true,
+        outlives: false,
+    };
+    let layers = layers(&[&bytes], &[true]).expect("raw has no header");
+    // Nothing is read of it.
+    let contents = vec![Content::Zero; 128];
+    let mut machine = Machine::open(
+        &world,
+        layers,
+        Options::default(),
+        Model::new(contents, 1).with_room(256),
+        driving,
+        rng,
+    )
+    .expect("it opens");
+    let text = machine
+        .control(|reply| Control::Resize(96 << 10, reply))
+        .expect_err("the device has no such length");
+    assert!(text.contains("block device of 65536 bytes"), "{text}");
+    world.lengthen(IMAGE, 96 << 10);
+    machine
+        .control(|reply| Control::Resize(96 << 10, reply))
+        .expect("it has now");
+    machine.close().expect("it closes");
+    assert_eq!(world.contents(IMAGE).len(), 96 << 10);
+}
+
+fn small(value: u64) -> usize {
+    usize::try_from(value).expect("a small number")
 }

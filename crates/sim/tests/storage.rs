@@ -339,6 +339,18 @@ fn errors_are_given_as_planned() {
                 assert_eq!((result.unwrap(), bytes), (512, first(512)))
             }
             Action::ShortToZero => assert_eq!((result.unwrap(), bytes), (0, first(0))),
+            // Writes are always supported: two others are not.
+            Action::Eopnotsupp => {
+                assert_eq!((result.unwrap(), bytes), (1024, first(1024)));
+                let punch = OpKind::Punch {
+                    offset: 0,
+                    len: 512,
+                };
+                assert_eq!(errno(run(&mut storage, punch)), 95);
+                assert_eq!(world.contents(IMAGE).bytes(), first(1024));
+                assert_eq!(world.injected(), 1);
+                continue;
+            }
         }
         let memory = storage.allocate(2048);
         let result = run(&mut storage, OpKind::Read { offset: 0, memory });
@@ -348,6 +360,7 @@ fn errors_are_given_as_planned() {
             Action::ShortBySector => assert_eq!(result.unwrap(), 1536),
             Action::ShortByHalf => assert_eq!(result.unwrap(), 1024),
             Action::ShortToZero => assert_eq!(result.unwrap(), 0),
+            Action::Eopnotsupp => unreachable!("it has been seen to"),
         }
         assert!(run(&mut storage, write(0, vec![3; 1024])).is_ok());
         assert_eq!(
@@ -365,6 +378,13 @@ fn errors_are_given_as_planned() {
         .map(|_| run(&mut storage, OpKind::SyncData).is_ok())
         .collect();
     assert_eq!(results, [true, false, true]);
+    assert_eq!(world.failed_syncs(), 1);
+    world.plan_faults(vec![Fault {
+        trigger: Trigger::Sync(3),
+        action: Action::Eopnotsupp,
+    }]);
+    assert_eq!(errno(run(&mut storage, OpKind::SyncData)), 95);
+    assert_eq!(world.failed_syncs(), 2);
 }
 
 /// Random operations from three handles.

@@ -9,7 +9,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::OFlags;
-use urus_format::{BackingName, Header, names};
+use urus_format::{BackingName, Header, HeaderFault, names};
 use urus_ring::{LockMode, OpenFile};
 
 use crate::place::{self, Place, Refusal};
@@ -34,13 +34,8 @@ impl ChainFile {
     /// What callers are told of it.
     pub(crate) fn describe(&self) -> Result<Layer> {
         let (format, size) = match &self.header {
-            Some(header) => (Format::Qcow2, header.size),
-            None => (
-                Format::Raw,
-                self.file
-                    .file_len()
-                    .map_err(Error::io("measure", &self.path))?,
-            ),
+            Some(header) => (Format::Qcow2, header.disk_bytes()),
+            None => (Format::Raw, raw_size(&self.file, &self.path)?),
         };
         Ok(Layer {
             path: self.path.clone(),
@@ -193,20 +188,30 @@ fn open_fds_themselves(
     Ok(chain)
 }
 
+/// Bytes of the disk that a raw file is: whole sectors, as QEMU has it.
+pub(crate) fn raw_size(file: &OpenFile, path: &Path) -> Result<u64> {
+    let bytes = file.file_len().map_err(Error::io("measure", path))?;
+    Ok(bytes.checked_next_multiple_of(512).unwrap_or(bytes))
+}
+
 /// Reads and parses a header.
 pub(crate) fn read_header(file: &OpenFile, path: &Path) -> Result<Header> {
-    let read = |bytes| {
-        file.read_prefix(bytes)
-            .map_err(Error::io("read the header", path))
-    };
-    let file_bytes = file.file_len().map_err(Error::io("measure", path))?;
-    let mut start = read(limits::HEADER_READ_BYTES)?;
-    if let Some(cluster_bytes) = stated_cluster_bytes(&start)
-        && cluster_bytes > start.len()
-    {
-        start = read(cluster_bytes)?;
-    }
-    Header::parse(&start, file_bytes).map_err(|error| match error {
+    let (start, file_bytes) = read_start(file, path)?;
+    Header::parse(&start, file_bytes).map_err(refused(file, path))
+}
+
+/// The same of an image that is only looked at: with what is wrong, where it can be understood all the same.
+pub(crate) fn read_header_leniently(
+    file: &OpenFile,
+    path: &Path,
+) -> Result<(Header, Vec<HeaderFault>)> {
+    let (start, file_bytes) = read_start(file, path)?;
+    Header::parse_leniently(&start, file_bytes).map_err(refused(file, path))
+}
+
+/// Why a header is refused: a file of another format is named.
+fn refused(file: &OpenFile, path: &Path) -> impl FnOnce(urus_format::Error) -> Error {
+    move |error| match error {
         // Version 1 is another format, though its magic number is the same.
         urus_format::Error::NotQcow2
         | urus_format::Error::Invalid {
@@ -218,7 +223,23 @@ pub(crate) fn read_header(file: &OpenFile, path: &Path) -> Result<Header> {
             found: foreign::recognise(file),
         },
         error => Error::format(path)(error),
-    })
+    }
+}
+
+/// The first cluster at least, and the file's length.
+fn read_start(file: &OpenFile, path: &Path) -> Result<(Vec<u8>, u64)> {
+    let read = |bytes| {
+        file.read_prefix(bytes)
+            .map_err(Error::io("read the header", path))
+    };
+    let file_bytes = file.file_len().map_err(Error::io("measure", path))?;
+    let mut start = read(limits::HEADER_READ_BYTES)?;
+    if let Some(cluster_bytes) = stated_cluster_bytes(&start)
+        && cluster_bytes > start.len()
+    {
+        start = read(cluster_bytes)?;
+    }
+    Ok((start, file_bytes))
 }
 
 /// The cluster size that a header states, as far as it is legal: only to know how much to read.

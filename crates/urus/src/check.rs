@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use urus_engine::check::{CheckReport, Repair};
+use urus_format::FaultKind;
 use urus_ring::{Driver, DriverKind, FileSet, LockMode, OpenFile};
 
 use crate::chain;
@@ -27,7 +28,14 @@ pub fn check(path: impl AsRef<Path>, repair: Repair) -> Result<CheckReport> {
         LockMode::Write
     };
     file.lock(mode).map_err(Error::lock(path))?;
-    let header = chain::read_header(&file, path)?;
+    let (header, faults) = chain::read_header_leniently(&file, path)?;
+    // Names are not the check's matter, and of a table that is not there it says what is lost.
+    let fault = faults
+        .into_iter()
+        .find(|fault| fault.kind == FaultKind::Table);
+    if let Some(fault) = fault {
+        return Err(Error::format(path)(fault.error));
+    }
     let name = path.display().to_string();
     let driver = Driver::open(FileSet::new(vec![file]), DriverKind::Auto, DEPTH)
         .map_err(Error::io("open a driver for", path))?;

@@ -241,13 +241,13 @@ fn check_backing(image: &Path, name: &Path, format: Format, open: bool) -> Resul
         source,
     })?;
     Ok(Some(match format {
-        Format::Raw => file.file_len().map_err(Error::io("measure", &path))?,
+        Format::Raw => chain::raw_size(&file, &path)?,
         Format::Qcow2 => {
             let header = chain::read_header(&file, &path)?;
             header
                 .check_supported(false)
                 .map_err(Error::format(&path))?;
-            header.size
+            header.disk_bytes()
         }
     }))
 }

@@ -429,7 +429,7 @@ impl Device {
         Ok(())
     }
 
-    /// Changes the size of the virtual disk, in bytes. What is new reads as zeroes, also with a longer backing file.
+    /// Changes the size of the virtual disk, in bytes; rounded up to whole sectors of 512. What is new reads as zeroes, also with a longer backing file.
     /// Durable on return. Blocks.
     ///
     /// # Errors
@@ -456,6 +456,12 @@ impl Device {
     /// clients. It stays for the life of the device, so it should hold no handle of it.
     pub fn on_resize(&self, action: impl Fn() + Send + Sync + 'static) {
         self.core.on_resize().push(Box::new(action));
+    }
+
+    /// From now on a discard or write-zeroes that is under way ends at its next step, with [`Error::Closed`]; its range may
+    /// be cleared in part. Before a [`close`](Self::close) that is not to wait for requests over terabytes.
+    pub fn cut_clearing_short(&self) {
+        self.core.shared.cut_clearing_short();
     }
 
     /// Ends the device: waits for the requests in flight on every queue, makes everything durable, clears the

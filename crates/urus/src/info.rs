@@ -108,6 +108,9 @@ pub struct Qcow2Info {
     pub bitmaps: Vec<BitmapInfo>,
     /// Why urus cannot open it for reading, if so.
     pub unsupported: Option<String>,
+    /// What is wrong with it, as far as was looked: names that no file may have, tables that are not there or cannot be
+    /// read. The rest of what is said here holds all the same; snapshots or bitmaps that cannot be read are left out.
+    pub faults: Vec<String>,
 }
 
 impl ImageInfo {
@@ -189,8 +192,8 @@ pub struct BitmapInfo {
 /// Says what the image at `path` is. Reads the header and small tables; opens no other file and changes nothing.
 ///
 /// # Errors
-/// A file that cannot be read, that is not of the stated format, or whose header or tables no program may accept;
-/// [`Error::InUse`] where somebody writes it, unless [`InfoOptions::lock`] says not to care.
+/// A file that cannot be read, that is not of the stated format, or whose header no program can understand. (Damage
+/// elsewhere is in [`Qcow2Info::faults`].) [`Error::InUse`] where somebody writes it, unless [`InfoOptions::lock`] says not to care.
 pub fn info(path: impl AsRef<Path>, options: &InfoOptions) -> Result<ImageInfo> {
     let path = path.as_ref();
     let file = OpenFile::open_image(path, true, false).map_err(Error::io("open", path))?;
@@ -205,13 +208,12 @@ pub fn info(path: impl AsRef<Path>, options: &InfoOptions) -> Result<ImageInfo> 
         None => detect(&file, path)?,
     };
     let (virtual_size, qcow2) = match format {
-        Format::Raw => (file_size, None),
+        Format::Raw => (chain::raw_size(&file, path)?, None),
         Format::Qcow2 => {
-            let header = chain::read_header(&file, path)?;
-            (
-                header.size,
-                Some(Box::new(qcow2_info(&file, path, &header)?)),
-            )
+            let (header, faults) = chain::read_header_leniently(&file, path)?;
+            let faults = faults.iter().map(|fault| fault.error.to_string());
+            let info = qcow2_info(&file, path, &header, faults.collect());
+            (header.disk_bytes(), Some(Box::new(info)))
         }
     };
     let foreign = match options.format {
@@ -245,10 +247,24 @@ fn detect(file: &OpenFile, path: &Path) -> Result<Format> {
     })
 }
 
-fn qcow2_info(file: &OpenFile, path: &Path, header: &Header) -> Result<Qcow2Info> {
+fn qcow2_info(file: &OpenFile, path: &Path, header: &Header, mut faults: Vec<String>) -> Qcow2Info {
     let geometry = header.geometry();
     let has = |bit| header.incompatible & bit != 0;
-    Ok(Qcow2Info {
+    let unsupported = header.check_supported(false).err();
+    let unsupported = faults
+        .first()
+        .cloned()
+        .or_else(|| unsupported.map(|error| error.to_string()));
+    let mut told = |error: String| faults.push(error);
+    let snapshots = read_snapshots(file, header).unwrap_or_else(|error| {
+        told(format!("snapshots are not shown: {error}"));
+        Vec::new()
+    });
+    let bitmaps = read_bitmaps(file, header).unwrap_or_else(|error| {
+        told(format!("bitmaps are not shown: {error}"));
+        Vec::new()
+    });
+    Qcow2Info {
         version: header.version,
         cluster_bytes: geometry.cluster_bytes(),
         refcount_bits: 1 << geometry.refcount_order(),
@@ -270,13 +286,11 @@ fn qcow2_info(file: &OpenFile, path: &Path, header: &Header) -> Result<Qcow2Info
             .backing
             .as_ref()
             .map(|backing| backing_info(path, backing)),
-        snapshots: read_snapshots(file, path, header)?,
-        bitmaps: read_bitmaps(file, path, header)?,
-        unsupported: header
-            .check_supported(false)
-            .err()
-            .map(|error| error.to_string()),
-    })
+        snapshots,
+        bitmaps,
+        unsupported,
+        faults,
+    }
 }
 
 fn backing_info(image: &Path, backing: &BackingName) -> BackingInfo {
@@ -293,14 +307,18 @@ fn backing_info(image: &Path, backing: &BackingName) -> BackingInfo {
     }
 }
 
-fn read_snapshots(file: &OpenFile, path: &Path, header: &Header) -> Result<Vec<SnapshotInfo>> {
+/// What keeps a table from being read; only its text matters.
+type TableError = Box<dyn std::error::Error>;
+
+fn read_snapshots(file: &OpenFile, header: &Header) -> Result<Vec<SnapshotInfo>, TableError> {
     let count = header.snapshot_count;
+    if count == 0 {
+        return Ok(Vec::new());
+    }
     let mut want = limits::SNAPSHOT_READ_BYTES;
     let table = loop {
-        let bytes = file
-            .read_at(header.snapshot_table.0, want)
-            .map_err(Error::io("read the snapshot table", path))?;
-        match snapshot::table_bytes(&bytes, count).map_err(Error::format(path))? {
+        let bytes = file.read_at(header.snapshot_table.0, want)?;
+        match snapshot::table_bytes(&bytes, count)? {
             // At the end of file there is no more: parsing says what is missing.
             TableBytes::AtLeast(_) if bytes.len() < want => break bytes,
             TableBytes::AtLeast(more) => {
@@ -311,7 +329,7 @@ fn read_snapshots(file: &OpenFile, path: &Path, header: &Header) -> Result<Vec<S
             TableBytes::Exactly(_) => break bytes,
         }
     };
-    let snapshots = snapshot::parse_table(&table, count).map_err(Error::format(path))?;
+    let snapshots = snapshot::parse_table(&table, count)?;
     Ok(snapshots
         .iter()
         .map(|snapshot| snapshot_info(snapshot, header))
@@ -327,24 +345,20 @@ fn snapshot_info(snapshot: &Snapshot, header: &Header) -> SnapshotInfo {
         date_nanoseconds: snapshot.date_nanoseconds,
         vm_clock_nanoseconds: snapshot.vm_clock_nanoseconds,
         icount: snapshot.icount,
-        virtual_size: snapshot.disk_bytes.unwrap_or(header.size),
+        virtual_size: snapshot.disk_bytes.unwrap_or(header.disk_bytes()),
     }
 }
 
-fn read_bitmaps(file: &OpenFile, path: &Path, header: &Header) -> Result<Vec<BitmapInfo>> {
+fn read_bitmaps(file: &OpenFile, header: &Header) -> Result<Vec<BitmapInfo>, TableError> {
     let Some(extension) = &header.bitmaps else {
         return Ok(Vec::new());
     };
     // At most 64 MiB, by the header's limits; a shorter file gives less, and parsing says so.
     let bytes = usize::try_from(extension.directory_bytes).unwrap_or(usize::MAX);
-    let file_bytes = file.file_len().map_err(Error::io("measure", path))?;
-    let there =
-        usize::try_from(file_bytes.saturating_sub(extension.directory.0)).unwrap_or(usize::MAX);
-    let directory = file
-        .read_at(extension.directory.0, bytes.min(there))
-        .map_err(Error::io("read the bitmap directory", path))?;
-    let bitmaps = bitmap::parse_directory(&directory, extension.count, &header.geometry())
-        .map_err(Error::format(path))?;
+    let there = file.file_len()?.saturating_sub(extension.directory.0);
+    let there = usize::try_from(there).unwrap_or(usize::MAX);
+    let directory = file.read_at(extension.directory.0, bytes.min(there))?;
+    let bitmaps = bitmap::parse_directory(&directory, extension.count, &header.geometry())?;
     Ok(bitmaps
         .iter()
         .map(|bitmap| BitmapInfo {

@@ -214,7 +214,8 @@ fn formats_and_damage() {
     let shown = info(&path, &InfoOptions::new()).unwrap();
     assert_eq!(
         (shown.format, shown.virtual_size, shown.file_size),
-        (Format::Raw, 3000, 3000)
+        // Whole sectors, as QEMU has it.
+        (Format::Raw, 3072, 3000)
     );
     let error = info(&path, InfoOptions::new().format(Format::Qcow2)).unwrap_err();
     assert!(matches!(error, Error::NotQcow2 { .. }), "{error:?}");
@@ -235,13 +236,51 @@ fn formats_and_damage() {
         let error = info(&path, &InfoOptions::new()).unwrap_err();
         assert!(matches!(error, Error::Format { .. }), "{length}: {error:?}");
     }
-    // A snapshot table that is said to lie past the end of file.
-    let mut wild = bytes;
-    wild[60..64].copy_from_slice(&65536_u32.to_be_bytes());
-    wild[64..72].copy_from_slice(&(1_u64 << 40).to_be_bytes());
-    fs::write(&path, &wild).unwrap();
-    let error = info(&path, &InfoOptions::new()).unwrap_err();
-    assert!(matches!(error, Error::Format { .. }), "{error:?}");
+    // A snapshot table that is said to lie past the end of file, too many snapshots, tables past the end or nowhere: told,
+    // and no reason to say nothing else.
+    for (at, value, told) in [
+        (60, 65536 << 32, "snapshots are not shown"),
+        (60, u64::MAX, "nb_snapshots"),
+        (48, 1 << 40, "refcount table is cut off"),
+        (48, 77, "refcount_table_offset"),
+        (40, 1 << 40, "L1 table is cut off"),
+    ] {
+        let mut wild = bytes.clone();
+        wild[at..at + 8].copy_from_slice(&u64::to_be_bytes(value));
+        if at == 60 {
+            wild[64..72].copy_from_slice(&(1_u64 << 40).to_be_bytes());
+        }
+        fs::write(&path, &wild).unwrap();
+        let (shown, qcow2) = show(&path);
+        assert_eq!(shown.virtual_size, 1 << 20);
+        assert!(qcow2.snapshots.is_empty());
+        let faults = qcow2.faults.join("; ");
+        assert!(faults.contains(told), "{faults}");
+        assert!(qcow2.unsupported.is_some() || told.starts_with("snapshots"));
+    }
+}
+
+/// A bitmap directory of 64 MiB that the file does not have, and one that makes no sense.
+#[test]
+fn broken_bitmaps_are_told() {
+    let scratch = Scratch::new();
+    let path = scratch.path("disk.qcow2");
+    make(&path, "1M", &[]);
+    qemu_img(&["bitmap", "--add", text(&path), "b0"]);
+    let bytes = fs::read(&path).unwrap();
+    let at = bytes
+        .windows(4)
+        .position(|part| part == [0x23, 0x85, 0x28, 0x75]);
+    let at = at.expect("the extension") + 8;
+    for (from, value) in [(16, 1u64 << 40), (16, 1), (8, u64::MAX)] {
+        let mut wild = bytes.clone();
+        wild[at + from..at + from + 8].copy_from_slice(&value.to_be_bytes());
+        fs::write(&path, &wild).unwrap();
+        let (shown, qcow2) = show(&path);
+        assert_eq!(shown.virtual_size, 1 << 20);
+        assert!(qcow2.bitmaps.is_empty());
+        assert_eq!(qcow2.faults.len(), 1, "{:?}", qcow2.faults);
+    }
 }
 
 #[test]

@@ -52,7 +52,9 @@ fn write_qcow2(out: &mut String, qcow2: &Qcow2Info) -> std::fmt::Result {
         writeln!(out, "cleanly shut down: no")?;
     }
     if let Some(backing) = &qcow2.backing {
-        write!(out, "backing file: {}", backing.name)?;
+        // Such a name is never opened; here it is shown whole.
+        let shown = |text: &str| text.replace('\0', "\\0");
+        write!(out, "backing file: {}", shown(&backing.name))?;
         match &backing.path {
             None => write!(out, " (cannot determine actual path)")?,
             Some(path) if path.display().to_string() != backing.name => {
@@ -62,7 +64,7 @@ fn write_qcow2(out: &mut String, qcow2: &Qcow2Info) -> std::fmt::Result {
         }
         writeln!(out)?;
         if let Some(format) = &backing.format {
-            writeln!(out, "backing file format: {format}")?;
+            writeln!(out, "backing file format: {}", shown(format))?;
         }
     }
     if !qcow2.snapshots.is_empty() {

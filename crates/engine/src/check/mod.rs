@@ -6,9 +6,10 @@
 //! - `repair` makes refcounts and COPIED flags right. `relocate` plans new refcount structures where the old
 //!   ones cannot be mended in place.
 //!
-//! What it finds is counted as `qemu-img check` counts it ([`CheckReport`]), with two additions: entries that
-//! urus cannot use though QEMU ignores their flags, and metadata clusters that something else uses too (or the
-//! active L1 table twice), even where their refcount agrees.
+//! What it finds is counted as `qemu-img check` counts it ([`CheckReport`]), with two additions: an L1 entry of COPIED
+//! alone, and metadata clusters that something else uses too (or the active L1 table twice), even where their refcount
+//! agrees. Flags of L2 entries that mean nothing (COPIED without an offset) or are not defined (the zero flag in version 2)
+//! are no corruption: such clusters read as not allocated, and as zeroes.
 //!
 //! A repair never makes the image worse, wherever it is cut off: the worst that it leaves behind is one leak
 //! more. It changes refcounts, COPIED flags and the header's refcount table and bits, and nothing else: what a

@@ -12,7 +12,7 @@
 //!
 //! There is a barrier between each two.
 
-use urus_format::{Header, HostOffset, autoclear, incompatible, refcount};
+use urus_format::{Header, HeaderChange, HostOffset, autoclear, incompatible, refcount};
 
 use super::counts::CHUNK_CLUSTERS;
 use super::entries::{COMPRESSED, COPIED, OFFSET_MASK, ZERO};
@@ -20,6 +20,7 @@ use super::relocate::Relocation;
 use super::walk::Walked;
 use super::{CheckIo, READ_BYTES, SECTOR_BYTES};
 use crate::error::Result;
+use crate::header;
 use crate::to_usize;
 
 /// What a repair has done.
@@ -133,32 +134,24 @@ pub(super) async fn repair<I: CheckIo>(
 /// Reads, writes and barriers that fail; `header` is as it was then.
 pub(super) async fn clear_bits<I: CheckIo>(io: &I, header: &mut Header) -> Result<()> {
     let bits = header.incompatible & !(incompatible::DIRTY | incompatible::CORRUPT);
-    write_fields(
-        io,
-        header.version,
-        &[(INCOMPATIBLE_AT, &bits.to_be_bytes())],
-    )
-    .await?;
-    io.barrier().await?;
-    header.incompatible = bits;
-    Ok(())
+    change_header(io, header, HeaderChange::Incompatible(bits)).await
 }
 
-const REFCOUNT_TABLE_AT: usize = 48;
-const INCOMPATIBLE_AT: usize = 72;
-const AUTOCLEAR_AT: usize = 88;
-
-/// Changes fields of the header, in one write of its first sector; everything else in it stays as it is.
-async fn write_fields<I: CheckIo>(io: &I, version: u32, fields: &[(usize, &[u8])]) -> Result<()> {
-    let mut sector = io.read(0, SECTOR_BYTES as u64).await?;
-    for (at, value) in fields {
-        debug_assert!(
-            version >= 3 || *at < INCOMPATIBLE_AT,
-            "version 2 has no feature bits"
-        );
-        sector[*at..at + value.len()].copy_from_slice(value);
-    }
-    io.write(0, &sector).await
+/// Changes a field of the header, durably, in one write of its first sector; everything else in it stays as it is (O28).
+///
+/// # Errors
+/// Reads, writes and barriers that fail; `header` is as it was then.
+async fn change_header<I: CheckIo>(
+    io: &I,
+    header: &mut Header,
+    change: HeaderChange,
+) -> Result<()> {
+    let before = io.read(0, SECTOR_BYTES as u64).await?;
+    let (after, changed) = header::patch(io.name(), header, &[change], &before)?;
+    io.write(0, &after).await?;
+    io.barrier().await?;
+    *header = changed;
+    Ok(())
 }
 
 /// A repair under way.
@@ -210,11 +203,8 @@ impl<I: CheckIo> Mender<'_, I> {
     async fn drop_unknown_autoclear(&mut self, header: &mut Header) -> Result<()> {
         let known = header.autoclear & autoclear::KNOWN;
         if known != header.autoclear {
-            let fields: &[(usize, &[u8])] = &[(AUTOCLEAR_AT, &known.to_be_bytes())];
-            write_fields(self.io, header.version, fields).await?;
             self.mended.wrote = true;
-            self.io.barrier().await?;
-            header.autoclear = known;
+            change_header(self.io, header, HeaderChange::Autoclear(known)).await?;
         }
         Ok(())
     }
@@ -232,13 +222,12 @@ impl<I: CheckIo> Mender<'_, I> {
         let table = HostOffset(relocation.table << self.walked.geometry.cluster_bits());
         let clusters =
             u32::try_from(relocation.table_clusters).expect("a refcount table has at most 8 MiB");
-        let mut value = table.0.to_be_bytes().to_vec();
-        value.extend_from_slice(&clusters.to_be_bytes());
-        write_fields(self.io, header.version, &[(REFCOUNT_TABLE_AT, &value)]).await?;
-        self.io.barrier().await?;
-        header.refcount_table = table;
-        header.refcount_table_clusters = clusters;
-        Ok(())
+        change_header(
+            self.io,
+            header,
+            HeaderChange::RefcountTable(table, clusters),
+        )
+        .await
     }
 
     /// Changes the refcounts in the blocks that are there.
@@ -278,7 +267,8 @@ impl<I: CheckIo> Mender<'_, I> {
         let walked = &*self.walked;
         let bits = walked.geometry.cluster_bits();
         let l1 = header.l1_table.0;
-        let l1_bytes = (u64::from(header.l1_entries) * 8)
+        let l1_end = l1 + u64::from(header.l1_entries) * 8;
+        let l1_bytes = (l1_end - l1)
             .next_multiple_of(SECTOR_BYTES as u64)
             .min(walked.file_len.saturating_sub(l1));
         let mut pieces = Vec::new();
@@ -301,7 +291,13 @@ impl<I: CheckIo> Mender<'_, I> {
                 Table::L1 => 8,
                 Table::L2 => to_usize(self.walked.geometry.l2_entry_bytes()),
             };
-            for word in new.chunks_exact_mut(stride) {
+            // What follows the L1 table's entries in its last sector is not the table's (O28).
+            let end = match table {
+                Table::L1 => l1_end,
+                Table::L2 => offset + bytes,
+            };
+            let entries = to_usize((end - offset).min(bytes)) / stride;
+            for word in new.chunks_exact_mut(stride).take(entries) {
                 let entry = u64::from_be_bytes(word[..8].try_into().expect("eight bytes"));
                 let (copied, is_flag) = self.right_flag(table, entry, pass);
                 if copied != (entry & COPIED != 0) {

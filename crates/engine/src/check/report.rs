@@ -140,9 +140,7 @@ impl CheckReport {
         let complete = self.kept.iter().all(|kept| *kept < MAX_FINDINGS);
         let mut messages = before.messages;
         // What is still there is told by this report's own finding.
-        messages.retain(|old| {
-            old.severity == Severity::Note || !self.messages.iter().any(|new| new.text == old.text)
-        });
+        messages.retain(|old| !self.messages.iter().any(|new| new.text == old.text));
         for finding in &mut messages {
             // Where findings were left out, nobody can say so.
             finding.repaired =

@@ -114,6 +114,8 @@ pub(super) struct Walked {
     pub(super) copied_findings: u64,
     /// Clusters whose refcount is lower than their references.
     pub(super) too_low: u64,
+    /// Entries with the zero flag, where the version does not define it.
+    pub(super) undefined_zeroes: u64,
     /// Bytes of tables that may still be read.
     budget: u64,
 }
@@ -129,6 +131,7 @@ pub(super) async fn walk<I: CheckIo>(io: &I, header: &Header, limits: Limits) ->
         walked.claim(Role::Luks, offset, bytes, 1);
     }
     walked.claim_refcounts(header);
+    walked.note_undefined_zeroes();
     if walked.counts.is_full() {
         walked.stop(|| {
             "the image refers to more clusters than fit into the memory for a check".into()
@@ -163,6 +166,7 @@ impl Walked {
             incomplete: false,
             copied_findings: 0,
             too_low: 0,
+            undefined_zeroes: 0,
             // Tables that do not overlap are together no longer than the file; damage may add a few.
             budget: file_len
                 .saturating_mul(2)
@@ -288,6 +292,19 @@ impl Walked {
             _ if !self.overlaps(cluster) => role.to_owned(),
             Some(other) => format!("{role}, and also {}", other.describe()),
             None => format!("{role}, and also data"),
+        }
+    }
+
+    /// QEMU's check says nothing of them either, but QEMU does not read such clusters.
+    fn note_undefined_zeroes(&mut self) {
+        let entries = self.undefined_zeroes;
+        if entries > 0 {
+            self.report.note(|| {
+                format!(
+                    "{entries} L2 entries have the zero flag, which version 2 does not define: they read as \
+                     zeroes here, and as errors in QEMU; copying the image to a new one makes them readable for all"
+                )
+            });
         }
     }
 

@@ -12,6 +12,39 @@ use crate::{Error, HostOffset};
 /// Offset of the compression type in the header of version 3.
 const COMPRESSION_TYPE_AT: usize = 104;
 
+/// Something wrong with a header that can be understood all the same.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HeaderFault {
+    /// What it is.
+    pub error: Error,
+    /// What it concerns.
+    pub kind: FaultKind,
+}
+
+/// What a [`HeaderFault`] concerns.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FaultKind {
+    /// A name, or an extension that is there twice: readers differ in what they make of it, so it is
+    /// refused. Nothing in the image's tables depends on it.
+    Name,
+    /// A table that begins past the end of the file. A check says what is lost.
+    Missing,
+    /// A table, bitmaps or encryption whose place or length no program accepts.
+    Table,
+}
+
+impl HeaderFault {
+    fn name(error: Error) -> Self {
+        let kind = FaultKind::Name;
+        Self { error, kind }
+    }
+
+    fn table(error: Error) -> Self {
+        let kind = FaultKind::Table;
+        Self { error, kind }
+    }
+}
+
 impl Header {
     /// Parses the start of an image file.
     ///
@@ -27,6 +60,25 @@ impl Header {
     /// Any other limit of the format as [`Error::Invalid`] or [`Error::Name`], and an unknown compression type
     /// as [`Error::Unsupported`].
     pub fn parse(cluster0: &[u8], file_bytes: u64) -> Result<Self, Error> {
+        let (header, faults) = Self::parse_leniently(cluster0, file_bytes)?;
+        match faults.into_iter().next() {
+            None => Ok(header),
+            Some(fault) => Err(fault.error),
+        }
+    }
+
+    /// As [`parse`](Self::parse), and goes on behind what does not keep the header from being shown. Such
+    /// a header is for looking at: who uses the image asks that there be no faults, and a check that
+    /// there be none of [`FaultKind::Table`]. What of bitmaps and encryption makes no sense is left out.
+    ///
+    /// # Errors
+    /// What makes the header unreadable: no magic number, a cluster 0 that is cut off, sizes of other
+    /// fields (version, cluster size, refcount width, header length), extensions or a backing file name
+    /// that do not lie in cluster 0, an unknown compression type.
+    pub fn parse_leniently(
+        cluster0: &[u8],
+        file_bytes: u64,
+    ) -> Result<(Self, Vec<HeaderFault>), Error> {
         if !cluster0.starts_with(&MAGIC) {
             return Err(Error::NotQcow2);
         }
@@ -51,24 +103,39 @@ impl Header {
             header: &mut header,
             backing_format: None,
             seen: 0,
+            faults: Vec::new(),
         };
         extensions.parse(&cluster0[header_bytes as usize..extensions_end])?;
-        let format = extensions.backing_format;
+        let (format, mut faults) = (extensions.backing_format, extensions.faults);
         header.adopt_backing(name, format);
-        header.check_limits()?;
-        header.check_start(
-            "the refcount table",
-            header.refcount_table,
-            header.refcount_table_clusters,
-            file_bytes,
-        )?;
-        header.check_start(
-            "the L1 table",
-            header.l1_table,
-            header.l1_entries,
-            file_bytes,
-        )?;
-        Ok(header)
+        header.check_features()?;
+        let mut judge = |result: Result<(), Error>, kind| {
+            let error = result.err()?;
+            let fault = HeaderFault { error, kind };
+            if !faults.contains(&fault) {
+                faults.push(fault);
+            }
+            Some(())
+        };
+        judge(header.check_tables(), FaultKind::Table);
+        judge(header.check_names(), FaultKind::Name);
+        if judge(header.check_extensions(), FaultKind::Table).is_some() {
+            // Nobody reads at places that make no sense.
+            (header.bitmaps, header.luks) = (None, None);
+        }
+        let tables = [
+            (
+                "the refcount table",
+                header.refcount_table,
+                header.refcount_table_clusters,
+            ),
+            ("the L1 table", header.l1_table, header.l1_entries),
+        ];
+        for (structure, table, entries) in tables {
+            let result = check_start(structure, table, entries, file_bytes);
+            judge(result, FaultKind::Missing);
+        }
+        Ok((header, faults))
     }
 
     /// The fixed fields. `header_bytes` has been checked against `cluster0`.
@@ -132,23 +199,22 @@ impl Header {
             (None, None) => {}
         }
     }
+}
 
-    fn check_start(
-        &self,
-        structure: &'static str,
-        table: HostOffset,
-        entries: u32,
-        file_bytes: u64,
-    ) -> Result<(), Error> {
-        if entries != 0 && table.0 >= file_bytes {
-            return Err(Error::Truncated {
-                structure,
-                need_bytes: table.0 + 1,
-                have_bytes: file_bytes,
-            });
-        }
-        Ok(())
+fn check_start(
+    structure: &'static str,
+    table: HostOffset,
+    entries: u32,
+    file_bytes: u64,
+) -> Result<(), Error> {
+    if entries != 0 && table.0 >= file_bytes {
+        return Err(Error::Truncated {
+            structure,
+            need_bytes: table.0.saturating_add(1),
+            have_bytes: file_bytes,
+        });
     }
+    Ok(())
 }
 
 fn need(structure: &'static str, bytes: &[u8], need: usize) -> Result<(), Error> {
@@ -208,6 +274,7 @@ struct Extensions<'a> {
     backing_format: Option<String>,
     /// One bit for each known type met: readers differ in which of two they believe, so twice is refused.
     seen: u32,
+    faults: Vec<HeaderFault>,
 }
 
 impl Extensions<'_> {
@@ -239,75 +306,93 @@ impl Extensions<'_> {
     }
 
     fn take(&mut self, kind: u32, value: &[u8]) -> Result<(), Error> {
+        let known = [
+            extension::BACKING_FORMAT,
+            extension::FEATURE_NAMES,
+            extension::BITMAPS,
+            extension::LUKS,
+            extension::DATA_FILE,
+        ];
+        if let Some(bit) = known.iter().position(|known| *known == kind) {
+            self.once(kind, bit);
+        }
         match kind {
-            extension::BACKING_FORMAT => {
-                self.once(kind, 0)?;
-                self.backing_format = parse_backing_format(value)?;
-            }
+            extension::BACKING_FORMAT => self.take_backing_format(value),
             extension::FEATURE_NAMES => {
-                self.once(kind, 1)?;
                 self.header.feature_names = value
                     .chunks_exact(FEATURE_NAME_BYTES)
                     .map(parse_feature_name)
                     .collect();
             }
-            extension::BITMAPS => {
-                self.once(kind, 2)?;
-                self.take_bitmaps(value)?;
-            }
-            extension::LUKS => {
-                self.once(kind, 3)?;
-                if value.len() != 16 {
-                    return Err(length_fault("LUKS", value, "16"));
-                }
+            extension::BITMAPS => self.take_bitmaps(value),
+            extension::LUKS if value.len() == 16 => {
                 self.header.luks = Some((HostOffset(be64(value, 0)), be64(value, 8)));
             }
-            extension::DATA_FILE => {
-                self.once(kind, 4)?;
-                self.header.data_file = Some(value.to_vec());
-            }
+            extension::LUKS => self.table_fault(length_fault("LUKS", value, "16")),
+            extension::DATA_FILE => self.header.data_file = Some(value.to_vec()),
             _ => self.header.unknown_extensions.push((kind, value.to_vec())),
         }
         Ok(())
     }
 
-    fn take_bitmaps(&mut self, value: &[u8]) -> Result<(), Error> {
+    /// QEMU of 2009 padded the name with NULs. They end it, for every program.
+    fn take_backing_format(&mut self, value: &[u8]) {
+        let end = value.iter().rposition(|&byte| byte != 0);
+        let name = &value[..end.map_or(0, |last| last + 1)];
+        if name.is_empty() {
+            return;
+        }
+        let text = std::str::from_utf8(name);
+        let fault = check_backing_format(name).err().or_else(|| {
+            text.is_err().then_some(Error::Name {
+                field: "backing format",
+                fault: NameFault::NotText,
+            })
+        });
+        self.faults.extend(fault.map(HeaderFault::name));
+        self.backing_format = Some(String::from_utf8_lossy(name).into_owned());
+    }
+
+    fn take_bitmaps(&mut self, value: &[u8]) {
         if self.header.autoclear & autoclear::BITMAPS == 0 {
             // Stale: somebody wrote who does not know bitmaps. Nothing in it can be relied on.
             self.header
                 .unknown_extensions
                 .push((extension::BITMAPS, value.to_vec()));
-            return Ok(());
+            return;
         }
         if value.len() != 24 {
-            return Err(length_fault("bitmaps", value, "24"));
+            return self.table_fault(length_fault("bitmaps", value, "24"));
         }
         let reserved = be32(value, 4);
         if reserved != 0 {
-            return Err(Error::invalid(
-                "reserved field of the bitmaps extension",
-                reserved,
-                "0",
-            ));
+            let field = "reserved field of the bitmaps extension";
+            return self.table_fault(Error::invalid(field, reserved, "0"));
         }
         self.header.bitmaps = Some(BitmapsExtension {
             count: be32(value, 0),
             directory_bytes: be64(value, 8),
             directory: HostOffset(be64(value, 16)),
         });
-        Ok(())
     }
 
-    fn once(&mut self, kind: u32, bit: u32) -> Result<(), Error> {
+    fn table_fault(&mut self, error: Error) {
+        self.faults.push(HeaderFault::table(error));
+    }
+
+    fn once(&mut self, kind: u32, bit: usize) {
         if self.seen & (1 << bit) != 0 {
-            return Err(Error::invalid(
-                "header extension type",
-                kind,
-                "each known type only once",
-            ));
+            let expected = "each known type only once";
+            let error = Error::invalid("header extension type", kind, expected);
+            // Which clusters are in use depends on these two.
+            let is_table = matches!(kind, extension::BITMAPS | extension::LUKS);
+            self.faults.push(if is_table {
+                HeaderFault::table(error)
+            } else {
+                HeaderFault::name(error)
+            });
         }
         self.seen |= 1 << bit;
-        Ok(())
     }
 }
 
@@ -317,20 +402,6 @@ fn length_fault(name: &'static str, value: &[u8], expected: &str) -> Error {
         _ => "length of the bitmaps extension",
     };
     Error::invalid(field, value.len() as u64, expected)
-}
-
-fn parse_backing_format(value: &[u8]) -> Result<Option<String>, Error> {
-    if value.is_empty() {
-        return Ok(None);
-    }
-    check_backing_format(value)?;
-    match std::str::from_utf8(value) {
-        Ok(text) => Ok(Some(text.to_owned())),
-        Err(_) => Err(Error::Name {
-            field: "backing format",
-            fault: NameFault::NotText,
-        }),
-    }
 }
 
 /// Decodes an entry of exactly [`FEATURE_NAME_BYTES`].

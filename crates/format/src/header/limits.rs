@@ -99,7 +99,7 @@ impl Header {
         self.check_extensions()
     }
 
-    fn check_features(&self) -> Result<(), Error> {
+    pub(super) fn check_features(&self) -> Result<(), Error> {
         check_refcount_order(self.version, self.refcount_order)?;
         let bits = self.incompatible | self.compatible | self.autoclear;
         if self.version == 2 && bits != 0 {
@@ -129,7 +129,7 @@ impl Header {
         Ok(())
     }
 
-    fn check_tables(&self) -> Result<(), Error> {
+    pub(super) fn check_tables(&self) -> Result<(), Error> {
         let cluster_bytes = 1u64 << self.cluster_bits;
         let table_bytes = u64::from(self.refcount_table_clusters) << self.cluster_bits;
         if table_bytes > MAX_REFCOUNT_TABLE_BYTES {
@@ -203,7 +203,7 @@ impl Header {
         Ok(())
     }
 
-    fn check_names(&self) -> Result<(), Error> {
+    pub(super) fn check_names(&self) -> Result<(), Error> {
         if let Some(backing) = &self.backing {
             names::judge_stored(&backing.name).map_err(|fault| Error::Name {
                 field: "backing file name",
@@ -222,7 +222,7 @@ impl Header {
         Ok(())
     }
 
-    fn check_extensions(&self) -> Result<(), Error> {
+    pub(super) fn check_extensions(&self) -> Result<(), Error> {
         if let Some(bitmaps) = &self.bitmaps {
             self.check_bitmaps(bitmaps)?;
         }

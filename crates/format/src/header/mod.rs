@@ -1,10 +1,12 @@
 //! The header: everything that cluster 0 holds (specification: "Header", "Header extensions").
 //!
 //! [`Header::parse`] turns the bytes of cluster 0 into a [`Header`] whose fields keep the format's limits, and
-//! [`Header::encode`] turns it back, with everything that urus does not know left as it was. Parsing refuses
-//! what no program may accept. Whether urus can *use* an image is a second question, answered by
+//! [`Header::encode`] makes the cluster 0 of a new image. What is on disk is changed by [`Header::patch`], which
+//! leaves alone all that it is not about. Parsing refuses what no program may accept;
+//! [`Header::parse_leniently`] tells what is wrong and goes on where the header can still be shown. Whether urus can *use* an image is a second question, answered by
 //! [`Header::check_supported`]: so that an image with unsupported features can still be shown.
 
+mod change;
 mod decode;
 mod encode;
 pub(crate) mod limits;
@@ -13,6 +15,8 @@ use std::fmt;
 
 use crate::{Error, Geometry, HostOffset};
 
+pub use change::HeaderChange;
+pub use decode::{FaultKind, HeaderFault};
 pub use limits::{
     MAX_BACKING_FORMAT_BYTES, MAX_BITMAP_DIRECTORY_BYTES, MAX_BITMAPS, MAX_L1_BYTES,
     MAX_REFCOUNT_TABLE_BYTES, MAX_SNAPSHOTS,
@@ -84,7 +88,8 @@ impl fmt::Display for Compression {
 pub struct BackingName {
     /// The name's bytes: 1 to 1023, without NUL. Not judged otherwise: see [`names::judge`](crate::names::judge).
     pub name: Vec<u8>,
-    /// The backing file's format (`raw`, `qcow2`): 1 to 15 bytes without NUL.
+    /// The backing file's format (`raw`, `qcow2`): 1 to 15 bytes without NUL. NULs that pad it on disk are not
+    /// part of it.
     pub format: Option<String>,
 }
 
@@ -135,7 +140,8 @@ pub struct Header {
     pub header_bytes: u32,
     /// log2 of the cluster size: 9 to 21.
     pub cluster_bits: u32,
-    /// Virtual size in bytes, as stored: it need not be a multiple of anything.
+    /// Virtual size in bytes, as stored: it need not be a multiple of anything. The disk is as long as
+    /// [`disk_bytes`](Self::disk_bytes) says.
     pub size: u64,
     /// 0 none, 1 AES, 2 LUKS.
     pub crypt_method: u32,
@@ -183,6 +189,12 @@ pub struct Header {
 }
 
 impl Header {
+    /// Bytes of the virtual disk as programs use it: whole sectors of 512, as QEMU rounds.
+    #[must_use]
+    pub fn disk_bytes(&self) -> u64 {
+        self.size & !511
+    }
+
     /// The sizes that follow from this header.
     ///
     /// # Panics

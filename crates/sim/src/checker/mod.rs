@@ -5,16 +5,19 @@
 //! length of the file.
 //!
 //! - [`check`] finds broken refcounts, overlaps and wrong COPIED flags, and counts leaks.
+//! - [`header_kept`] says whether a header is what it was, but for what has to change.
 //! - [`GuestReader`] reads what a guest would see.
 //! - [`Owners`] says what lies at a host offset (to sort pending writes by kind).
 
+mod kept;
 mod layout;
 mod reader;
 mod walk;
 
 use std::fmt;
 
-pub use reader::{Backing, GuestReader};
+pub use kept::header_kept;
+pub use reader::{Backing, GuestReader, State};
 pub use walk::check;
 
 /// Which mapping.

@@ -10,6 +10,21 @@ use super::{Owner, Table, Violation};
 /// Gives `len` bytes of the backing file at an offset, zeroes past its end.
 pub type Backing<'a> = &'a dyn Fn(u64, usize) -> Vec<u8>;
 
+/// What an image's own tables say of a guest cluster.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum State {
+    /// Nothing: the backing file shows.
+    Unallocated,
+    /// Zeroes, and no cluster of the file.
+    Zero,
+    /// Zeroes, though this place of the file is set aside for them.
+    ZeroAllocated(u64),
+    /// Data, from this place of the file on.
+    Data(u64),
+    /// Compressed data.
+    Compressed,
+}
+
 /// Reads guest data out of an image. The dirty bit does not matter to it.
 #[derive(Clone)]
 pub struct GuestReader<'a> {
@@ -82,6 +97,42 @@ impl<'a> GuestReader<'a> {
     #[must_use]
     pub fn size(&self) -> u64 {
         self.size
+    }
+
+    /// What the tables say of the cluster that holds `offset`. Images with an external data file or extended L2 entries are not asked.
+    ///
+    /// # Errors
+    /// When the L1 table is too small for the disk.
+    pub fn state(&self, offset: u64) -> Result<State, Violation> {
+        let layout = &self.layout;
+        let guest = offset / layout.cluster();
+        let l1_index = guest / layout.l2_entries();
+        if l1_index >= self.l1.entries {
+            return Err(Violation::BadTable {
+                owner: Owner::L1(self.l1.table),
+                offset: self.l1.offset,
+                why: "too small for the disk",
+            });
+        }
+        let l2 = layout.u64_at(self.l1.offset.saturating_add(l1_index * 8)) & OFFSET_MASK;
+        if l2 == 0 {
+            return Ok(State::Unallocated);
+        }
+        let entry = layout.u64_at(l2 + guest % layout.l2_entries() * layout.l2_entry_bytes());
+        let host = entry & OFFSET_MASK;
+        Ok(match (entry & 1 != 0 && layout.version == 3, host) {
+            _ if entry & COMPRESSED != 0 => State::Compressed,
+            (true, 0) => State::Zero,
+            (true, host) => State::ZeroAllocated(host),
+            (false, 0) => State::Unallocated,
+            (false, host) => State::Data(host),
+        })
+    }
+
+    /// Bytes of a cluster.
+    #[must_use]
+    pub fn cluster_bytes(&self) -> u64 {
+        self.layout.cluster()
     }
 
     /// `len` bytes of the guest at `offset`; zeroes past the end of the disk.
@@ -163,7 +214,8 @@ impl<'a> GuestReader<'a> {
             }
             return Ok(());
         }
-        if entry & 1 != 0 && layout.version == 3 {
+        // Version 2 does not define the flag; `check` tells it, and it can mean nothing else.
+        if entry & 1 != 0 {
             return Ok(());
         }
         // With a data file, offset 0 is allocated when COPIED says so.

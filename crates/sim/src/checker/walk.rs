@@ -314,19 +314,22 @@ impl Walk<'_> {
         let allowed = OFFSET_MASK | COPIED | u64::from(zero_flag);
         let external = self.layout.data_file();
         let (allocated, zero) = (bitmap & 0xffff_ffff, bitmap >> 32);
-        let why = if entry & !allowed != 0 {
-            Some("reserved bits")
-        } else if !offset.is_multiple_of(self.layout.cluster()) {
-            Some("misaligned")
-        } else if !external && offset >= self.layout.file_len() {
-            Some("data past the end of the file")
-        } else if allocated & zero != 0 {
-            Some("subclusters both allocated and zero")
-        } else if offset == 0 && !external && (entry & COPIED != 0 || allocated != 0) {
-            Some("flags without an offset")
-        } else {
-            None
-        };
+        let why =
+            if entry & !(allowed | 1) != 0 || entry & !allowed != 0 && self.layout.version == 3 {
+                Some("reserved bits")
+            } else if entry & !allowed != 0 {
+                Some("the zero flag in version 2")
+            } else if !offset.is_multiple_of(self.layout.cluster()) {
+                Some("misaligned")
+            } else if !external && offset >= self.layout.file_len() {
+                Some("data past the end of the file")
+            } else if allocated & zero != 0 {
+                Some("subclusters both allocated and zero")
+            } else if offset == 0 && !external && (entry & COPIED != 0 || allocated != 0) {
+                Some("flags without an offset")
+            } else {
+                None
+            };
         if let Some(why) = why {
             self.report.add(Violation::BadEntry { owner, entry, why });
         }

@@ -7,7 +7,7 @@ use super::qemu::{Directory, Numbers, img, io};
 use super::{Image, LIMITS, check, ready, try_check_within};
 use crate::check::entries::{COMPRESSED, COPIED};
 use crate::check::tests::memory::Memory;
-use crate::check::{CheckIo, CheckReport, Limits, Repair};
+use crate::check::{CheckIo, CheckReport, Finding, Limits, Repair};
 
 /// An image with a bit of everything, and its cluster size.
 fn base(directory: &Directory, options: &str, cluster_bytes: u64) -> Image {
@@ -334,23 +334,43 @@ fn entries_that_cannot_be_repaired() {
     }
 }
 
-/// Flags that QEMU ignores and urus cannot read past.
+/// Flags that say nothing, or that the version does not define. Of L2 entries QEMU calls them clean, and so do we: what
+/// else the image holds must not be lost for them.
 #[test]
 fn flags_without_a_meaning() {
     let directory = Directory::new();
     let image = base(&directory, "", 64 << 10);
     let (l1, l2) = (image.l1(), image.l2(0));
     // 10 MiB is not allocated.
-    for (what, at) in [("an L2 entry", l2 + 160 * 8), ("an L1 entry", l1 + 8)] {
-        assert_eq!(image.word(at), 0);
-        let damaged = image.poked(at, COPIED);
-        let report = check(&Memory::new(&damaged.bytes), Repair::None);
-        assert_eq!(report.corruptions, u64::from(what.contains("L2")), "{what}");
-        let (_, repaired) = repair(&damaged, Repair::All);
-        if what.contains("L2") {
-            assert_eq!(repaired.bytes, image.bytes, "{what}");
-        }
-    }
+    let at = l2 + 160 * 8;
+    assert_eq!(image.word(at), 0);
+    let damaged = image.poked(at, COPIED);
+    let report = directory.assert_same(&damaged, "COPIED without an offset");
+    assert!(report.is_clean(), "{:?}", report.messages);
+    let (_, repaired) = repair(&damaged, Repair::All);
+    assert_eq!(repaired.bytes, damaged.bytes);
+
+    // An L1 entry of flags alone: QEMU takes the header for the L2 table, and finds it damaged.
+    let larger = directory.make("", "1G", &["write 600M 64k"]);
+    let l1_entry = larger.l1();
+    assert_eq!(larger.word(l1_entry), 0);
+    let report = check(
+        &Memory::new(&larger.poked(l1_entry, COPIED).bytes),
+        Repair::None,
+    );
+    assert_eq!(report.corruptions, 1, "{:?}", report.messages);
+    let (report, repaired) = repair(&larger.poked(l1_entry, COPIED), Repair::All);
+    assert_eq!((report.corruptions, report.corruptions_fixed), (0, 1));
+    assert_eq!(repaired.bytes, larger.bytes);
+
+    // What follows the last entry in its sector is not the table's: a repair leaves it (O28).
+    let behind = l1 + 8;
+    let shared = image.poked(behind, COPIED | 0x5_0000);
+    let broken = shared.poked(l2, shared.word(l2) & !COPIED);
+    let (report, repaired) = repair(&broken, Repair::All);
+    assert_eq!(report.corruptions_fixed, 1, "{:?}", report.messages);
+    assert_eq!(repaired.bytes, shared.bytes);
+
     // A compressed cluster is never COPIED. 8 MiB is compressed.
     let at = l2 + 128 * 8;
     assert_ne!(image.word(at) & COMPRESSED, 0);
@@ -359,6 +379,36 @@ fn flags_without_a_meaning() {
     assert_eq!(report.corruptions, 1);
     let (_, repaired) = assert_repairs(&directory, &damaged, "COPIED and compressed");
     assert_eq!(repaired.bytes, image.bytes);
+}
+
+/// The zero flag in version 2: QEMU's check calls it clean, before and after a repair.
+#[test]
+fn zero_flags_in_version_2() {
+    let directory = Directory::new();
+    let commands = ["write -P 1 0 64k", "write -P 2 64k 64k"];
+    let image = directory.make("compat=0.10", "1M", &commands);
+    let l2 = image.l2(0);
+    let entry = image.word(l2 + 8);
+    for (what, value, leaks) in [
+        ("with a cluster", entry | 1, 0),
+        ("with a cluster, not COPIED", (entry | 1) & !COPIED, 0),
+        ("alone", 1, 1),
+        ("COPIED", COPIED | 1, 1),
+    ] {
+        let damaged = image.poked(l2 + 8, value);
+        let report = directory.assert_same(&damaged, what);
+        assert_eq!(report.leaks, leaks, "{what}");
+        let noted = |report: &CheckReport| {
+            let told = |finding: &&Finding| finding.text.contains("zero flag");
+            report.messages.iter().filter(told).count()
+        };
+        assert_eq!(noted(&report), 1, "{what}: {:?}", report.messages);
+        let (report, repaired) = repair(&damaged, Repair::All);
+        assert!(report.is_clean(), "{what}: {:?}", report.messages);
+        assert_eq!(noted(&report), 1, "{what}: {:?}", report.messages);
+        let (_, again) = repair(&repaired, Repair::All);
+        assert_eq!(again.bytes, repaired.bytes, "{what}");
+    }
 }
 
 /// A cluster with two uses, of which one is metadata. QEMU is content once the refcount is 2; we are not.
