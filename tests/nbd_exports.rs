@@ -340,7 +340,11 @@ fn strangers_are_not_served_over_tls() {
     }
     let size = program("nbdinfo").arg("--size").arg(tls.uri()).ok();
     assert_eq!(size.stdout.trim(), SIZE.to_string());
-    tls.served.stop();
+    // The log says whom, and why.
+    let log = tls.served.stop();
+    for words in ["client=", "it did not ask for TLS", "TLS has failed"] {
+        assert!(log.contains(words), "{words}: {log}");
+    }
 
     for (file, say) in [
         ("ca-cert.pem", "authority"),

@@ -400,10 +400,9 @@ fn odd_ranges(size: u64, rng: &mut Rng) -> Vec<(u64, u64)> {
 fn equal_statuses(image: &Path, rng: &mut Rng) -> Result<(), String> {
     let theirs = pieces(&qemu::map(image))?;
     let text = |error: urus::Error| format!("asking the library: {error}");
-    let device = urus::OpenOptions::new()
-        .read_only(true)
-        .open(image)
-        .map_err(text)?;
+    let mut options = urus::OpenOptions::new();
+    options.read_only(true);
+    let device = options.open(image).map_err(text)?;
     let mut io = device.blocking().map_err(text)?;
     for (offset, length) in odd_ranges(device.size(), rng) {
         let end = offset + length;

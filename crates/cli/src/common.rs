@@ -73,6 +73,7 @@ pub(crate) enum IoArg {
     #[value(name = "io_uring")]
     IoUring,
     /// Plain system calls on a few threads
+    #[value(alias = "threads")]
     Blocking,
 }
 
@@ -91,8 +92,10 @@ impl From<IoArg> for IoDriver {
 pub(crate) enum DiscardArg {
     /// Give the space back to the host
     #[default]
+    #[value(alias = "on")]
     Unmap,
     /// Nothing
+    #[value(alias = "off")]
     Ignore,
 }
 
@@ -154,6 +157,21 @@ pub(crate) fn format_to_inspect(
 ) -> Result<Format, Failure> {
     match stated {
         Some(format) => Ok(format.into()),
-        None => Ok(urus::info(path, urus::InfoOptions::new().lock(lock))?.format),
+        None => {
+            let info = urus::info(path, urus::InfoOptions::new().lock(lock))
+                .map_err(crate::info::or_force_share)?;
+            warn_of_foreign(&info);
+            Ok(info.format)
+        }
+    }
+}
+
+/// A file that is shown as raw and looks like something else is nothing that urus can say much of.
+pub(crate) fn warn_of_foreign(info: &urus::ImageInfo) {
+    if let Some(text) = info.foreign_text() {
+        crate::output::complain(&format!(
+            "urus: {}: warning: {text}; it is shown as raw",
+            info.path.display()
+        ));
     }
 }

@@ -231,7 +231,9 @@ impl Wanted {
         match feature {
             // What is off is off.
             Some(_) if value == "off" => Ok(()),
-            Some(feature) => Err(format!("{key}={value}: {feature} not supported yet")),
+            Some(feature) => Err(format!(
+                "{key}={value}: {feature} not supported yet: urus could not open the image; leave the option away"
+            )),
             None => Err(format!(
                 "Invalid parameter '{key}': `urus create -f {} -o help` lists the options",
                 Format::from(self.format)

@@ -127,6 +127,30 @@ fn new_size(text: &str, present: impl FnOnce() -> Result<u64, Failure>) -> Resul
         .ok_or_else(|| Failure::usage(format!("'{text}' is too much: no disk can be that large")))
 }
 
+/// Said to those who name an image.
+const NO_SOCKET: &str = "this is a file, and no socket: give the control socket of the server that has the image \
+                         (urus serve … --control unix:PATH). An image that nobody has open grows by qemu-img resize IMAGE +SIZE";
+
+fn is_socket(path: &Path) -> bool {
+    use std::os::unix::fs::FileTypeExt;
+    // What cannot be looked at may be one.
+    path.metadata()
+        .is_ok_and(|found| found.file_type().is_socket())
+        || path.metadata().is_err()
+}
+
+/// What servers say, that are no control sockets, as their first words.
+const OTHERS: [(&[u8], &str); 2] = [
+    (
+        b"NBDMAGIC",
+        "this socket is for NBD clients: give the one of --control (urus serve … --control unix:PATH)",
+    ),
+    (
+        b"HTTP/",
+        "this socket is for metrics: give the one of --control (urus serve … --control unix:PATH)",
+    ),
+];
+
 impl To {
     fn connect(self) -> Result<Server, Failure> {
         let stream = UnixStream::connect(&self.socket).map_err(|error| {
@@ -134,11 +158,16 @@ impl To {
                 io::ErrorKind::NotFound => {
                     "there is no such socket; is the server running with --control?".into()
                 }
-                io::ErrorKind::ConnectionRefused => "no server listens there any more".into(),
-                io::ErrorKind::PermissionDenied => "it is for the server's user only".into(),
+                _ if !is_socket(&self.socket) => NO_SOCKET.into(),
+                io::ErrorKind::ConnectionRefused => {
+                    "no server listens there any more; it was killed, and is to be started again".into()
+                }
+                io::ErrorKind::PermissionDenied => {
+                    "permission denied: a control socket is for the server's user (and root); use sudo, or sudo -u USER".into()
+                }
                 _ => error.to_string(),
             };
-            Failure::new(format!("{}: {why}", self.socket.display()))
+            Failure::complete(format!("{}: {why}", self.socket.display()))
         })?;
         Ok(Server {
             stream,
@@ -172,8 +201,16 @@ impl Server {
         // A server that turns a connection away answers without reading: the reply says more than the broken pipe.
         let written = write_line(&mut self.stream, &request);
         let line = self.line().map_err(|error| {
+            if error
+                .get_ref()
+                .is_some_and(|what| OTHERS.iter().any(|(_, text)| *text == what.to_string()))
+            {
+                return self.failed(&error.to_string());
+            }
             let error = written.err().unwrap_or(error);
-            self.failed(&format!("the server has not answered: {error}"))
+            self.failed(&format!(
+                "the server has not answered: {error}; is this the socket of --control?"
+            ))
         })?;
         let reply: Reply = serde_json::from_slice(&line).map_err(|error| {
             self.failed(&format!("what the server says makes no sense: {error}"))
@@ -189,6 +226,12 @@ impl Server {
 
     fn line(&mut self) -> io::Result<Vec<u8>> {
         loop {
+            if let Some((_, what)) = OTHERS
+                .iter()
+                .find(|(words, _)| self.lines.begin_with(words))
+            {
+                return Err(io::Error::other(*what));
+            }
             if let Some(line) = self.lines.take() {
                 return Ok(line);
             }
@@ -199,7 +242,7 @@ impl Server {
     }
 
     fn failed(&self, what: &str) -> Failure {
-        Failure::new(format!("{}: {what}", self.to.socket.display()))
+        Failure::complete(format!("{}: {what}", self.to.socket.display()))
     }
 }
 

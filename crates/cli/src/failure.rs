@@ -12,20 +12,38 @@ pub(crate) type Outcome = Result<ExitCode, Failure>;
 pub(crate) struct Failure {
     text: String,
     code: u8,
+    /// The text names the file that it is about, or is about none.
+    is_complete: bool,
 }
 
 impl Failure {
     /// `what: why; what to do`, without the image's name.
     pub(crate) fn new(text: impl Display) -> Self {
         Self {
-            text: text.to_string(),
+            text: plain(&text.to_string()),
             code: 1,
+            is_complete: false,
         }
+    }
+
+    /// A text that names what it is about, which need not be the image of the command line.
+    pub(crate) fn complete(text: impl Display) -> Self {
+        Self {
+            is_complete: true,
+            ..Self::new(text)
+        }
+    }
+
+    /// The same, with one thing more that the user can do.
+    pub(crate) fn or(mut self, advice: &str) -> Self {
+        self.text.push_str("; ");
+        self.text.push_str(advice);
+        self
     }
 
     /// A command line whose parts do not go together.
     pub(crate) fn usage(text: impl Display) -> Self {
-        Self::new(text).with_code(2)
+        Self::complete(text).with_code(2)
     }
 
     pub(crate) fn with_code(mut self, code: u8) -> Self {
@@ -49,10 +67,11 @@ impl Failure {
         crate::output::complain(&self.line(image));
     }
 
-    /// The facade's errors name the image already; others get it in front.
+    /// Most of the facade's errors name their file already, which can be another one of the chain; others get the image in front.
     fn line(&self, image: &Path) -> String {
         let image = image.display().to_string();
-        if image.is_empty() || self.text.contains(&image) {
+        let is_named = self.text.starts_with(&format!("{image}: "));
+        if image.is_empty() || self.is_complete || is_named {
             format!("urus: {}", self.text)
         } else {
             format!("urus: {image}: {}", self.text)
@@ -60,15 +79,47 @@ impl Failure {
     }
 }
 
+/// Without the operating system's numbers, which Rust adds to its texts.
+fn plain(text: &str) -> String {
+    let mut rest = text;
+    let mut plain = String::with_capacity(text.len());
+    while let Some((before, after)) = rest.split_once(" (os error ") {
+        plain.push_str(before);
+        rest = match after.split_once(')') {
+            Some((number, after)) if number.bytes().all(|byte| byte.is_ascii_digit()) => after,
+            _ => {
+                plain.push_str(" (os error ");
+                after
+            }
+        };
+    }
+    plain.push_str(rest);
+    plain
+}
+
 impl From<urus::Error> for Failure {
     fn from(error: urus::Error) -> Self {
-        Self::new(error)
+        use urus::EngineError as Engine;
+        match &error {
+            urus::Error::InUse { path, by_writer } => {
+                Self::complete(crate::holders::explain(path, *by_writer))
+            }
+            urus::Error::Invalid { .. }
+            | urus::Error::Closed
+            | urus::Error::Engine(
+                Engine::ReadOnly
+                | Engine::OutOfRange { .. }
+                | Engine::Unsupported { .. }
+                | Engine::Closed,
+            ) => Self::new(error),
+            _ => Self::complete(error),
+        }
     }
 }
 
 impl From<urus_listen::Error> for Failure {
     fn from(error: urus_listen::Error) -> Self {
-        Self::new(error)
+        Self::complete(error)
     }
 }
 
@@ -90,6 +141,18 @@ mod tests {
     use super::*;
 
     #[test]
+    fn numbers_of_errors_are_left_out() {
+        let missing = std::io::Error::from_raw_os_error(2);
+        assert_eq!(
+            Failure::new(format!("a: {missing}; b: {missing}")).text(),
+            "a: No such file or directory; b: No such file or directory"
+        );
+        for text in ["", "(os error 2)", " (os error x)", "a (os error 2"] {
+            assert_eq!(plain(text), text);
+        }
+    }
+
+    #[test]
     fn the_image_is_named_once() {
         let image = Path::new("a.qcow2");
         assert_eq!(
@@ -98,5 +161,10 @@ mod tests {
         );
         let named = Failure::new("a.qcow2: it is full");
         assert_eq!(named.line(image), "urus: a.qcow2: it is full");
+        // Not by chance: the name of the image may be a word of the message.
+        let word = Failure::new("the disk is full").line(Path::new("disk"));
+        assert_eq!(word, "urus: disk: the disk is full");
+        let other = Failure::complete("base.qcow2: it is full");
+        assert_eq!(other.line(image), "urus: base.qcow2: it is full");
     }
 }

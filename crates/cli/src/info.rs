@@ -86,14 +86,26 @@ fn chain(args: &Args) -> Result<Vec<ImageInfo>, Failure> {
                 "{}: its backing file: {error}",
                 above.path.display()
             )),
-            None => error.into(),
+            None => or_force_share(error),
         })?;
+        crate::common::warn_of_foreign(&info);
         if args.backing_chain {
             next = below(&info)?;
         }
         chain.push(info);
     }
     Ok(chain)
+}
+
+/// What can be looked at all the same is said to be.
+pub(crate) fn or_force_share(error: urus::Error) -> Failure {
+    let is_locked = matches!(error, urus::Error::InUse { .. });
+    let failure = Failure::from(error);
+    if is_locked {
+        failure.or("or look at it as it is now, which may be stale, with -U")
+    } else {
+        failure
+    }
 }
 
 /// What the image stands on. The format as recorded.

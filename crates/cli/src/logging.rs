@@ -46,8 +46,17 @@ where
         mut writer: Writer<'_>,
         event: &Event<'_>,
     ) -> fmt::Result {
+        let mut line = Line {
+            image: &self.image,
+            other: None,
+            message: String::new(),
+            fields: String::new(),
+        };
+        event.record(&mut line);
         SystemTime.format_time(&mut writer)?;
-        write!(writer, " {} {}:", event.metadata().level(), self.image)?;
+        // A server may have several images, and an image several files.
+        let image = line.other.as_deref().unwrap_or(&self.image);
+        write!(writer, " {} {image}:", event.metadata().level())?;
         for span in ctx
             .event_scope()
             .into_iter()
@@ -62,12 +71,6 @@ where
             }
             writer.write_char(':')?;
         }
-        let mut line = Line {
-            image: &self.image,
-            message: String::new(),
-            fields: String::new(),
-        };
-        event.record(&mut line);
         writeln!(writer, " {}{}", line.message, line.fields)
     }
 }
@@ -89,14 +92,18 @@ impl Lines {
 /// Collects an event's message and fields.
 struct Line<'a> {
     image: &'a str,
+    /// What it is about instead.
+    other: Option<String>,
     message: String,
     fields: String,
 }
 
 impl Visit for Line<'_> {
     fn record_str(&mut self, field: &Field, value: &str) {
-        if field.name() != "image" || value != self.image {
+        if field.name() != "image" {
             self.record_debug(field, &value);
+        } else if value != self.image {
+            self.other = Some(value.to_owned());
         }
     }
 
@@ -104,7 +111,11 @@ impl Visit for Line<'_> {
         // Writing to a string cannot fail.
         let _ = match field.name() {
             "message" => write!(self.message, "{value:?}"),
-            "image" if format!("{value:?}") == self.image => Ok(()),
+            "image" => {
+                let text = format!("{value:?}");
+                self.other = (text != self.image).then_some(text);
+                Ok(())
+            }
             name => write!(self.fields, " {name}={value:?}"),
         };
     }

@@ -1,6 +1,7 @@
 //! The urus command. One file per subcommand; what they share is in `common`, `failure`, `logging`, `output` and `size`.
 #![forbid(unsafe_code)]
 
+mod answers;
 mod bench;
 mod check;
 mod common;
@@ -9,6 +10,7 @@ mod control;
 mod create;
 mod ctl;
 mod failure;
+mod holders;
 mod info;
 mod logging;
 mod map;
@@ -45,7 +47,8 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    Serve(serve::Args),
+    // By far the largest.
+    Serve(Box<serve::Args>),
     #[command(name = "vhost-user-blk")]
     VhostUserBlk(vhost_user_blk::Args),
     Ctl(ctl::Args),
@@ -77,11 +80,17 @@ fn main() -> ExitCode {
     if vhost_user_blk::asks_for_capabilities(&arguments) {
         return vhost_user_blk::print_capabilities();
     }
-    let cli = Cli::parse_from(arguments);
+    let cli = Cli::try_parse_from(&arguments).unwrap_or_else(|error| {
+        if let Some(answer) = answers::to(&error, &arguments) {
+            output::complain(&answer);
+            std::process::exit(error.exit_code());
+        }
+        error.exit()
+    });
     let image = cli.command.image().to_owned();
     logging::start(cli.verbose, &image);
     let result = match cli.command {
-        Command::Serve(args) => serve::run(args),
+        Command::Serve(args) => serve::run(*args),
         Command::VhostUserBlk(args) => vhost_user_blk::run(args),
         Command::Ctl(args) => ctl::run(args),
         Command::Create(args) => create::run(args),

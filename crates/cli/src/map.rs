@@ -7,6 +7,7 @@ use urus::{BlockingIo, Device, Extent, Format, InfoOptions, OpenOptions};
 
 use crate::common::{BackingArgs, FormatArg, OutputArg, format_to_inspect};
 use crate::failure::{Failure, Outcome};
+use crate::info::or_force_share;
 use crate::output::print;
 use crate::size::Size;
 
@@ -68,7 +69,7 @@ pub(crate) fn run(args: Args) -> Outcome {
             !args.force_share,
         )?);
     args.backing.apply(&mut options);
-    let device = options.open(&args.file)?;
+    let device = options.open(&args.file).map_err(or_force_share)?;
 
     let start = args.start_offset.0;
     let end = args

@@ -25,7 +25,9 @@ pub(crate) struct MetricsArgs {
 impl MetricsArgs {
     /// The socket's path, if one is wanted.
     pub(crate) fn path(&self) -> Option<&Path> {
-        Some(Path::new(self.metrics.as_deref()?.strip_prefix("unix:")?))
+        let text = self.metrics.as_deref()?;
+        let path = text.strip_prefix("unix:");
+        path.or(text.contains('/').then_some(text)).map(Path::new)
     }
 
     /// Listens, so that an address that is taken costs nothing. Scrapers wait until the server starts.

@@ -5,14 +5,16 @@ mod banner;
 mod descriptors;
 mod export;
 mod service;
+mod sockets;
 
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use urus::{CreateOptions, Device, Format, InfoOptions, OpenOptions, Prepared};
-use urus_listen::{Listen, Listener};
+use urus_listen::{Listen, Listener, Permissions};
 use urus_nbd::{Server, ServerBuilder};
 use urus_vhost_user::{Listener as VhostListener, Server as VhostServer};
 
@@ -51,7 +53,7 @@ pub(crate) struct Args {
     #[arg(long, value_name = "SIZE", allow_negative_numbers = true)]
     create: Option<Size>,
 
-    /// Listen here: unix:PATH or HOST:PORT; may be given several times [default: unix:IMAGE.nbd.sock, unless --vhost-user is given]
+    /// Listen here: unix:PATH (or a path with a slash) or HOST:PORT; may be given several times [default: unix:IMAGE.nbd.sock, unless --vhost-user is given]
     #[arg(long = "nbd", value_name = "ADDRESS")]
     nbd: Vec<String>,
 
@@ -71,6 +73,15 @@ pub(crate) struct Args {
     /// Refuse writes, and open the image read-only
     #[arg(short, long, conflicts_with = "create")]
     read_only: bool,
+
+    /// Leave the image as it is: it is opened read-only, and what is written goes to a temporary overlay in $TMPDIR (or /var/tmp) that
+    /// is gone when the server ends
+    #[arg(short, long, conflicts_with_all = ["read_only", "create"])]
+    snapshot: bool,
+
+    /// As --cache none
+    #[arg(short, long, conflicts_with = "cache", help_heading = sockets::QEMU_NBD)]
+    nocache: bool,
 
     /// Let the virtual machine's writes complete before they are durable, although it could outlive this process: faster, and what it
     /// has not flushed is lost if this process is killed while it goes on
@@ -97,7 +108,12 @@ pub(crate) struct Args {
     cache: CacheArg,
 
     /// What does the I/O
-    #[arg(long, value_name = "DRIVER", default_value = "auto")]
+    #[arg(
+        long,
+        visible_alias = "aio",
+        value_name = "DRIVER",
+        default_value = "auto"
+    )]
     io: IoArg,
 
     /// What a client's discards do
@@ -106,6 +122,9 @@ pub(crate) struct Args {
 
     #[command(flatten)]
     export: export::ExportArgs,
+
+    #[command(flatten)]
+    sockets: sockets::SocketArgs,
 
     #[command(flatten)]
     backing: BackingArgs,
@@ -146,7 +165,7 @@ impl Args {
         options
             .format(self.format.into())
             .read_only(self.read_only)
-            .cache(self.cache.into())
+            .cache(self.cache().into())
             .io(self.io.into())
             .discard(self.discard.into())
             .queue_depth(self.queue_size)
@@ -154,8 +173,68 @@ impl Args {
         if let Some(Size(bytes)) = self.l2_cache_size {
             options.l2_cache_bytes(bytes);
         }
+        if let Some(directory) = self.snapshot_directory() {
+            options.snapshot(directory);
+        }
         self.backing.apply(&mut options);
         options
+    }
+
+    fn cache(&self) -> CacheArg {
+        if self.nocache {
+            CacheArg::None
+        } else {
+            self.cache
+        }
+    }
+
+    /// Where temporary overlays are made. /tmp may be memory.
+    fn snapshot_directory(&self) -> Option<PathBuf> {
+        let chosen = std::env::var_os("TMPDIR").filter(|directory| !directory.is_empty());
+        self.snapshot
+            .then(|| chosen.map_or_else(|| "/var/tmp".into(), PathBuf::from))
+    }
+
+    /// Everything that is to lie at a path, each at one of its own.
+    fn refuse_twice(&self, places: &Places) -> Result<(), Failure> {
+        let sockets = places.paths().map(|path| ("--nbd", path));
+        let others = [
+            ("--vhost-user", self.vhost_user.as_deref()),
+            ("--control", self.control.path()),
+            ("--metrics", self.metrics.path()),
+            ("--pid-file", self.service.pid_file.as_deref()),
+        ];
+        let others = others
+            .into_iter()
+            .filter_map(|(option, path)| Some((option, path?)));
+        let image = ("the image", self.image.as_path());
+        sockets::refuse_twice(std::iter::once(image).chain(sockets).chain(others))?;
+        if self.read_only || self.snapshot {
+            return Ok(());
+        }
+        let identity = |path: &Path| {
+            let found = path.metadata().ok()?;
+            Some((found.dev(), found.ino()))
+        };
+        let mut seen = vec![(None, identity(&self.image))];
+        for (name, path) in self.export.other_images() {
+            let this = identity(path);
+            if let Some((other, _)) = seen
+                .iter()
+                .find(|(_, seen)| this.is_some() && *seen == this)
+            {
+                let other = other.map_or_else(
+                    || self.image.display().to_string(),
+                    |other| format!("--image {other}"),
+                );
+                return Err(Failure::usage(format!(
+                    "--image {name}={} is the same file as {other}; only read-only (-r) can one image be served twice",
+                    path.display()
+                )));
+            }
+            seen.push((Some(name), this));
+        }
+        Ok(())
     }
 }
 
@@ -165,12 +244,14 @@ pub(crate) fn run(args: Args) -> Outcome {
         .map_err(|error| Failure::new(format!("cannot watch for signals: {error}")))?;
     make_room();
     let places = Places::of(&args)?;
+    args.refuse_twice(&places)?;
+    let permissions = args.sockets.permissions()?;
     places.look()?;
     let credentials = args.export.credentials()?;
     let vhost_listener = args
         .vhost_user
         .as_ref()
-        .map(VhostListener::bind)
+        .map(|path| VhostListener::bind_with(path, permissions))
         .transpose()?;
     let control = args.control.bind()?;
     let metrics = args.metrics.bind()?;
@@ -208,7 +289,7 @@ pub(crate) fn run(args: Args) -> Outcome {
         credentials,
     );
     let nbd = nbd.max_connections(connections);
-    let servers = Servers::start(&args, &device, places, nbd, vhost_listener)?;
+    let servers = Servers::start(&args, &device, (places, permissions), nbd, vhost_listener)?;
     let mut control = control
         .map(|listener| Control::start(listener, controlled(&args, &device, &others)))
         .transpose()?;
@@ -240,10 +321,12 @@ pub(crate) fn run(args: Args) -> Outcome {
     drop(pid_file);
     closed?;
     ended?;
-    print(&format!(
-        "{}: closed, everything is on disk\n",
-        args.image.display()
-    ));
+    let end = if args.snapshot {
+        "closed as it was: what was written is gone with the snapshot"
+    } else {
+        "closed, everything is on disk"
+    };
+    print(&format!("{}: {end}\n", args.image.display()));
     Ok(ExitCode::SUCCESS)
 }
 
@@ -278,8 +361,39 @@ fn prepare(args: &Args, image: &Path, size: Option<Size>) -> Result<Prepared, Fa
         if let Some(Size(size)) = size {
             create(image, args.format.into(), size)?;
         }
-        options.prepare(image).map_err(OpenError::Urus)
+        options
+            .prepare(image)
+            .map_err(|error| with_advice(args, image, error))
     })
+}
+
+/// What `urus serve` can do about an image that cannot be opened.
+fn with_advice(args: &Args, image: &Path, error: urus::Error) -> OpenError {
+    let (operation, kind) = match &error {
+        urus::Error::Io {
+            operation,
+            path,
+            source,
+        } if path == image => (*operation, source.kind()),
+        _ => return OpenError::Urus(error),
+    };
+    let advice = match kind {
+        std::io::ErrorKind::NotFound if operation == "open" => {
+            let directory = image.parent().filter(|dir| !dir.as_os_str().is_empty());
+            match directory.filter(|dir| !dir.exists()) {
+                Some(dir) => format!("there is no directory {}", dir.display()),
+                None if image == args.image => "--create SIZE makes it (--create 8G)".into(),
+                None => "urus create makes one".into(),
+            }
+        }
+        std::io::ErrorKind::PermissionDenied | std::io::ErrorKind::ReadOnlyFilesystem
+            if operation == "open" && !args.read_only =>
+        {
+            "-r serves it for reading only, --snapshot with writes that are not kept".into()
+        }
+        _ => return OpenError::Urus(error),
+    };
+    OpenError::Other(Failure::from(error).or(&advice))
 }
 
 /// Opens an image's files, which a server that was killed just now may still hold.
@@ -321,7 +435,7 @@ impl Servers {
     fn start(
         args: &Args,
         device: &Device,
-        places: Places,
+        (places, permissions): (Places, Permissions),
         mut nbd: ServerBuilder,
         vhost_listener: Option<VhostListener>,
     ) -> Result<Self, Failure> {
@@ -330,7 +444,7 @@ impl Servers {
             vhost_user: None,
         };
         if !places.list.is_empty() {
-            for listener in places.bind()? {
+            for listener in places.bind(permissions)? {
                 nbd = nbd.listener(listener);
             }
             servers.nbd = Some(nbd.start()?);
@@ -403,7 +517,8 @@ struct Places {
 impl Places {
     fn of(args: &Args) -> Result<Self, Failure> {
         let passed = export::passed_sockets()?;
-        let chosen = !args.nbd.is_empty() || !passed.is_empty();
+        let mut others: Vec<Listen> = args.sockets.addresses().collect();
+        let chosen = !args.nbd.is_empty() || !passed.is_empty() || !others.is_empty();
         if !chosen && args.vhost_user.is_some() {
             return Ok(Self {
                 list: Vec::new(),
@@ -417,11 +532,24 @@ impl Places {
             });
         }
         let mut list = passed;
+        list.append(&mut others);
         for text in &args.nbd {
             let place = text
                 .parse()
                 .map_err(|error: urus_listen::Error| Failure::usage(format!("--nbd: {error}")))?;
             list.push(place);
+        }
+        let mut hosts: Vec<&str> = Vec::new();
+        for place in &list {
+            let Listen::Tcp(address) = place else {
+                continue;
+            };
+            if hosts.contains(&address.as_str()) && !address.ends_with(":0") {
+                return Err(Failure::usage(format!(
+                    "--nbd: {address} is given twice; give each address once"
+                )));
+            }
+            hosts.push(address);
         }
         let list = list.into_iter().map(Place::To).collect();
         Ok(Self {
@@ -470,12 +598,14 @@ impl Places {
         })
     }
 
-    fn bind(self) -> Result<Vec<Listener>, Failure> {
+    fn bind(self, permissions: Permissions) -> Result<Vec<Listener>, Failure> {
         let mut listeners = Vec::new();
         for place in self.list {
             listeners.push(match place {
-                Place::To(Listen::Unix(path)) if self.is_default => bind_default(path)?,
-                Place::To(listen) => Listener::bind(listen)?,
+                Place::To(Listen::Unix(path)) if self.is_default => {
+                    bind_default(path, permissions)?
+                }
+                Place::To(listen) => Listener::bind_with(listen, permissions, false)?,
                 Place::Bound(listener) => listener,
             });
         }
@@ -491,10 +621,14 @@ fn default_socket(image: &Path) -> PathBuf {
 
 /// The socket beside the image is ours by name: one that a killed server has left is replaced. (A server that is alive answers, and
 /// keeps the image locked.)
-fn bind_default(path: PathBuf) -> Result<Listener, Failure> {
-    match Listener::bind_replacing_stale(Listen::Unix(path)) {
+fn bind_default(path: PathBuf, permissions: Permissions) -> Result<Listener, Failure> {
+    match Listener::bind_with(Listen::Unix(path), permissions, true) {
         Err(error @ urus_listen::Error::SocketPathTooLong { .. }) => {
-            Err(Failure::new(format!("{error} with --nbd unix:PATH")))
+            Err(Failure::complete(format!("{error} with --nbd unix:PATH")))
+        }
+        // The image's directory may be for reading only.
+        Err(error @ urus_listen::Error::Listen { .. }) => {
+            Err(Failure::from(error).or("choose another place for the socket with --nbd unix:PATH"))
         }
         result => Ok(result?),
     }

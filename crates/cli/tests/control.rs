@@ -98,7 +98,11 @@ fn commands_on(io: &str) {
     assert_eq!(stats(&scratch, "")["size"], 2_u64 << 30);
     assert_eq!(stats(&scratch, "--image data")["size"], 48 << 20);
     refused(&scratch, "resize ctl 1M", "cannot shrink");
-    refused(&scratch, "flush --image moon ctl", "\"moon\"");
+    refused(
+        &scratch,
+        "flush --image moon ctl",
+        "'moon'; there are '', 'data'",
+    );
 
     let allocated = || stats(&scratch, "")["allocated-clusters"].as_u64();
     let before = allocated().expect("a number");
@@ -213,7 +217,7 @@ fn a_server_whose_image_another_process_has_taken_ends_and_leaves_it_alone() {
         assert!(begin.elapsed() < Duration::from_secs(20));
         std::thread::sleep(Duration::from_millis(10));
     }
-    refused(&scratch, "resume ctl", "in use");
+    refused(&scratch, "resume ctl", "locked by another process");
     scratch.sh("qemu-io -f raw -c 'write -P 5 0 8M' -c flush 'nbd+unix:///?socket=taken' >/dev/null; cp disk.qcow2 before.qcow2");
     server.end();
     // It has failed, not been lost in silence.

@@ -11,6 +11,7 @@ pub mod compressed;
 pub mod create;
 mod entry;
 mod error;
+pub mod foreign;
 mod geometry;
 pub mod header;
 pub mod names;

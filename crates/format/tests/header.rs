@@ -333,7 +333,8 @@ fn unsupported_features_are_shown_and_refused_by_name() {
         ..base.clone()
     };
     let both = "'time \\u{1b}travel' (incompatible bit 5), an unknown feature (incompatible bit 6)";
-    assert_eq!(refused(&named, false), both);
+    let told = refused(&named, false);
+    assert!(told.starts_with(both) && told.contains("convert"), "{told}");
     // For a repair such an image parses.
     let broken = Header {
         refcount_table_clusters: 0,

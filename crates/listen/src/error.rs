@@ -44,10 +44,22 @@ pub enum Error {
         source: io::Error,
     },
     /// Not an address.
-    #[error("{text:?} is not an address to listen on: give unix:PATH or HOST:PORT")]
+    #[error("'{text}' is not an address to listen on (unix:PATH or HOST:PORT): {why}")]
     Address {
         /// What was given.
         text: String,
+        /// What is wrong with it, and what may have been meant.
+        why: String,
+    },
+    /// The socket cannot be given to the group, or not have the mode, that was asked for.
+    #[error("{}: cannot {operation}: {source}", path.display())]
+    Permissions {
+        /// The path.
+        path: PathBuf,
+        /// What was tried.
+        operation: String,
+        /// What the operating system says.
+        source: io::Error,
     },
     /// The descriptor to listen on does not listen.
     #[error("the descriptor {fd} is not a listening stream socket")]

@@ -14,5 +14,5 @@ mod socket_file;
 pub use acceptor::{Acceptor, Next, Stopper};
 pub use address::{Address, Listen};
 pub use error::Error;
-pub use listener::Listener;
+pub use listener::{Listener, Permissions};
 pub use pressure::{Seldom, Spare};

@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{Mode, fchmod};
+use rustix::fs::{AtFlags, Gid, Mode, OFlags, chmod, fchmod};
 use rustix::net::{
     AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, getsockname, listen, socket_with,
     sockopt,
@@ -68,6 +68,30 @@ impl Listener {
         Self::of(vec![bind_unix(path.into(), Stale::Replace, Access::Owner)?])
     }
 
+    /// As [`bind`](Self::bind), or where `replace_stale` is set as [`bind_replacing_stale`](Self::bind_replacing_stale), with a unix
+    /// socket for those whom `permissions` let: nobody can connect before it has them. Other sockets have no permissions.
+    ///
+    /// # Errors
+    /// As those two, and a group that the process may not give a file to. No socket is left then.
+    pub fn bind_with(
+        listen: Listen,
+        permissions: Permissions,
+        replace_stale: bool,
+    ) -> Result<Self, Error> {
+        let stale = if replace_stale {
+            Stale::Replace
+        } else {
+            Stale::Refuse
+        };
+        match listen {
+            Listen::Unix(path) if permissions != Permissions::default() => {
+                let access = Access::Given(permissions);
+                Self::of(vec![bind_unix(path, stale, access)?])
+            }
+            listen => Self::listen(listen, stale),
+        }
+    }
+
     fn listen(listen: Listen, stale: Stale) -> Result<Self, Error> {
         Self::of(match listen {
             Listen::Unix(path) => vec![bind_unix(path, stale, Access::Umask)?],
@@ -105,6 +129,15 @@ impl Listener {
     }
 }
 
+/// The permissions of a unix socket's file: who can write it can connect.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Permissions {
+    /// The mode, such as 0o660. By default 0o660 where there is a group, else 0o777 less the umask.
+    pub mode: Option<u32>,
+    /// The group, by number. By default the process's.
+    pub group: Option<u32>,
+}
+
 /// Who may connect to a unix socket, apart from the superuser.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Access {
@@ -112,6 +145,8 @@ enum Access {
     Umask,
     /// The process's user.
     Owner,
+    /// Whom these let.
+    Given(Permissions),
 }
 
 fn bind_unix(path: PathBuf, stale: Stale, access: Access) -> Result<Bound, Error> {
@@ -130,7 +165,20 @@ fn bind_unix(path: PathBuf, stale: Stale, access: Access) -> Result<Bound, Error
             source,
         },
     };
-    let bind = || make_socket(&path, access).map_err(failed);
+    let bind = || {
+        let socket = make_socket(&path, access).map_err(failed)?;
+        let Access::Given(permissions) = access else {
+            return Ok(socket);
+        };
+        // It does not listen yet: nobody has connected, whatever its permissions were.
+        let given = permit(&path, permissions)
+            .and_then(|()| listen(&socket, WAITING).map_err(|error| failed(error.into())));
+        if given.is_err() {
+            // The first error is the one to tell.
+            let _ = std::fs::remove_file(&path);
+        }
+        given.map(|()| socket)
+    };
     let socket = match bind() {
         Err(Error::SocketStale { .. }) if stale == Stale::Replace => {
             info!(path = %path.display(), "replacing the socket that a killed server left behind");
@@ -147,21 +195,63 @@ fn bind_unix(path: PathBuf, stale: Stale, access: Access) -> Result<Bound, Error
     })
 }
 
+/// Connections that wait to be accepted. As std has it: more wait in vain.
+const WAITING: i32 = 128;
+
+/// The mode of a socket of which only the group was given.
+const GROUP_MODE: u32 = 0o660;
+
+/// Gives a socket's file its group and mode, by a descriptor: another file that takes the path meanwhile is not touched.
+fn permit(path: &Path, permissions: Permissions) -> Result<(), Error> {
+    let failed = |operation: String| {
+        move |source: rustix::io::Errno| Error::Permissions {
+            path: path.to_owned(),
+            operation,
+            source: source.into(),
+        }
+    };
+    let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let file = rustix::fs::open(path, flags, Mode::empty())
+        .map_err(failed("open the socket's file".into()))?;
+    if let Some(group) = permissions.group {
+        let what = format!(
+            "give the socket to the group {group} (that takes a member of the group, or root)"
+        );
+        rustix::fs::chownat(
+            &file,
+            "",
+            None,
+            Some(Gid::from_raw(group)),
+            AtFlags::EMPTY_PATH,
+        )
+        .map_err(failed(what))?;
+    }
+    // A group that may not use the socket has nothing from it.
+    let mode = permissions.mode.or(permissions.group.map(|_| GROUP_MODE));
+    if let Some(mode) = mode {
+        // fchmod(2) takes no O_PATH descriptor; the path in /proc is the same file.
+        let itself = format!("/proc/self/fd/{}", file.as_raw_fd());
+        chmod(itself, Mode::from_raw_mode(mode & 0o777))
+            .map_err(failed(format!("give the socket the mode {mode:04o}")))?;
+    }
+    Ok(())
+}
+
 fn make_socket(path: &Path, access: Access) -> io::Result<OwnedFd> {
-    /// As std has it: more wait in vain.
-    const WAITING: i32 = 128;
     let socket = socket_with(
         AddressFamily::UNIX,
         SocketType::STREAM,
         SocketFlags::CLOEXEC,
         None,
     )?;
-    if access == Access::Owner {
+    if access != Access::Umask {
         // Before it has a name: nobody can be faster. The kernel takes the file's mode from the socket (unix(7)), less the umask.
         fchmod(&socket, Mode::RUSR | Mode::WUSR)?;
     }
     bind(&socket, &SocketAddrUnix::new(path)?)?;
-    listen(&socket, WAITING)?;
+    if !matches!(access, Access::Given(_)) {
+        listen(&socket, WAITING)?;
+    }
     Ok(socket)
 }
 
@@ -296,6 +386,38 @@ mod tests {
         let mode = path.symlink_metadata().unwrap().permissions().mode();
         assert_eq!(mode & 0o777, 0o600);
         assert!(UnixStream::connect(&path).is_ok());
+    }
+
+    #[test]
+    fn a_socket_has_the_mode_and_the_group_that_were_given() {
+        use std::os::unix::fs::MetadataExt;
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("socket");
+        let own = rustix::process::getgid().as_raw();
+        for mode in [0o660, 0o666, 0o600] {
+            let permissions = Permissions {
+                mode: Some(mode),
+                group: Some(own),
+            };
+            let listener =
+                Listener::bind_with(Listen::Unix(path.clone()), permissions, false).unwrap();
+            let file = path.symlink_metadata().unwrap();
+            assert_eq!(file.permissions().mode() & 0o777, mode);
+            assert_eq!(file.gid(), own);
+            assert!(UnixStream::connect(&path).is_ok());
+            drop(listener);
+        }
+        // The group alone: for its members.
+        let group = Permissions {
+            mode: None,
+            group: Some(own),
+        };
+        let _listener = Listener::bind_with(Listen::Unix(path.clone()), group, false).unwrap();
+        let file = path.symlink_metadata().unwrap();
+        assert_eq!(
+            (file.permissions().mode() & 0o777, file.gid()),
+            (0o660, own)
+        );
     }
 
     #[test]

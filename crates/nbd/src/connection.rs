@@ -22,6 +22,7 @@ use rustix::net::Shutdown;
 use tracing::debug;
 use urus::Buffer;
 
+use crate::complaints;
 use crate::export::{ExportId, Exports};
 use crate::handshake::{Handshake, Progress, Session, greeting};
 use crate::input::Input;
@@ -291,6 +292,10 @@ impl Connection {
         }
         let mut bytes = Vec::new();
         let progress = handshake.advance(&mut self.input, &mut bytes);
+        if let Some(why) = handshake.take_complaint() {
+            let socket = self.transport.as_ref().map(Transport::socket);
+            complaints::refused(self.id, socket, complaints::Reason::Policy, why);
+        }
         if !bytes.is_empty() {
             self.output.push(Reply::handshake(bytes));
         }

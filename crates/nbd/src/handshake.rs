@@ -46,6 +46,8 @@ pub(crate) struct Handshake {
     options: u32,
     negotiated: Negotiated,
     tls: Tls,
+    /// Why the client was refused for TLS or its absence, until it was said.
+    complaint: Option<&'static str>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -66,6 +68,8 @@ enum State {
     /// The rest of an option that is too long to be looked at comes next.
     Skip { option: u32, remaining: usize },
 }
+
+const WITHOUT_TLS: &str = "it did not ask for TLS, which --tls-creds requires of all clients";
 
 const SERVER_FLAGS: u16 = handshake_flag::FIXED_NEWSTYLE | handshake_flag::NO_ZEROES;
 const OPTION_HEAD: usize = 16;
@@ -92,7 +96,17 @@ impl Handshake {
             fixed: false,
             options: 0,
             negotiated: Negotiated::default(),
+            complaint: None,
         }
+    }
+
+    /// Why the client was refused for TLS or its absence, where that is news.
+    pub(crate) fn take_complaint(&mut self) -> Option<&'static str> {
+        self.complaint.take()
+    }
+
+    pub(crate) fn is_over_tls(&self) -> bool {
+        self.tls == Tls::Active
     }
 
     /// Understands the next piece of `input`, and appends the answer to `output`.
@@ -167,8 +181,9 @@ impl Handshake {
             _ if self.tls == Tls::Required && option != option::ABORT => {
                 replies.error(
                     option_reply::ERR_TLS_REQD,
-                    "this server serves over TLS only",
+                    "this server serves over TLS only: use an nbds:// URI",
                 );
+                self.complaint = Some(WITHOUT_TLS);
                 Progress::Again
             }
             _ => options::handle(
@@ -189,7 +204,12 @@ impl Handshake {
 
     fn start_tls(&mut self, data: &[u8], replies: &mut OptionReplies<'_>) -> Progress {
         if self.tls == Tls::Off {
-            replies.error(option_reply::ERR_POLICY, "this server has no TLS");
+            replies.error(
+                option_reply::ERR_POLICY,
+                "this server has no TLS: use an nbd:// URI, or have it started with --tls-creds",
+            );
+            self.complaint =
+                Some("it asked for TLS, and there are no credentials (--tls-creds DIR)");
         } else if self.tls == Tls::Active {
             replies.error(option_reply::ERR_INVALID, "TLS has begun already");
         } else if !data.is_empty() {
@@ -232,6 +252,7 @@ impl Handshake {
     /// `NBD_OPT_EXPORT_NAME`: the only option without a reply of its own, so a wrong name can only end the connection.
     fn export_name(&mut self, name: &[u8], output: &mut Vec<u8>) -> Progress {
         if self.tls == Tls::Required {
+            self.complaint = Some(WITHOUT_TLS);
             return Progress::Close("the client asked for an export without TLS");
         }
         let Some(export) = self.exports.find(name) else {

@@ -39,6 +39,7 @@
 //! Breaking the protocol ends the connection, and no other. All limits are in `limits.rs`.
 #![forbid(unsafe_code)]
 
+mod complaints;
 mod connection;
 mod contexts;
 mod error;

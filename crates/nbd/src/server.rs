@@ -16,6 +16,7 @@ use urus::{Device, QueueSeat};
 use urus_listen::{Acceptor, Address, Listen, Listener, Seldom, Stopper};
 
 use crate::Error;
+use crate::complaints::peer;
 use crate::connection::{Permit, Times};
 use crate::export::{Export, Exports};
 use crate::limits::{
@@ -537,20 +538,10 @@ fn prepare(socket: &OwnedFd) -> String {
     if sockopt::socket_domain(socket) == Ok(AddressFamily::UNIX) {
         // The default of some 200 KiB makes large transfers stutter.
         let _ = sockopt::set_socket_send_buffer_size(socket, SOCKET_BUFFER_BYTES);
-        return match sockopt::socket_peercred(socket) {
-            Ok(peer) => format!(
-                "process {}, user {}",
-                peer.pid.as_raw_nonzero(),
-                peer.uid.as_raw()
-            ),
-            Err(_) => "a process".into(),
-        };
+        return peer(socket);
     }
     let _ = sockopt::set_tcp_nodelay(socket, true);
     // A client whose machine is gone must not hold its place for ever.
     let _ = sockopt::set_socket_keepalive(socket, true);
-    match rustix::net::getpeername(socket) {
-        Ok(Some(peer)) => format!("{peer:?}"),
-        _ => "unknown".into(),
-    }
+    peer(socket)
 }

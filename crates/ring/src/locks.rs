@@ -62,6 +62,8 @@ pub enum LockError {
         name: String,
         /// What both cannot have, such as "write".
         permission: &'static str,
+        /// The other one writes the image; else it reads it, and shares that with readers only.
+        by_writer: bool,
     },
     /// Locking does not work there, such as on a network file system without locks.
     Io {
@@ -75,10 +77,12 @@ pub enum LockError {
 impl fmt::Display for LockError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Held { name, permission } => {
+            Self::Held {
+                name, permission, ..
+            } => {
                 write!(
                     f,
-                    "cannot lock {name}: another process holds it (conflict over \"{permission}\")"
+                    "cannot lock {name}: locked by another process (conflicting lock: {permission})"
                 )
             }
             Self::Io { name, source } => write!(f, "cannot lock {name}: {source}"),
@@ -114,12 +118,14 @@ impl OpenFile {
             Ok(Some(bit)) => LockError::Held {
                 name: self.name().to_owned(),
                 permission: NAMES[bit],
+                by_writer: self.has_writer(),
             },
             Err(source) => match source.raw_os_error() {
                 // Someone holds a write lock on one of the bytes: not QEMU's way, but a conflict all the same.
                 Some(libc::EAGAIN | libc::EACCES) => LockError::Held {
                     name: self.name().to_owned(),
                     permission: "lock bytes",
+                    by_writer: true,
                 },
                 _ => LockError::Io {
                     name: self.name().to_owned(),
@@ -167,6 +173,12 @@ impl OpenFile {
             }
         }
         Ok(None)
+    }
+
+    /// Whether another holder writes the image. Only to say so: where it cannot be known, nobody does.
+    fn has_writer(&self) -> bool {
+        const WRITE_BYTE: i64 = USED_BASE + WRITE.trailing_zeros() as i64;
+        self.is_locked_by_others(WRITE_BYTE).unwrap_or(false)
     }
 
     fn set_lock(&self, kind: libc::c_int, start: i64, len: i64) -> io::Result<()> {

@@ -25,8 +25,26 @@ pub(crate) fn kind(fd: BorrowedFd<'_>) -> io::Result<FileKind> {
         rustix::fs::FileType::BlockDevice => Ok(FileKind::BlockDevice),
         other => Err(io::Error::new(
             io::ErrorKind::InvalidInput,
-            format!("neither a regular file nor a block device, but {other:?}"),
+            format!(
+                "this is {}; an image is a regular file or a block device",
+                describe(other)
+            ),
         )),
+    }
+}
+
+/// For people.
+fn describe(kind: rustix::fs::FileType) -> &'static str {
+    use rustix::fs::FileType;
+    match kind {
+        FileType::RegularFile => "a regular file",
+        FileType::Directory => "a directory",
+        FileType::Symlink => "a symbolic link",
+        FileType::Fifo => "a named pipe",
+        FileType::Socket => "a socket",
+        FileType::CharacterDevice => "a character device",
+        FileType::BlockDevice => "a block device",
+        FileType::Unknown => "a file of an unknown kind",
     }
 }
 

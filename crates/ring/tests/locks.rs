@@ -116,7 +116,10 @@ fn can_lock(path: &Path, mode: LockMode) -> bool {
                 text.contains("base.qcow2") || text.contains("overlay.qcow2"),
                 "{text}"
             );
-            assert!(text.contains("another process holds it"), "{text}");
+            assert!(
+                text.contains("locked by another process (conflicting lock: "),
+                "{text}"
+            );
             false
         }
         Err(error) => panic!("{error}"),

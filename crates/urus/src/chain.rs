@@ -12,8 +12,8 @@ use rustix::fs::OFlags;
 use urus_format::{BackingName, Header, HeaderFault, names};
 use urus_ring::{LockMode, OpenFile};
 
-use crate::place::{Place, Refusal};
-use crate::{CacheMode, Error, Format, Layer, OpenOptions, Result, limits};
+use crate::place::{self, Place, Refusal};
+use crate::{CacheMode, Error, Format, Layer, OpenOptions, Result, foreign, limits, temporary};
 use urus_engine::storage::FileId;
 use urus_engine::{LayerFormat, LayerSpec};
 
@@ -52,8 +52,59 @@ impl ChainFile {
     }
 }
 
-/// Opens the image at `path` and its backing files.
+/// Opens the image at `path` and its backing files, beneath a temporary overlay where one is wanted.
 pub(crate) fn open_path(options: &OpenOptions, path: &Path) -> Result<Vec<ChainFile>> {
+    with_overlay(options, |options| open_path_itself(options, path))
+}
+
+/// Takes the image and its backing files as descriptors, as [`open_path`].
+pub(crate) fn open_fds(
+    options: &OpenOptions,
+    image: OwnedFd,
+    backing: Vec<OwnedFd>,
+) -> Result<Vec<ChainFile>> {
+    with_overlay(options, |options| {
+        open_fds_themselves(options, image, backing)
+    })
+}
+
+/// Beneath a temporary overlay the image itself is only read.
+fn with_overlay(
+    options: &OpenOptions,
+    open: impl FnOnce(&OpenOptions) -> Result<Vec<ChainFile>>,
+) -> Result<Vec<ChainFile>> {
+    let Some(directory) = &options.snapshot else {
+        return open(options);
+    };
+    if options.read_only {
+        return Err(Error::invalid(
+            "a snapshot that is read-only makes no sense: open the image read-only without one",
+        ));
+    }
+    let mut below = options.clone();
+    below.read_only = true;
+    let mut chain = open(&below)?;
+    if chain.len() >= limits::MAX_CHAIN_LAYERS {
+        return Err(Error::ChainTooDeep {
+            image: chain[0].path.clone(),
+            limit: limits::MAX_CHAIN_LAYERS,
+        });
+    }
+    let image = chain[0].describe()?;
+    let (file, path) = temporary::overlay(directory, &image)?;
+    let header = Box::new(read_header(&file, &path)?);
+    let identity = identity(&file).map_err(Error::io("inspect", &path))?;
+    let overlay = ChainFile {
+        file,
+        path,
+        header: Some(header),
+        identity,
+    };
+    chain.insert(0, overlay);
+    Ok(chain)
+}
+
+fn open_path_itself(options: &OpenOptions, path: &Path) -> Result<Vec<ChainFile>> {
     let direct = options.cache == CacheMode::None;
     let image =
         OpenFile::open_image(path, options.read_only, direct).map_err(Error::io("open", path))?;
@@ -76,8 +127,10 @@ pub(crate) fn open_path(options: &OpenOptions, path: &Path) -> Result<Vec<ChainF
         let image = chain.last().expect("the image itself").path.clone();
         let backing = name.display().to_string();
         let root = place.root().to_owned();
+        let others = chain[1..].iter().map(|file| file.path.as_path());
         let (file, path, below) = place.open(&name, direct).map_err(|refusal| match refusal {
             Refusal::Outside => Error::BackingOutside {
+                needed: place::directory_for(&image, &name, others),
                 image,
                 backing,
                 allowed: root,
@@ -95,8 +148,7 @@ pub(crate) fn open_path(options: &OpenOptions, path: &Path) -> Result<Vec<ChainF
     Ok(chain)
 }
 
-/// Takes the image and its backing files as descriptors.
-pub(crate) fn open_fds(
+fn open_fds_themselves(
     options: &OpenOptions,
     image: OwnedFd,
     backing: Vec<OwnedFd>,
@@ -145,7 +197,7 @@ pub(crate) fn raw_size(file: &OpenFile, path: &Path) -> Result<u64> {
 /// Reads and parses a header.
 pub(crate) fn read_header(file: &OpenFile, path: &Path) -> Result<Header> {
     let (start, file_bytes) = read_start(file, path)?;
-    Header::parse(&start, file_bytes).map_err(Error::format(path))
+    Header::parse(&start, file_bytes).map_err(refused(file, path))
 }
 
 /// The same of an image that is only looked at: with what is wrong, where it can be understood all
@@ -155,7 +207,24 @@ pub(crate) fn read_header_leniently(
     path: &Path,
 ) -> Result<(Header, Vec<HeaderFault>)> {
     let (start, file_bytes) = read_start(file, path)?;
-    Header::parse_leniently(&start, file_bytes).map_err(Error::format(path))
+    Header::parse_leniently(&start, file_bytes).map_err(refused(file, path))
+}
+
+/// Why a header is refused: a file of another format is named.
+fn refused(file: &OpenFile, path: &Path) -> impl FnOnce(urus_format::Error) -> Error {
+    move |error| match error {
+        // Version 1 is another format, though its magic number is the same.
+        urus_format::Error::NotQcow2
+        | urus_format::Error::Invalid {
+            field: "version",
+            value: 1,
+            ..
+        } => Error::NotQcow2 {
+            path: path.to_owned(),
+            found: foreign::recognise(file),
+        },
+        error => Error::format(path)(error),
+    }
 }
 
 /// The first cluster at least, and the file's length.
@@ -237,6 +306,8 @@ fn finish(
         header
             .check_supported(write)
             .map_err(Error::format(&path))?;
+    } else {
+        foreign::warn_if_no_disk(&file, &path);
     }
     Ok(ChainFile {
         file,

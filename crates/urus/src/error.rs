@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use urus_ring::LockError;
 
-use crate::EngineError;
+use crate::{EngineError, ForeignFormat, foreign};
 
 /// The facade's result.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -28,18 +28,21 @@ pub enum Error {
         source: io::Error,
     },
     /// Somebody else holds the image (QEMU, or another device of urus): they would damage each other's work.
-    #[error("{}: in use elsewhere ({detail}); close it there first: several may read an image, but a writer needs it alone", path.display())]
+    #[error("{}: locked by another process or device, which {}; close it there first: several may read an image, but one that \
+             writes needs it alone", path.display(), if *by_writer { "has it open for writing" } else { "reads it and lets nobody write" })]
     InUse {
         /// The image.
         path: PathBuf,
-        /// What both cannot have.
-        detail: String,
+        /// The other one writes the image; else it reads it.
+        by_writer: bool,
     },
     /// The file is not in the format that the caller stated.
-    #[error("{}: not a qcow2 image (it does not begin with \"QFI\\xfb\"); if its bytes are the disk itself, state the format raw", path.display())]
+    #[error("{}: {}", path.display(), foreign::explain(path, *found))]
     NotQcow2 {
         /// The file.
         path: PathBuf,
+        /// What it looks like instead, for messages.
+        found: Option<ForeignFormat>,
     },
     /// The header, or another structure of the image, is refused.
     #[error("{}: {source}", path.display())]
@@ -50,7 +53,7 @@ pub enum Error {
         source: urus_format::Error,
     },
     /// The image names a backing file, and [`BackingPolicy::Forbid`](crate::BackingPolicy::Forbid) was asked for.
-    #[error("{}: names the backing file {backing:?}, and backing files are forbidden here; allow them with --backing-dir DIR (BackingPolicy::Dir) if you trust this image", image.display())]
+    #[error("{}: names the backing file {backing:?}, and backing files are forbidden (--no-backing); allow them if you trust this image", image.display())]
     BackingForbidden {
         /// The image that names it.
         image: PathBuf,
@@ -58,7 +61,7 @@ pub enum Error {
         backing: String,
     },
     /// The backing file lies outside the directory in which backing files are allowed.
-    #[error("{}: names the backing file {backing:?}, which does not lie beneath {}; if you trust this image, allow it with --backing-dir DIR (BackingPolicy::Dir), DIR being a directory above both", image.display(), allowed.display())]
+    #[error("{}: names the backing file {backing:?}, which does not lie beneath {}; {}", image.display(), allowed.display(), way_outside(image, needed.as_deref()))]
     BackingOutside {
         /// The image that names it.
         image: PathBuf,
@@ -66,6 +69,9 @@ pub enum Error {
         backing: String,
         /// The directory beneath which backing files may lie.
         allowed: PathBuf,
+        /// The directory that would have to be allowed. None where no directory would do, because the name leads through an
+        /// absolute symbolic link.
+        needed: Option<PathBuf>,
     },
     /// The format of the backing file is neither recorded nor given. It is never guessed: a guest that can write a
     /// qcow2 header onto its raw disk could else make the host open any file.
@@ -150,6 +156,21 @@ pub enum Error {
     Closed,
 }
 
+/// What to do about a backing file outside of the allowed directory.
+fn way_outside(image: &Path, needed: Option<&Path>) -> String {
+    match needed {
+        Some(dir) => format!(
+            "if you trust this image, allow it: --backing-dir {}",
+            foreign::shell(&dir.display().to_string())
+        ),
+        None => format!(
+            "it leads through an absolute symbolic link, which is never followed; if you trust this image, record the file's own path: \
+             qemu-img rebase -u -F FORMAT -b PATH {}",
+            foreign::shell(&image.display().to_string())
+        ),
+    }
+}
+
 impl Error {
     /// The nearest `errno` (positive), for transports that speak in them.
     #[must_use]
@@ -203,7 +224,7 @@ impl Error {
     pub(crate) fn format(path: &Path) -> impl FnOnce(urus_format::Error) -> Self + use<> {
         let path = path.to_owned();
         move |source| match source {
-            urus_format::Error::NotQcow2 => Self::NotQcow2 { path },
+            urus_format::Error::NotQcow2 => Self::NotQcow2 { path, found: None },
             source => Self::Format { path, source },
         }
     }
@@ -212,10 +233,7 @@ impl Error {
     pub(crate) fn lock(path: &Path) -> impl FnOnce(LockError) -> Self + use<> {
         let path = path.to_owned();
         move |error| match error {
-            LockError::Held { permission, .. } => Self::InUse {
-                path,
-                detail: format!("both want \"{permission}\""),
-            },
+            LockError::Held { by_writer, .. } => Self::InUse { path, by_writer },
             LockError::Io { source, .. } => Self::Io {
                 operation: "lock",
                 path,

@@ -12,7 +12,7 @@ use urus_format::{
 use urus_ring::{LockMode, OpenFile};
 
 use crate::chain::{self, name_text};
-use crate::{Compression, Error, Format, Result, limits};
+use crate::{Compression, Error, ForeignFormat, Format, Result, foreign, limits};
 
 /// How [`info`] looks at a file.
 #[derive(Clone, Debug)]
@@ -68,6 +68,8 @@ pub struct ImageInfo {
     pub actual_size: u64,
     /// What only a qcow2 image has.
     pub qcow2: Option<Box<Qcow2Info>>,
+    /// Where the format was detected and is raw: what the file looks like, if not like a disk. For messages.
+    pub foreign: Option<ForeignFormat>,
 }
 
 /// What a qcow2 image says of itself.
@@ -110,6 +112,14 @@ pub struct Qcow2Info {
     /// not there or cannot be read. The rest of what is said here holds all the same; snapshots or
     /// bitmaps that cannot be read are left out.
     pub faults: Vec<String>,
+}
+
+impl ImageInfo {
+    /// What [`foreign`](Self::foreign) is, and what to do about it, for people.
+    #[must_use]
+    pub fn foreign_text(&self) -> Option<String> {
+        Some(foreign::explain(&self.path, Some(self.foreign?)))
+    }
 }
 
 impl Qcow2Info {
@@ -207,6 +217,12 @@ pub fn info(path: impl AsRef<Path>, options: &InfoOptions) -> Result<ImageInfo> 
             (header.disk_bytes(), Some(Box::new(info)))
         }
     };
+    let foreign = match options.format {
+        None if format == Format::Raw => {
+            foreign::recognise(&file).filter(|found| !foreign::is_disk(*found))
+        }
+        _ => None,
+    };
     Ok(ImageInfo {
         path: path.to_owned(),
         format,
@@ -214,6 +230,7 @@ pub fn info(path: impl AsRef<Path>, options: &InfoOptions) -> Result<ImageInfo> 
         file_size,
         actual_size: u64::try_from(status.st_blocks).unwrap_or(0) * STAT_BLOCK_BYTES,
         qcow2,
+        foreign,
     })
 }
 

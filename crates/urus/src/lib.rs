@@ -148,6 +148,7 @@ mod check;
 mod create;
 mod device;
 mod error;
+mod foreign;
 mod info;
 mod limits;
 mod options;
@@ -156,6 +157,7 @@ mod queue;
 mod request;
 mod sockets;
 mod statistics;
+mod temporary;
 
 pub use blocking::BlockingIo;
 pub use check::check;
@@ -176,6 +178,7 @@ pub use urus_engine::check::{CheckReport, Finding, Repair, Severity};
 pub use urus_engine::error::Error as EngineError;
 pub use urus_engine::request::Extent;
 pub use urus_format::Compression;
+pub use urus_format::foreign::ForeignFormat;
 #[cfg(feature = "vm-memory")]
 pub use urus_ring::OutsideGuestMemory;
 pub use urus_ring::{BUFFER_ALIGNMENT, Buffer, MemoryRegion, Parts, SocketCompletion};

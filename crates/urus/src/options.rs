@@ -120,6 +120,7 @@ pub struct OpenOptions {
     pub(crate) lock: bool,
     pub(crate) latencies: bool,
     pub(crate) name: Option<String>,
+    pub(crate) snapshot: Option<PathBuf>,
 }
 
 impl Default for OpenOptions {
@@ -137,6 +138,7 @@ impl Default for OpenOptions {
             lock: true,
             latencies: false,
             name: None,
+            snapshot: None,
         }
     }
 }
@@ -216,6 +218,14 @@ impl OpenOptions {
     /// nothing beside a disk or a socket.
     pub fn latencies(&mut self, measure: bool) -> &mut Self {
         self.latencies = measure;
+        self
+    }
+
+    /// Leave the image as it is: it is opened read-only, and all writes go to a temporary overlay, a file without a name in
+    /// `directory` that is gone when the device is closed, or the process is killed. The overlay takes as much space there as is
+    /// written.
+    pub fn snapshot(&mut self, directory: impl Into<PathBuf>) -> &mut Self {
+        self.snapshot = Some(directory.into());
         self
     }
 

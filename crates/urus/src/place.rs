@@ -125,6 +125,15 @@ impl Place {
         ))
     }
 
+    /// Whether a name leads to something here. Nothing is opened for it.
+    fn reaches(&self, name: &Path) -> bool {
+        let flags = OFlags::PATH | OFlags::CLOEXEC;
+        let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_MAGICLINKS;
+        self.relative(name).is_some_and(|relative| {
+            rustix::fs::openat2(&self.root.fd, &relative, flags, Mode::empty(), resolve).is_ok()
+        })
+    }
+
     /// The name as seen from the root. What `..` leads to is left to the kernel, except where the image itself
     /// lies outside of the root: there it has to be followed to get in.
     fn relative(&self, name: &Path) -> Option<PathBuf> {
@@ -167,6 +176,39 @@ impl Root {
             }
         }
     }
+}
+
+/// The directory that has to be allowed for the backing file `name` of `image`, and for the chain's backing files above it: the deepest
+/// that does. None where no directory does.
+pub(crate) fn directory_for<'a>(
+    image: &Path,
+    name: &Path,
+    others: impl Iterator<Item = &'a Path>,
+) -> Option<PathBuf> {
+    let image_dir = fs::canonicalize(directory_of(image)).ok()?;
+    let target = climb(&image_dir, name);
+    let target = fs::canonicalize(&target).unwrap_or(target);
+    let above = others
+        .filter_map(|other| fs::canonicalize(directory_of(other)).ok())
+        .fold(directory_of(&target).to_owned(), |one, other| {
+            common(&one, &other)
+        });
+    // A link beside the image that leads elsewhere needs both.
+    let both = common(&above, &image_dir);
+    let candidates = [above, both];
+    candidates.into_iter().find(|dir| {
+        let policy = BackingPolicy::Dir(dir.clone());
+        let place = Place::new(image, &policy).ok().flatten();
+        place.is_some_and(|place| place.reaches(name) || !target.exists())
+    })
+}
+
+/// The deepest directory above both.
+fn common(one: &Path, other: &Path) -> PathBuf {
+    let same = one.components().zip(other.components());
+    same.take_while(|(one, other)| one == other)
+        .map(|(component, _)| component)
+        .collect()
 }
 
 const DIRECTORY: OFlags = OFlags::PATH.union(OFlags::DIRECTORY).union(OFlags::CLOEXEC);

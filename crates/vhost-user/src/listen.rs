@@ -5,7 +5,7 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
 use rustix::net::{AddressFamily, SocketType, sockopt};
-use urus_listen::{Acceptor, Listen, Stopper};
+use urus_listen::{Acceptor, Listen, Permissions, Stopper};
 
 use crate::Error;
 
@@ -37,6 +37,16 @@ impl Listener {
         Self::of(urus_listen::Listener::bind_replacing_stale(Listen::Unix(
             path.into(),
         ))?)
+    }
+
+    /// As [`bind`](Self::bind), with a socket for those whom `permissions` let.
+    ///
+    /// # Errors
+    /// As [`bind`](Self::bind), and a group that the process may not give a file to.
+    pub fn bind_with(path: impl Into<PathBuf>, permissions: Permissions) -> Result<Self, Error> {
+        let listen = Listen::Unix(path.into());
+        let listener = urus_listen::Listener::bind_with(listen, permissions, true)?;
+        Self::of(listener)
     }
 
     /// A unix stream socket that was passed in: one that listens, or one that a front end is connected to, after whom

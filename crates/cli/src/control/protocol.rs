@@ -155,6 +155,11 @@ impl Lines {
         Some(line)
     }
 
+    /// Whether what has come begins with `words`.
+    pub(crate) fn begin_with(&self, words: &[u8]) -> bool {
+        self.bytes.starts_with(words)
+    }
+
     /// Reads once; whether anything came.
     ///
     /// # Errors

@@ -272,8 +272,15 @@ impl Shared {
         };
         let found = self.images.iter().find(|image| image.name == name);
         found.ok_or_else(|| {
-            let names: Vec<_> = self.images.iter().map(|image| &image.name).collect();
-            let message = format!("no image is exported as {name:?}; there are {names:?}");
+            let names: Vec<_> = self
+                .images
+                .iter()
+                .map(|image| format!("'{}'", image.name))
+                .collect();
+            let message = format!(
+                "no image is exported as '{name}'; there are {}",
+                names.join(", ")
+            );
             Problem::new(Kind::Image, message)
         })
     }

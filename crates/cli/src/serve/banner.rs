@@ -54,6 +54,13 @@ fn describe(out: &mut String, args: &Args, device: &Device) -> std::fmt::Result 
     if let Some(bytes) = device.cluster_bytes() {
         writeln!(out, "  clusters  {}", human(bytes))?;
     }
+    if let Some(directory) = args.snapshot_directory() {
+        writeln!(
+            out,
+            "  snapshot  what is written goes to {}, and is gone at the end",
+            directory.display()
+        )?;
+    }
     for layer in &device.layers()[1..] {
         writeln!(
             out,
@@ -66,7 +73,7 @@ fn describe(out: &mut String, args: &Args, device: &Device) -> std::fmt::Result 
         out,
         "  I/O       {}, cache {}, discard {}",
         device.driver(),
-        args.cache.name(),
+        args.cache().name(),
         args.discard.name()
     )?;
     let queues = args.queues();

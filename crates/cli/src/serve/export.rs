@@ -14,6 +14,7 @@ use crate::failure::Failure;
 pub(super) struct ExportArgs {
     /// The NBD export's name; clients that ask for no name get this image whatever its name [default: the empty name]
     #[arg(
+        short = 'x',
         long,
         value_name = "NAME",
         default_value = "",
@@ -33,11 +34,24 @@ pub(super) struct ExportArgs {
     #[arg(long, requires = "tls_creds")]
     tls_verify_peer: bool,
 
-    /// NBD clients at once; more are turned away. Each can make the server hold some 64M, and has an open file: where the limit of those is too low (ulimit -n),
-    /// fewer are taken
-    #[arg(long, value_name = "N", default_value_t = 128,
-          value_parser = clap::value_parser!(u16).range(1..))]
+    /// NBD clients at once; more are turned away. Each can make the server hold some 64M, and has an
+    /// open file: where the limit of those is too low (ulimit -n), fewer are taken
+    #[arg(short = 'e', long, visible_alias = "shared", value_name = "N", default_value_t = 128,
+          value_parser = connections)]
     max_connections: u16,
+
+    /// What clients may show to people about the first image
+    #[arg(short = 'D', long, value_name = "TEXT")]
+    description: Option<String>,
+}
+
+/// qemu-nbd's 0 is as many as can be.
+fn connections(text: &str) -> Result<u16, String> {
+    match text.parse() {
+        Ok(0) => Ok(u16::MAX),
+        Ok(connections) => Ok(connections),
+        Err(_) => Err("expected a number from 1 to 65535, or 0 for as many as can be".into()),
+    }
 }
 
 #[derive(Clone, Debug)]
@@ -71,6 +85,13 @@ impl Other {
 }
 
 impl ExportArgs {
+    /// Their files.
+    pub(super) fn other_images(&self) -> impl Iterator<Item = (&str, &Path)> {
+        self.images
+            .iter()
+            .map(|image| (image.name.as_str(), image.path.as_path()))
+    }
+
     /// Opens their files.
     pub(super) fn prepare_others(
         &self,
@@ -107,6 +128,9 @@ impl ExportArgs {
         credentials: Option<TlsCredentials>,
     ) -> ServerBuilder {
         builder = builder.export_name(&self.export_name);
+        if let Some(description) = &self.description {
+            builder = builder.description(description);
+        }
         if let Some(credentials) = credentials {
             builder = builder.tls(credentials);
         }

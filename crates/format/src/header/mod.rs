@@ -228,22 +228,32 @@ impl Header {
         let unsupported = |feature: String| Err(Error::Unsupported { feature });
         let unknown = self.incompatible & !incompatible::KNOWN;
         if unknown != 0 {
-            return unsupported(self.describe_incompatible(unknown));
+            return unsupported(format!(
+                "{}; {WITH_ITS_PROGRAM}",
+                self.describe_incompatible(unknown)
+            ));
         }
         match self.crypt_method {
             0 => {}
-            1 => return unsupported("encryption (legacy AES)".into()),
-            2 => return unsupported("encryption (LUKS)".into()),
-            other => return unsupported(format!("encryption (unknown method {other})")),
+            1 => return unsupported(format!("encryption (legacy AES); {}", decrypt("aes"))),
+            2 => return unsupported(format!("encryption (LUKS); {}", decrypt("luks"))),
+            other => {
+                let method = format!("encryption (unknown method {other}); {WITH_ITS_PROGRAM}");
+                return unsupported(method);
+            }
         }
         if self.incompatible & incompatible::EXTENDED_L2 != 0 {
-            return unsupported("extended L2 entries (subclusters)".into());
+            return unsupported(format!("extended L2 entries (subclusters); {CONVERT}"));
         }
         if self.incompatible & incompatible::DATA_FILE != 0 {
-            return unsupported("an external data file (incompatible bit 2)".into());
+            return unsupported(format!(
+                "an external data file (incompatible bit 2); {CONVERT}"
+            ));
         }
         if self.data_file.is_some() {
-            return unsupported("an external data file (named by a header extension)".into());
+            return unsupported(format!(
+                "an external data file (named by a header extension); {CONVERT}"
+            ));
         }
         if self.refcount_table_clusters == 0 {
             return Err(Error::invalid(
@@ -253,11 +263,16 @@ impl Header {
             ));
         }
         if write && self.bitmaps.is_some() {
-            return unsupported("writing to an image with persistent bitmaps".into());
+            return unsupported(
+                "writing to an image with persistent bitmaps; open it read-only, or remove each bitmap: \
+                 qemu-img bitmap --remove IMAGE NAME (qemu-img info lists them)"
+                    .into(),
+            );
         }
         if write && self.incompatible & incompatible::CORRUPT != 0 {
             return unsupported(
-                "writing to an image that is marked corrupt (check and repair it first)".into(),
+                "writing to an image that is marked corrupt; repair it (urus check -r all IMAGE), or open it read-only"
+                    .into(),
             );
         }
         Ok(())
@@ -287,6 +302,20 @@ impl Header {
         }
         names.join(", ")
     }
+}
+
+/// The way out where QEMU can read the image: a new one has none of what is not supported.
+const CONVERT: &str = "make an image without it: qemu-img convert -p -O qcow2 IMAGE NEW-IMAGE";
+
+/// The way out where nobody else is known to read the image.
+const WITH_ITS_PROGRAM: &str =
+    "a newer version of the program that made the image may convert it to one without";
+
+fn decrypt(format: &str) -> String {
+    format!(
+        "make an image without it, with the passphrase in a file: qemu-img convert -p --object secret,id=key,file=PASSPHRASE-FILE \
+         --image-opts driver=qcow2,encrypt.format={format},encrypt.key-secret=key,file.filename=IMAGE -O qcow2 NEW-IMAGE"
+    )
 }
 
 /// Header extension types.

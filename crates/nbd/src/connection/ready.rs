@@ -5,6 +5,7 @@ use std::io::{self, IoSliceMut};
 use rustix::event::epoll::EventFlags;
 
 use super::{Connection, Incoming, Phase};
+use crate::complaints;
 use crate::limits::RECEIVE_TURN_BYTES;
 use crate::pool::Pool;
 use crate::transport::Transport;
@@ -63,8 +64,22 @@ impl Connection {
                 }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
-                Err(error) => return self.close(&format!("cannot receive: {error}")),
+                Err(error) => {
+                    self.complain_of_tls(&error);
+                    return self.close(&format!("cannot receive: {error}"));
+                }
             }
+        }
+    }
+
+    /// A TLS handshake that fails is told, by an alert to the client as well: as a rule a certificate is wrong.
+    fn complain_of_tls(&self, error: &io::Error) {
+        let is_handshake =
+            matches!(&self.phase, Phase::Handshake(handshake) if handshake.is_over_tls());
+        if is_handshake && error.kind() == io::ErrorKind::InvalidData {
+            let socket = self.transport.as_ref().map(Transport::socket);
+            let why = format!("TLS has failed: {error}");
+            complaints::refused(self.id, socket, complaints::Reason::Handshake, &why);
         }
     }
 
