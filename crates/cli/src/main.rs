@@ -20,6 +20,7 @@ mod signals;
 mod size;
 mod vhost_user_blk;
 
+use std::ffi::OsString;
 use std::process::ExitCode;
 
 use clap::{ArgAction, Parser, Subcommand};
@@ -72,7 +73,10 @@ fn main() -> ExitCode {
     if vhost_user_blk::asks_for_capabilities(&arguments) {
         return vhost_user_blk::print_capabilities();
     }
-    let cli = Cli::parse_from(arguments);
+    let cli = match Cli::try_parse_from(&arguments) {
+        Ok(cli) => cli,
+        Err(error) => return not_understood(&error, &arguments),
+    };
     let image = cli.command.image().to_owned();
     logging::start(cli.verbose, &image);
     let result = match cli.command {
@@ -90,6 +94,28 @@ fn main() -> ExitCode {
         failure.code()
     })
 }
+
+/// Prints the help that was asked for, or what is wrong with the command line.
+///
+/// An image command that was not understood exits with 1, as qemu-img does: 2 from `check` means a corrupt image. The others exit
+/// with 2, as clap has it.
+fn not_understood(error: &clap::Error, arguments: &[OsString]) -> ExitCode {
+    // A reader that has gone needs no help.
+    let _ = error.print();
+    if !error.use_stderr() {
+        return ExitCode::SUCCESS;
+    }
+    let command = arguments
+        .iter()
+        .skip(1)
+        .find(|word| !word.as_encoded_bytes().starts_with(b"-"));
+    let is_image_command =
+        command.is_some_and(|word| IMAGE_COMMANDS.iter().any(|command| word == command));
+    ExitCode::from(if is_image_command { 1 } else { 2 })
+}
+
+/// The commands that stand in for qemu-img's.
+const IMAGE_COMMANDS: [&str; 4] = ["create", "info", "check", "map"];
 
 #[cfg(test)]
 mod tests {

@@ -153,7 +153,7 @@ mod sockets;
 mod statistics;
 
 pub use blocking::BlockingIo;
-pub use check::check;
+pub use check::{CheckOptions, check, check_with};
 pub use create::{CreateOptions, create};
 pub use device::{Device, Layer, PauseOptions, Prepared};
 pub use error::{Error, Result};
