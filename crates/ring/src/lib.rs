@@ -25,6 +25,7 @@ pub mod memory;
 mod offload;
 mod probe;
 mod raw;
+mod refusal;
 mod sockets;
 mod uring;
 
@@ -35,4 +36,5 @@ pub use locks::{LockError, LockMode};
 pub use memory::OutsideGuestMemory;
 pub use memory::{BUFFER_ALIGNMENT, Buffer, MemoryRegion, RingMemory};
 pub use raw::{RawDirection, RawFile, RawMethod};
+pub use refusal::explain_refusal;
 pub use sockets::{Parts, SocketCompletion, Sockets};
