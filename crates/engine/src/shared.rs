@@ -7,6 +7,7 @@ use std::task::Poll;
 
 use urus_format::{Compression, Geometry, GuestOffset, Header, L1Entry};
 
+use crate::check::{CheckReport, Repair};
 use crate::cluster_locks::ClusterLocks;
 use crate::counters::Stats;
 use crate::decoded::DecodedCache;
@@ -52,6 +53,10 @@ pub struct Options {
     pub refcount_cache_slices: usize,
     /// Discarded and otherwise freed clusters are given back to the file system.
     pub discard: bool,
+    /// What to repair at opening, before the first allocation. (A dirty image is repaired in any case.)
+    pub repair: Repair,
+    /// Count leaked clusters at opening, where that takes little: see [`Shared::found_at_opening`].
+    pub count_leaks: bool,
 }
 
 impl Default for Options {
@@ -61,6 +66,8 @@ impl Default for Options {
             l2_cache_bytes: limits::DEFAULT_L2_CACHE_BYTES,
             refcount_cache_slices: limits::REFCOUNT_CACHE_SLICES,
             discard: true,
+            repair: Repair::None,
+            count_leaks: false,
         }
     }
 }
@@ -233,9 +240,18 @@ pub struct Shared {
     /// Moves on when the metadata is read again: what was reserved before is nobody's.
     pub(crate) generation: AtomicU64,
     pub(crate) stats: Stats,
+    /// What a check at opening has found.
+    pub(crate) found: Mutex<Option<CheckReport>>,
 }
 
 impl Shared {
+    /// What was found and repaired at opening ([`Options::repair`], [`Options::count_leaks`]). None where the metadata was not
+    /// checked: not asked for, opened read-only, or too much to be read at an opening.
+    #[must_use]
+    pub fn found_at_opening(&self) -> Option<CheckReport> {
+        self.found.lock().clone()
+    }
+
     /// Bytes of the virtual disk.
     #[must_use]
     #[inline]

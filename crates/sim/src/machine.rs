@@ -470,7 +470,7 @@ impl Machine {
         self.driving.errors
             && match error {
                 Error::OutOfSpace { .. } => true,
-                Error::Io { .. } => self.world.injected() > 0,
+                Error::Io { .. } | Error::SyncFailed { .. } => self.world.injected() > 0,
                 Error::Poisoned { .. } => self.is_poisoned(),
                 _ => false,
             }
