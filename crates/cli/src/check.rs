@@ -56,6 +56,15 @@ pub(crate) enum RepairArg {
     All,
 }
 
+impl From<RepairArg> for Repair {
+    fn from(repair: RepairArg) -> Self {
+        match repair {
+            RepairArg::Leaks => Self::Leaks,
+            RepairArg::All => Self::All,
+        }
+    }
+}
+
 /// What qemu-img takes for `-T`.
 const CACHE_MODES: [&str; 6] = [
     "none",
@@ -81,11 +90,7 @@ pub(crate) fn run(args: Args) -> Outcome {
             Failure::new("This image format does not support checks").with_code(NOT_CHECKABLE)
         );
     }
-    let repair = match args.repair {
-        None => Repair::None,
-        Some(RepairArg::Leaks) => Repair::Leaks,
-        Some(RepairArg::All) => Repair::All,
-    };
+    let repair = args.repair.map_or(Repair::None, Repair::from);
     let mut options = CheckOptions::new();
     options.repair(repair).lock(!args.force_share);
     let found = urus::check_with(&args.file, &options)?;
