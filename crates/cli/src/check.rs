@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use clap::ValueEnum;
 use serde::Serialize;
-use urus::{CheckReport, Format, Repair};
+use urus::{CheckOptions, CheckReport, Format, Repair};
 
 use crate::common::{FormatArg, OutputArg, format_to_inspect};
 use crate::failure::{Failure, Outcome};
@@ -14,7 +14,7 @@ use crate::output::{complain, print, print_json};
 /// Check an image, and repair it
 ///
 /// Takes qemu-img check's flags and prints what it prints. Exit codes as qemu-img's: 0 nothing is wrong (any more), 1 the check
-/// could not be done, 2 the image is corrupt, 3 it has leaked clusters only (space is wasted, data is safe), 63 the format
+/// could not be done or the command was not understood, 2 the image is corrupt, 3 it has leaked clusters only (space is wasted, data is safe), 63 the format
 /// has nothing to check.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
@@ -34,6 +34,15 @@ pub(crate) struct Args {
     #[arg(short, long)]
     quiet: bool,
 
+    /// Check even if another process writes the image: what is found may be wrong. Not together with --repair
+    #[arg(short = 'U', long)]
+    force_share: bool,
+
+    /// Cache mode, for qemu-img's sake: none, writeback, writethrough, directsync or unsafe. A check reads through the page
+    /// cache in any mode, and a repair is durable in any mode
+    #[arg(short = 'T', long, value_name = "MODE", value_parser = CACHE_MODES)]
+    cache: Option<String>,
+
     /// The image
     pub(crate) file: PathBuf,
 }
@@ -47,22 +56,44 @@ pub(crate) enum RepairArg {
     All,
 }
 
+impl From<RepairArg> for Repair {
+    fn from(repair: RepairArg) -> Self {
+        match repair {
+            RepairArg::Leaks => Self::Leaks,
+            RepairArg::All => Self::All,
+        }
+    }
+}
+
+/// What qemu-img takes for `-T`.
+const CACHE_MODES: [&str; 6] = [
+    "none",
+    "off",
+    "writeback",
+    "writethrough",
+    "directsync",
+    "unsafe",
+];
+
 /// What a format without metadata exits with.
 const NOT_CHECKABLE: u8 = 63;
 
 pub(crate) fn run(args: Args) -> Outcome {
-    let format = format_to_inspect(&args.file, args.format, true)?;
+    if args.force_share && args.repair.is_some() {
+        return Err(Failure::new(
+            "--force-share (-U) can only be used without --repair: a repair needs the image alone",
+        ));
+    }
+    let format = format_to_inspect(&args.file, args.format, !args.force_share)?;
     if format != Format::Qcow2 {
         return Err(
             Failure::new("This image format does not support checks").with_code(NOT_CHECKABLE)
         );
     }
-    let repair = match args.repair {
-        None => Repair::None,
-        Some(RepairArg::Leaks) => Repair::Leaks,
-        Some(RepairArg::All) => Repair::All,
-    };
-    let found = urus::check(&args.file, repair)?;
+    let repair = args.repair.map_or(Repair::None, Repair::from);
+    let mut options = CheckOptions::new();
+    options.repair(repair).lock(!args.force_share);
+    let found = urus::check_with(&args.file, &options)?;
     let report = Report::new(args.file.display().to_string(), &found);
     if !args.quiet || args.output == OutputArg::Json {
         // Piece by piece on standard error, as with qemu-img.

@@ -93,7 +93,8 @@ pub(crate) fn run(args: Args) -> Outcome {
         return Ok(ExitCode::SUCCESS);
     }
     let Some(file) = args.file else {
-        return Err(Failure::usage("create needs the name of the new image"));
+        // Exit code 1, as qemu-img's.
+        return Err(Failure::new("create needs the name of the new image"));
     };
     let mut wanted = Wanted::new(args.format);
     for (key, value) in option_list::parse(&args.options).map_err(Failure::new)? {

@@ -10,7 +10,7 @@ use serde_json::Value;
 use crate::common::OutputArg;
 use crate::control::path_or_address;
 use crate::control::protocol::{
-    Command, Kind, Lines, Outcome, REPLY_BYTES, Reply, Request, VERSION, write_line,
+    Command, Kind, Lines, NewSize, Outcome, REPLY_BYTES, Reply, Request, VERSION, write_line,
 };
 use crate::failure::{Failure, Outcome as Ended};
 use crate::output::{print, print_json};
@@ -91,9 +91,8 @@ impl Args {
 pub(crate) fn run(args: Args) -> Ended {
     match args.what {
         What::Resize { to, size } => {
-            let mut server = to.connect()?;
-            let bytes = new_size(&size, || server.size())?;
-            server.ask(Command::Resize { size: bytes })?;
+            let size = new_size(&size)?;
+            to.connect()?.ask(Command::Resize(size))?;
         }
         What::Pause { to, release_locks } => {
             to.connect()?.ask(Command::Pause { release_locks })?;
@@ -115,16 +114,15 @@ pub(crate) fn run(args: Args) -> Ended {
     Ok(ExitCode::SUCCESS)
 }
 
-/// As qemu-img resize reads it, in whole sectors.
-fn new_size(text: &str, present: impl FnOnce() -> Result<u64, Failure>) -> Result<u64, Failure> {
+/// As qemu-img resize reads it, in whole sectors. What is to be added is added by the server, which alone knows to what.
+fn new_size(text: &str) -> Result<NewSize, Failure> {
     let size: Size = text.parse().map_err(Failure::usage)?;
     let bytes = size.0.next_multiple_of(512);
-    if !text.trim_start().starts_with('+') {
-        return Ok(bytes);
-    }
-    present()?
-        .checked_add(bytes)
-        .ok_or_else(|| Failure::usage(format!("'{text}' is too much: no disk can be that large")))
+    Ok(if text.trim_start().starts_with('+') {
+        NewSize::Add(bytes)
+    } else {
+        NewSize::Size(bytes)
+    })
 }
 
 /// Said to those who name an image.
@@ -185,12 +183,6 @@ struct Server {
 }
 
 impl Server {
-    fn size(&mut self) -> Result<u64, Failure> {
-        let stats = self.ask(Command::Stats {})?;
-        let size = stats.get("size").and_then(Value::as_u64);
-        size.ok_or_else(|| self.failed("the server does not say how large the disk is"))
-    }
-
     /// Waits for the answer as long as the disk takes.
     fn ask(&mut self, command: Command) -> Result<Value, Failure> {
         let request = Request {
@@ -287,11 +279,15 @@ mod tests {
 
     #[test]
     fn sizes_are_absolute_or_added() {
-        let at = |text| new_size(text, || Ok(1 << 30)).map_err(|failure| failure.code());
-        assert_eq!(at("2G").ok(), Some(2 << 30));
-        assert_eq!(at("+1G").ok(), Some(2 << 30));
-        assert_eq!(at("1000").ok(), Some(1024));
-        assert!(at("-1G").is_err() && at("much").is_err());
+        let at = |text| new_size(text).ok();
+        assert_eq!(at("2G"), Some(NewSize::Size(2 << 30)));
+        assert_eq!(at("+1G"), Some(NewSize::Add(1 << 30)));
+        assert_eq!(at(" +1000"), Some(NewSize::Add(1024)));
+        assert_eq!(at("1000"), Some(NewSize::Size(1024)));
+        assert!(at("-1G").is_none() && at("much").is_none());
+        assert_eq!(NewSize::Add(512).resolve(1024), Some(1536));
+        assert_eq!(NewSize::Size(512).resolve(1024), Some(512));
+        assert_eq!(NewSize::Add(512).resolve(u64::MAX - 511), None);
     }
 
     #[test]

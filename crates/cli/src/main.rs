@@ -23,6 +23,7 @@ mod signals;
 mod size;
 mod vhost_user_blk;
 
+use std::ffi::OsString;
 use std::process::ExitCode;
 
 /// A server outlives the moment in which there is no memory: see [`urus::hold_reserve`].
@@ -80,13 +81,10 @@ fn main() -> ExitCode {
     if vhost_user_blk::asks_for_capabilities(&arguments) {
         return vhost_user_blk::print_capabilities();
     }
-    let cli = Cli::try_parse_from(&arguments).unwrap_or_else(|error| {
-        if let Some(answer) = answers::to(&error, &arguments) {
-            output::complain(&answer);
-            std::process::exit(error.exit_code());
-        }
-        error.exit()
-    });
+    let cli = match Cli::try_parse_from(&arguments) {
+        Ok(cli) => cli,
+        Err(error) => return not_understood(&error, &arguments),
+    };
     let image = cli.command.image().to_owned();
     logging::start(cli.verbose, &image);
     let result = match cli.command {
@@ -104,6 +102,31 @@ fn main() -> ExitCode {
         failure.code()
     })
 }
+
+/// Prints the help that was asked for, or what is wrong with the command line.
+///
+/// An image command that was not understood exits with 1, as qemu-img does: 2 from `check` means a corrupt image. The others exit
+/// with 2, as clap has it.
+fn not_understood(error: &clap::Error, arguments: &[OsString]) -> ExitCode {
+    match answers::to(error, arguments) {
+        Some(answer) => output::complain(&answer),
+        // A reader that has gone needs no help.
+        None => drop(error.print()),
+    }
+    if !error.use_stderr() {
+        return ExitCode::SUCCESS;
+    }
+    let command = arguments
+        .iter()
+        .skip(1)
+        .find(|word| !word.as_encoded_bytes().starts_with(b"-"));
+    let is_image_command =
+        command.is_some_and(|word| IMAGE_COMMANDS.iter().any(|command| word == command));
+    ExitCode::from(if is_image_command { 1 } else { 2 })
+}
+
+/// The commands that stand in for qemu-img's.
+const IMAGE_COMMANDS: [&str; 4] = ["create", "info", "check", "map"];
 
 #[cfg(test)]
 mod tests {

@@ -7,6 +7,7 @@ mod export;
 mod service;
 mod sockets;
 
+use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -18,12 +19,13 @@ use urus_listen::{Listen, Listener, Permissions};
 use urus_nbd::{Server, ServerBuilder};
 use urus_vhost_user::{Listener as VhostListener, Server as VhostServer};
 
+use crate::check::RepairArg;
 use crate::common::{BackingArgs, CacheArg, DiscardArg, FormatArg, IoArg};
 use crate::confine::SandboxArgs;
-use crate::control::{Control, ControlArgs, Controlled};
+use crate::control::{Control, ControlArgs, Controlled, path_or_address};
 use crate::failure::{Failure, Outcome};
 use crate::metrics::{Metrics, MetricsArgs, Sources};
-use crate::output::print;
+use crate::output::{complain, print};
 use crate::patience::Patience;
 use crate::signals::Stop;
 use crate::size::Size;
@@ -32,9 +34,9 @@ use crate::size::Size;
 ///
 /// Prints what it serves, with lines to paste for nbdcopy, qemu-img, fio and QEMU, and serves until SIGTERM or SIGINT (Ctrl-C). Then it takes no more
 /// requests, finishes those it has begun, makes everything durable, closes the image cleanly, removes its socket and exits with 0
-/// (1 if something could not be made durable). A second signal changes nothing: the image is closed as fast as the disk
-/// allows. A server that is killed (SIGKILL, power) loses nothing that was flushed; the image is repaired when it is opened
-/// next.
+/// (1 if something could not be made durable, or the image was deleted meanwhile). A second signal changes nothing: the image is
+/// closed as fast as the disk allows. A server that is killed (SIGKILL, power) loses nothing that was flushed, and the image needs no repair.
+/// At most some clusters stay allocated that nothing uses: --repair leaks gives them back.
 #[derive(Debug, clap::Args)]
 #[command(
     after_help = "Unix sockets appear when the server is ready. Over TCP there is neither encryption nor authentication: keep to localhost or \
@@ -53,12 +55,14 @@ pub(crate) struct Args {
     #[arg(long, value_name = "SIZE", allow_negative_numbers = true)]
     create: Option<Size>,
 
-    /// Listen here: unix:PATH (or a path with a slash) or HOST:PORT; may be given several times [default: unix:IMAGE.nbd.sock, unless --vhost-user is given]
+    /// Listen here: unix:PATH (or a path with a slash) or HOST:PORT; may be given several times. A unix
+    /// socket that a killed server has left is replaced [default: unix:IMAGE.nbd.sock, unless --vhost-user is given]
     #[arg(long = "nbd", value_name = "ADDRESS")]
     nbd: Vec<String>,
 
-    /// Listen for a virtual machine at this unix socket: a vhost-user-blk device. A socket that a killed server has left is replaced
-    #[arg(long, value_name = "PATH")]
+    /// Listen for a virtual machine at this unix socket (PATH or unix:PATH): a vhost-user-blk device. A socket that a killed server has
+    /// left is replaced
+    #[arg(long, value_name = "PATH", value_parser = path_or_address)]
     vhost_user: Option<PathBuf>,
 
     /// The serial number that the virtual machine sees, at most 20 bytes
@@ -82,6 +86,11 @@ pub(crate) struct Args {
     /// As --cache none
     #[arg(short, long, conflicts_with = "cache", help_heading = sockets::QEMU_NBD)]
     nocache: bool,
+    /// Check the image before it is served, and repair it: `leaks` gives back clusters that nothing uses, `all` repairs what can be
+    /// repaired. Reads all metadata. Without it a server counts the leaks of small images (up to 8 MiB of tables) and tells of them;
+    /// `urus check` does so for all
+    #[arg(long, value_name = "WHAT", conflicts_with = "read_only")]
+    repair: Option<RepairArg>,
 
     /// Let the virtual machine's writes complete before they are durable, although it could outlive this process: faster, and what it
     /// has not flushed is lost if this process is killed while it goes on
@@ -169,7 +178,11 @@ impl Args {
             .io(self.io.into())
             .discard(self.discard.into())
             .queue_depth(self.queue_size)
+            .count_leaks(true)
             .latencies(true);
+        if let Some(repair) = self.repair {
+            options.repair(repair.into());
+        }
         if let Some(Size(bytes)) = self.l2_cache_size {
             options.l2_cache_bytes(bytes);
         }
@@ -297,6 +310,9 @@ pub(crate) fn run(args: Args) -> Outcome {
         .map(|listener| Metrics::start(listener, servers.sources(&args, &device, &others)))
         .transpose()?;
     args.sandbox.restrict_calls()?;
+    for device in std::iter::once(&device).chain(others.iter().map(|other| &other.device)) {
+        tell_of_leaks(device);
+    }
     banner::print(&args, &device, &others, &servers, metrics.as_ref());
     manager.ready(&args.image);
 
@@ -314,6 +330,7 @@ pub(crate) fn run(args: Args) -> Outcome {
     let ended = servers.shutdown();
     drop(patience);
     let mut closed = device.close();
+    let names: Vec<Device> = others.iter().map(|other| other.device.clone()).collect();
     for other in others {
         // Each is closed; the first error is the one to tell.
         closed = closed.and(other.device.close());
@@ -321,6 +338,10 @@ pub(crate) fn run(args: Args) -> Outcome {
     drop(pid_file);
     closed?;
     ended?;
+    names_are_there(&device)?;
+    for other in &names {
+        names_are_there(other)?;
+    }
     let end = if args.snapshot {
         "closed as it was: what was written is gone with the snapshot"
     } else {
@@ -335,6 +356,65 @@ pub(crate) fn make_room() {
     descriptors::raise_limit();
     if let Err(error) = urus::hold_reserve() {
         tracing::warn!(%error, "no memory can be kept back: if the process runs out of it, it aborts");
+    }
+}
+
+/// What is durable and has no name is lost all the same.
+pub(crate) fn names_are_there(device: &Device) -> Result<(), Failure> {
+    let deleted = device.deleted_files();
+    let Some(first) = deleted.first() else {
+        return Ok(());
+    };
+    let first = first.display();
+    Err(Failure::new(
+        if deleted.contains(&&*device.layers()[0].path) {
+            format!(
+                "{first}: the image was deleted or replaced while it was served: what was written to it since it was opened is lost"
+            )
+        } else {
+            format!(
+                "{}: its backing file {first} was deleted or replaced while it was served: the image is on disk, and is incomplete without it",
+                device.layers()[0].path.display()
+            )
+        },
+    ))
+}
+
+/// Says what a check at opening has found, and what to do about it.
+pub(crate) fn tell_of_leaks(device: &Device) {
+    let Some(found) = device.found_at_opening() else {
+        return;
+    };
+    let image = device.layers()[0].path.display();
+    let bytes = |clusters: u64| {
+        crate::size::human(clusters.saturating_mul(device.cluster_bytes().unwrap_or(0)))
+    };
+    if found.leaks_fixed > 0 {
+        let freed = bytes(found.leaks_fixed);
+        complain(&format!(
+            "urus: {image}: {} leaked clusters given back ({freed})",
+            found.leaks_fixed
+        ));
+    }
+    if found.corruptions_fixed > 0 {
+        complain(&format!(
+            "urus: {image}: {} errors repaired",
+            found.corruptions_fixed
+        ));
+    }
+    if found.leaks > 0 {
+        let wasted = bytes(found.leaks);
+        complain(&format!(
+            "urus: {image}: {} clusters ({wasted}) are leaked: allocated, and used by nothing, as a server that was killed may leave them. No \
+             data is affected. Give them back with --repair leaks, or with `urus check -r leaks` while the image is not served",
+            found.leaks
+        ));
+    }
+    if found.corruptions > 0 {
+        complain(&format!(
+            "urus: {image}: {} errors were found in the image's metadata: stop the server and run `urus check`",
+            found.corruptions
+        ));
     }
 }
 
@@ -482,12 +562,26 @@ impl Servers {
     }
 }
 
-/// Creates the image, or sees that the one that is there has the size.
+/// Creates the image, also in the place of an empty file, or sees that the one that is there has the size.
 fn create(image: &Path, format: Format, size: u64) -> Result<(), OpenError> {
-    if image.symlink_metadata().is_err() {
-        urus::create(image, CreateOptions::new().format(format).size(size))?;
-        tracing::info!(size, "created");
-        return Ok(());
+    // What is neither is judged by opening it.
+    let is_file_to_make = match image.metadata() {
+        Ok(there) => there.is_file() && there.len() == 0,
+        Err(error) => error.kind() == io::ErrorKind::NotFound,
+    };
+    if is_file_to_make {
+        let mut options = CreateOptions::new();
+        options.format(format).size(size).replace_empty();
+        match urus::create(image, &options) {
+            Ok(()) => {
+                tracing::info!(size, "created");
+                return Ok(());
+            }
+            // Another process was faster.
+            Err(urus::Error::Io { source, .. })
+                if source.kind() == io::ErrorKind::AlreadyExists => {}
+            Err(error) => return Err(error.into()),
+        }
     }
     let there = urus::info(image, InfoOptions::new().format(format))?.virtual_size;
     // As creating it would.
@@ -569,7 +663,8 @@ impl Places {
                 continue;
             }
             match Listener::bind(Listen::Unix(path.clone())) {
-                Err(urus_listen::Error::SocketStale { .. }) if self.is_default => {}
+                // Replaced when its time has come.
+                Err(urus_listen::Error::SocketStale { .. }) => {}
                 Err(error) => return Err(error.into()),
                 Ok(_) => {}
             }
@@ -605,7 +700,7 @@ impl Places {
                 Place::To(Listen::Unix(path)) if self.is_default => {
                     bind_default(path, permissions)?
                 }
-                Place::To(listen) => Listener::bind_with(listen, permissions, false)?,
+                Place::To(listen) => Listener::bind_with(listen, permissions, true)?,
                 Place::Bound(listener) => listener,
             });
         }
@@ -619,8 +714,7 @@ fn default_socket(image: &Path) -> PathBuf {
     path.into()
 }
 
-/// The socket beside the image is ours by name: one that a killed server has left is replaced. (A server that is alive answers, and
-/// keeps the image locked.)
+/// The socket beside the image, whose name nobody has chosen.
 fn bind_default(path: PathBuf, permissions: Permissions) -> Result<Listener, Failure> {
     match Listener::bind_with(Listen::Unix(path), permissions, true) {
         Err(error @ urus_listen::Error::SocketPathTooLong { .. }) => {

@@ -11,12 +11,12 @@ use urus_vhost_user::{Listener, Server};
 
 use crate::common::{BackingArgs, CacheArg, DiscardArg, FormatArg, IoArg};
 use crate::confine::SandboxArgs;
-use crate::control::{Control, ControlArgs, Controlled};
+use crate::control::{Control, ControlArgs, Controlled, path_or_address};
 use crate::failure::{Failure, Outcome};
 use crate::metrics::{Metrics, MetricsArgs, Sources};
 use crate::output::print;
 use crate::patience::Patience;
-use crate::serve::{OpenError, make_room, patiently};
+use crate::serve::{OpenError, make_room, names_are_there, patiently, tell_of_leaks};
 use crate::signals::Stop;
 
 /// What this program can do, in the words of the conventions' block device features.
@@ -62,8 +62,8 @@ pub(crate) fn print_capabilities() -> ExitCode {
 #[derive(Debug, clap::Args)]
 #[command(group = clap::ArgGroup::new("socket").args(["socket_path", "fd"]))]
 pub(crate) struct Args {
-    /// Listen at this unix socket
-    #[arg(long, value_name = "PATH")]
+    /// Listen at this unix socket (PATH or unix:PATH)
+    #[arg(long, value_name = "PATH", value_parser = path_or_address)]
     socket_path: Option<PathBuf>,
 
     /// Use the unix socket that is file descriptor FDNUM: connected, or listening
@@ -173,6 +173,7 @@ pub(crate) fn run(args: Args) -> Outcome {
         .map(|listener| Metrics::start(listener, sources))
         .transpose()?;
     args.sandbox.restrict_calls()?;
+    tell_of_leaks(&device);
     let signal = stop.wait();
     tracing::info!(signal, "stopping");
     // First: the server waits for the requests that a pause holds.
@@ -185,6 +186,7 @@ pub(crate) fn run(args: Args) -> Outcome {
     drop(patience);
     device.close()?;
     ended?;
+    names_are_there(&device)?;
     Ok(ExitCode::SUCCESS)
 }
 
@@ -212,6 +214,7 @@ fn prepare(args: &Args, image: &Path) -> Result<Prepared, Failure> {
         .cache(args.cache.into())
         .io(args.io.into())
         .discard(args.discard.into())
+        .count_leaks(true)
         .latencies(true);
     args.backing.apply(&mut options);
     patiently(|| options.prepare(image).map_err(OpenError::from))

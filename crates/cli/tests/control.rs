@@ -97,6 +97,7 @@ fn commands_on(io: &str) {
     done(&scratch, "resize --image data ctl 48M");
     assert_eq!(stats(&scratch, "")["size"], 2_u64 << 30);
     assert_eq!(stats(&scratch, "--image data")["size"], 48 << 20);
+    refused(&scratch, "resize ctl +7E", "");
     refused(&scratch, "resize ctl 1M", "cannot shrink");
     refused(
         &scratch,
@@ -144,6 +145,43 @@ fn commands_do_what_they_say() {
 #[test]
 fn commands_do_what_they_say_with_blocking_calls() {
     commands_on("blocking");
+}
+
+/// Relative sizes are resolved where the size is known, one after the other: what is added at once adds up.
+#[test]
+fn what_is_added_at_once_adds_up() {
+    const CLIENTS: u64 = 6;
+    const ROUNDS: u64 = 5;
+    let scratch = Scratch::new();
+    let server = start(&scratch, "disk.qcow2 --create 64M");
+    for _ in 0..ROUNDS {
+        let clients: Vec<_> = (0..CLIENTS)
+            .map(|_| {
+                scratch
+                    .command(common::urus(), "ctl resize ctl +1M")
+                    .spawn()
+                    .expect("urus")
+            })
+            .collect();
+        for mut client in clients {
+            assert_eq!(client.wait().expect("waiting").code(), Some(0));
+        }
+    }
+    let size = (64 + CLIENTS * ROUNDS) << 20;
+    assert_eq!(stats(&scratch, "")["size"], size);
+    // The result tells the size that came of it.
+    let mut stream = UnixStream::connect(scratch.path("ctl")).expect("a server");
+    stream
+        .write_all(b"{\"version\":1,\"command\":{\"resize\":{\"add\":512}}}\n")
+        .expect("writing");
+    let mut line = String::new();
+    BufReader::new(&stream)
+        .read_line(&mut line)
+        .expect("a line");
+    let reply: serde_json::Value = serde_json::from_str(&line).expect("JSON");
+    assert_eq!(reply["result"]["size"], size + 512);
+    server.end();
+    scratch.sh("qemu-img check -q disk.qcow2");
 }
 
 #[test]
@@ -247,7 +285,6 @@ fn sockets_that_are_none_are_told() {
     drop(server);
     refused(&scratch, "flush ctl", "no server listens there");
     // What the killed one left is replaced.
-    scratch.sh("rm -f nbd");
     start(&scratch, "disk.qcow2").end();
     let ran = scratch.urus("serve disk.qcow2 --control 127.0.0.1:1");
     assert!(
@@ -308,4 +345,35 @@ fn clients_without_manners_cost_nothing() {
     let mut half = connect();
     half.write_all(b"{\"version\":1,").expect("writing");
     server.end();
+}
+
+/// After a failed sync nothing that is tried again can succeed, whatever failed it: the advice is not to free space and retry.
+#[test]
+fn a_sync_that_finds_no_space_says_what_helps() {
+    let scratch = Scratch::new();
+    scratch.sh("qemu-img create -q -f qcow2 disk.qcow2 64M");
+    let line = format!(
+        "-f -qq -o trace -e trace=fdatasync -e inject=fdatasync:error=ENOSPC {} serve disk.qcow2 --io blocking --no-sandbox \
+         --nbd unix:nbd --control unix:ctl --pid-file pid",
+        common::urus()
+    );
+    let mut command = scratch.command("strace", &line);
+    command.stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut tracer = command.spawn().expect("strace");
+    let mut lines = BufReader::new(tracer.stdout.as_mut().expect("piped")).lines();
+    assert!(lines.any(|line| line.expect("text").contains("Ctrl-C")));
+    scratch.sh("qemu-io -f raw -c 'write 0 64k' 'nbd+unix:///?socket=nbd' >/dev/null || true");
+    for word in ["flush ctl", "flush ctl"] {
+        let ran = ctl(&scratch, word);
+        assert_eq!(ran.code, Some(1), "{ran:?}");
+        assert!(ran.stderr.contains("reopen it"), "{ran:?}");
+        assert!(!ran.stderr.contains("retry"), "{ran:?}");
+    }
+    assert_eq!(stats(&scratch, "")["poisoned"], true);
+    scratch.sh("kill $(cat pid)");
+    let output = tracer.wait_with_output().expect("waiting");
+    let text = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{text}");
+    let checked = scratch.qemu_img("check disk.qcow2").code;
+    assert!(matches!(checked, Some(0 | 3)), "{checked:?}");
 }

@@ -402,3 +402,53 @@ fn a_reader_that_goes_away_is_no_error() {
         );
     }
 }
+
+/// What was not understood exits with 1, as from qemu-img: 2 from `check` means a corrupt image. And what qemu-img understands is understood.
+#[test]
+fn command_lines_exit_as_those_of_qemu_img() {
+    let scratch = Scratch::new();
+    scratch.sh("qemu-img create -q -f qcow2 a.qcow2 1M");
+    for line in [
+        "check -U a.qcow2",
+        "check --force-share a.qcow2",
+        "check -T none a.qcow2",
+        "check -T directsync -U a.qcow2",
+        "check --cache=writethrough -r all a.qcow2",
+        "check -T bogus a.qcow2",
+        "check -U -r all a.qcow2",
+        "check",
+        "check --bogus a.qcow2",
+        "check -p a.qcow2",
+        "check a.qcow2 b.qcow2",
+        "check -r some a.qcow2",
+        "check -f vmdk a.qcow2",
+        "check --output=xml a.qcow2",
+        "check --help",
+        "info",
+        "info --bogus a.qcow2",
+        "info -T none a.qcow2",
+        "info -U a.qcow2",
+        "info a.qcow2 b.qcow2",
+        "map",
+        "map --bogus a.qcow2",
+        "map -T none a.qcow2",
+        "map -s zz a.qcow2",
+        "map -U a.qcow2",
+        "create",
+        "create --bogus b.qcow2 1M",
+        "create -f qcow2",
+        "create -f vhs b.qcow2 1M",
+        "create -f qcow2 b.qcow2 1Q",
+        "create -f qcow2 b.qcow2 1M c",
+    ] {
+        let (ours, theirs) = (scratch.urus(line), scratch.qemu_img(line));
+        assert_eq!(ours.code, theirs.code, "{line}: {ours:?} {theirs:?}");
+    }
+    let refused = scratch.urus("--bogus check a.qcow2");
+    assert_eq!(refused.code, Some(1), "{refused:?}");
+    // Under a writer: refused, unless -U says not to care.
+    let server = common::Server::start(&scratch, "a.qcow2");
+    assert_eq!(scratch.urus("check a.qcow2").code, Some(1));
+    assert_eq!(scratch.urus("check -U a.qcow2").code, Some(0));
+    server.end();
+}

@@ -184,27 +184,225 @@ fn a_socket_in_the_way() {
     assert!(refused.stderr.contains("file"), "{refused:?}");
     scratch.sh("grep -q precious file; test ! -e new.qcow2");
 
-    // A server that was killed leaves its socket: beside the image it is replaced, elsewhere not.
-    for (line, is_default) in [("a.qcow2", true), ("a.qcow2 --nbd unix:chosen", false)] {
+    // A server that was killed leaves its socket, which is replaced, whoever chose its name.
+    for line in [
+        "a.qcow2",
+        "a.qcow2 --nbd unix:chosen",
+        "a.qcow2 --vhost-user unix:vm --control unix:ctl --metrics unix:metrics",
+    ] {
         let mut server = Server::start(&scratch, line);
         server.child.kill().expect("a living server");
         server.child.wait().expect("waiting");
-        if is_default {
-            let again = Server::start(&scratch, line);
-            again.signal(Signal::TERM);
-            again.ended();
-        } else {
-            let refused = scratch.urus(&format!("serve {line}"));
-            assert_eq!(refused.code, Some(1));
-            assert!(refused.stderr.contains("rm "), "{refused:?}");
-        }
+        let again = Server::start(&scratch, line);
+        again.signal(Signal::TERM);
+        again.ended();
     }
+    scratch.sh("test ! -e chosen; test ! -e vm; test ! -e unix:vm");
     // A server that is alive is left in peace.
     let server = Server::start(&scratch, "a.qcow2");
     assert_eq!(scratch.urus("serve a.qcow2").code, Some(1));
     scratch.sh("nbdinfo --size 'nbd+unix:///?socket=a.qcow2.nbd.sock'");
     server.signal(Signal::TERM);
     server.ended();
+}
+
+#[test]
+fn a_socket_of_a_living_server_is_left_alone() {
+    let scratch = Scratch::new();
+    scratch.sh("qemu-img create -q -f qcow2 a.qcow2 1M; cp a.qcow2 b.qcow2");
+    let server = Server::start(&scratch, "a.qcow2 --nbd unix:one");
+    let refused = scratch.urus("serve b.qcow2 --nbd unix:one");
+    assert_eq!(refused.code, Some(1));
+    assert!(refused.stderr.contains("another server"), "{refused:?}");
+    scratch.sh("nbdinfo --size 'nbd+unix:///?socket=one'");
+    server.signal(Signal::TERM);
+    server.ended();
+}
+
+/// `unix:` is the way in which all other sockets are named.
+#[test]
+fn a_vhost_user_socket_may_be_named_with_unix() {
+    let scratch = Scratch::new();
+    let server = Server::start(&scratch, "a.qcow2 --create 1M --vhost-user unix:vm");
+    assert!(scratch.path("vm").exists() && !scratch.path("unix:vm").exists());
+    assert!(server.banner.contains("path="), "{}", server.banner);
+    server.signal(Signal::TERM);
+    server.ended();
+    let mut child = scratch
+        .command(
+            urus(),
+            "vhost-user-blk --blk-file a.qcow2 --socket-path unix:vm",
+        )
+        .spawn()
+        .expect("urus");
+    wait_for(&scratch.path("vm"));
+    kill_process(Pid::from_child(&child), Signal::TERM).expect("a living server");
+    assert_eq!(child.wait().expect("waiting").code(), Some(0));
+}
+
+/// A server that is told to end says what is true: what was written is nowhere.
+#[test]
+fn an_image_that_was_deleted_meanwhile_is_not_on_disk() {
+    let scratch = Scratch::new();
+    scratch.sh("qemu-img create -q -f qcow2 base.qcow2 1M; qemu-img create -q -f qcow2 -b base.qcow2 -F qcow2 top.qcow2");
+    let renamed = "mv a.qcow2 b.qcow2";
+    for (line, change, words) in [
+        (
+            "a.qcow2 --create 1M",
+            "rm a.qcow2",
+            Some("a.qcow2: the image was deleted or replaced"),
+        ),
+        (
+            "a.qcow2 --create 1M",
+            "cp base.qcow2 c; mv c a.qcow2",
+            Some("a.qcow2: the image was deleted or replaced"),
+        ),
+        (
+            "other.qcow2 --create 1M --image x=a.qcow2",
+            "rm a.qcow2",
+            Some("a.qcow2: the image was deleted or replaced"),
+        ),
+        ("top.qcow2", "rm base.qcow2", Some("backing file")),
+        ("a.qcow2 --create 1M", renamed, None),
+    ] {
+        scratch.sh("test -e a.qcow2 || qemu-img create -q -f qcow2 a.qcow2 1M");
+        let mut server = Server::start(&scratch, line);
+        scratch.sh(change);
+        server.signal(Signal::TERM);
+        let mut said = String::new();
+        server.stdout.read_to_string(&mut said).expect("text");
+        let mut complaint = String::new();
+        let stderr = server.child.stderr.as_mut().expect("piped");
+        stderr.read_to_string(&mut complaint).expect("text");
+        let code = server.child.wait().expect("waiting").code();
+        match words {
+            Some(words) => {
+                assert_eq!(code, Some(1), "{change}: {said}{complaint}");
+                assert!(complaint.contains(words), "{change}: {complaint}");
+                assert!(!said.contains("everything is on disk"), "{change}: {said}");
+            }
+            None => {
+                assert_eq!(code, Some(0), "{change}: {said}{complaint}");
+                assert!(said.contains("everything is on disk"), "{change}: {said}");
+            }
+        }
+    }
+}
+
+/// Two clusters at the end of a 64 KiB-cluster image whose refcount is 1 and to which nothing refers.
+fn leak(scratch: &Scratch, name: &str) {
+    let bytes = std::fs::read(scratch.path(name)).expect("an image");
+    let field = |at: usize| {
+        usize::try_from(u64::from_be_bytes(
+            bytes[at..at + 8].try_into().expect("eight"),
+        ))
+        .expect("fits")
+    };
+    let clusters = bytes.len().div_ceil(65_536);
+    let block = field(field(48));
+    scratch.poke(name, block + 2 * clusters, &[0, 1, 0, 1]);
+    scratch.sh(&format!("truncate -s {} {name}", (clusters + 2) * 65_536));
+}
+
+#[test]
+fn leaked_clusters_are_counted_at_opening_and_given_back() {
+    let scratch = Scratch::new();
+    scratch.sh(
+        "qemu-img create -q -f qcow2 a.qcow2 1G; qemu-io -c 'write -P 5 0 1M' a.qcow2 >/dev/null",
+    );
+    leak(&scratch, "a.qcow2");
+    assert_eq!(scratch.qemu_img("check a.qcow2").code, Some(3));
+    let said = |line: &str| {
+        let mut server = Server::start(&scratch, line);
+        let mut stderr = server.child.stderr.take().expect("piped");
+        server.signal(Signal::TERM);
+        server.ended();
+        let mut text = String::new();
+        stderr.read_to_string(&mut text).expect("text");
+        text
+    };
+    let told = said("a.qcow2");
+    for words in [
+        "a.qcow2: 2 clusters (128 KiB) are leaked",
+        "--repair leaks",
+        "urus check -r leaks",
+    ] {
+        assert!(told.contains(words), "{told}");
+    }
+    // Who may not write cannot give them back.
+    assert_eq!(said("a.qcow2 --read-only"), "");
+    let told = said("a.qcow2 --repair leaks");
+    assert!(
+        told.contains("2 leaked clusters given back (128 KiB)"),
+        "{told}"
+    );
+    assert_eq!(scratch.qemu_img("check a.qcow2").code, Some(0));
+    assert_eq!(said("a.qcow2"), "");
+    scratch.sh("qemu-io -c 'read -P 5 0 1M' a.qcow2 | grep -q '^read 1048576'");
+}
+
+/// The banner is about the queues, each of which has a ring of its own or has got none; and the cause is named.
+#[test]
+fn the_banner_says_where_io_uring_was_not_to_be_had() {
+    let scratch = Scratch::new();
+    scratch.sh("qemu-img create -q -f qcow2 a.qcow2 1M");
+    // The kernel counts rings by user, and not the superuser's.
+    scratch.sh(&format!(
+        "cp {} urus; chmod 755 urus; chmod 777 .; chmod 666 a.qcow2",
+        urus()
+    ));
+    let as_user = if rustix::process::geteuid().is_root() {
+        "setpriv --reuid=54321 --regid=54321 --clear-groups"
+    } else {
+        ""
+    };
+    let (mut whole, mut mixed, mut none) = (0, 0, 0);
+    for limit in (0..80).map(|step| step * 10_000) {
+        let line = format!(
+            "--memlock={limit}:{limit} {as_user} ./urus serve a.qcow2 --num-queues 4 --nbd unix:nbd"
+        );
+        let mut child = scratch
+            .command("prlimit", &line)
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("prlimit");
+        let mut stdout = BufReader::new(child.stdout.take().expect("piped"));
+        let mut banner = String::new();
+        while !banner.contains("Ctrl-C") && stdout.read_line(&mut banner).expect("text") > 0 {}
+        let started = banner.contains("Ctrl-C");
+        if started {
+            kill_process(Pid::from_child(&child), Signal::TERM).expect("a living server");
+        }
+        let output = child.wait_with_output().expect("waiting");
+        let stderr = String::from_utf8(output.stderr).expect("text");
+        if !started {
+            continue;
+        }
+        let fell_back = stderr.contains("io_uring is not available");
+        let io = banner
+            .lines()
+            .find(|line| line.contains("  I/O "))
+            .expect("a line");
+        assert_eq!(
+            fell_back,
+            io.contains("blocking"),
+            "{limit}: {io}\n{stderr}"
+        );
+        if fell_back {
+            let cause = format!("RLIMIT_MEMLOCK, {limit} bytes here");
+            assert!(stderr.contains(&cause), "{limit}: {stderr}");
+        }
+        match (io.contains("io_uring"), fell_back) {
+            (true, true) => mixed += 1,
+            (true, false) => whole += 1,
+            (false, _) => none += 1,
+        }
+        if whole > 0 {
+            break;
+        }
+    }
+    assert!(whole > 0 && mixed > 0 && none > 0, "{whole} {mixed} {none}");
 }
 
 #[test]

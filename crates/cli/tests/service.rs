@@ -75,3 +75,27 @@ fn a_pid_file_that_cannot_be_written_is_told() {
     let ran = scratch.urus("check disk.qcow2");
     assert_eq!(ran.code, Some(0), "{ran:?}");
 }
+
+/// Two servers with one pid file: it belongs to the one that wrote it last, and stays until that ends.
+#[test]
+fn a_pid_file_is_removed_by_its_own_server_only() {
+    let scratch = Scratch::new();
+    let first = common::Server::start(&scratch, "a.qcow2 --create 1M --pid-file pid");
+    let second = common::Server::start(&scratch, "b.qcow2 --create 1M --pid-file pid");
+    let number = || fs::read_to_string(scratch.path("pid")).expect("the pid file");
+    let expected = format!("{}\n", second.0.id());
+    assert_eq!(number(), expected);
+    first.end();
+    assert_eq!(number(), expected);
+    second.end();
+    assert!(!scratch.path("pid").exists(), "the pid file stays");
+    // Nor is one removed that somebody has made since.
+    let server = common::Server::start(&scratch, "a.qcow2 --pid-file pid");
+    scratch.sh("rm pid; echo 1 >pid");
+    server.end();
+    assert_eq!(number(), "1\n");
+    // What is no file of ours to replace is written to.
+    let server = common::Server::start(&scratch, "a.qcow2 --pid-file /dev/null");
+    server.end();
+    scratch.sh("test -c /dev/null; test $(ls | grep -c pid) = 1");
+}

@@ -63,7 +63,9 @@ impl<S: Storage> Device<S> {
     /// A barrier of which a failure poisons the device (O11, O17).
     pub(crate) async fn data_barrier(&self) -> Result<()> {
         let result = self.worker.barrier().await;
-        if result.is_err() && !planted::is(Bug::NoPoison) {
+        if let Err(error) = &result
+            && !planted::is(Bug::NoPoison)
+        {
             self.shared().poisoned.store(true, Ordering::SeqCst);
             tracing::error!(
                 image = self.shared().image_name(),
@@ -72,6 +74,14 @@ impl<S: Storage> Device<S> {
             if planted::is(Bug::SilentSyncFailure) {
                 return Ok(());
             }
+            // Not "free space and retry", whatever failed it: nothing that is tried again can succeed.
+            return Err(Error::SyncFailed {
+                file: self.shared().image_name().to_owned(),
+                errno: match error {
+                    Error::Io { errno, .. } => *errno,
+                    other => other.errno(),
+                },
+            });
         }
         result
     }

@@ -4,6 +4,10 @@ use std::io;
 
 use urus_format::EntryError;
 
+/// What says that no space is left: the file system's, or the user's share of it.
+pub(crate) const ENOSPC: i32 = 28;
+pub(crate) const EDQUOT: i32 = 122;
+
 /// The engine's result.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
@@ -36,6 +40,18 @@ pub enum Error {
         file: String,
         /// Byte offset.
         offset: u64,
+    },
+    /// A sync failed just now: what is on disk is not known, and the device is poisoned. Trying again cannot help, whatever
+    /// the cause was. Reads still work; reopen the image to go on writing.
+    #[error(
+        "a sync of {file} failed ({}): what is on disk is not known, and no more writes are taken; {}reopen it to check and go on",
+        io::Error::from_raw_os_error(*errno), space_first(*errno)
+    )]
+    SyncFailed {
+        /// The file's name.
+        file: String,
+        /// The operating system's error number.
+        errno: i32,
     },
     /// The process has no memory for the request. Nothing was changed; the request can be retried.
     #[error(
@@ -125,13 +141,15 @@ impl Error {
         const EIO: i32 = 5;
         match self {
             Self::Io { errno, .. } => *errno,
-            Self::OutOfSpace { .. } => 28,
+            Self::OutOfSpace { .. } => ENOSPC,
             Self::OutOfMemory { .. } => 12,
             Self::ReadOnly => 1,
             Self::OutOfRange { .. } => 22,
             Self::Unsupported { .. } => 95,
             Self::Closed => 108,
-            Self::Poisoned { .. }
+            // Also for want of space: a client that waits for space and tries again would wait in vain.
+            Self::SyncFailed { .. }
+            | Self::Poisoned { .. }
             | Self::Corrupt { .. }
             | Self::BadEntry { .. }
             | Self::Decompress { .. }
@@ -143,5 +161,38 @@ impl Error {
     #[must_use]
     pub fn is_out_of_space(&self) -> bool {
         matches!(self, Self::OutOfSpace { .. })
+    }
+}
+
+/// What to do before the image is reopened after a failed sync.
+fn space_first(errno: i32) -> &'static str {
+    match errno {
+        ENOSPC | EDQUOT => "free space on its file system, then ",
+        _ => "",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    //! Guards what a user is told to do, and what a client does by the number alone.
+    use super::*;
+
+    #[test]
+    fn a_failed_sync_is_never_to_be_tried_again() {
+        for (errno, frees_space) in [(ENOSPC, true), (EDQUOT, true), (5, false)] {
+            let error = Error::SyncFailed {
+                file: "disk.qcow2".into(),
+                errno,
+            };
+            let text = error.to_string();
+            assert!(
+                text.contains("reopen it") && !text.contains("retry"),
+                "{text}"
+            );
+            assert_eq!(text.contains("free space"), frees_space, "{text}");
+            // A client that waits for space (QEMU's werror=enospc) would wait for ever.
+            assert_eq!(error.errno(), 5);
+            assert!(!error.is_out_of_space());
+        }
     }
 }

@@ -73,7 +73,10 @@ pub(crate) fn open<S: Storage>(
         for (index, header) in headers.into_iter().enumerate() {
             let Some(header) = header else { continue };
             if index == 0 {
-                image = open_image(&opener, *header).await?;
+                let mut header = *header;
+                repair_as_told(&opener, &mut header).await?;
+                image = open_image(&opener, header.clone()).await?;
+                count_leaks(&opener, &header).await;
             } else {
                 load_l1(&opener, index, &header).await?;
             }
@@ -106,6 +109,7 @@ pub(crate) fn share(layers: Vec<Layer>, frames: Vec<Frames>, options: Options) -
         serialize_writes: AtomicBool::new(false),
         generation: AtomicU64::new(0),
         stats: Stats::default(),
+        found: Mutex::new(None),
         options,
     })
 }
@@ -248,6 +252,28 @@ async fn open_image<S: Storage>(
         clear_unknown_autoclear(worker, &image).await?;
     }
     Ok(Some(image))
+}
+
+/// Repairs what the user wants repaired, before the first allocation (O22). What cannot be repaired is left to opening to judge.
+async fn repair_as_told<S: Storage>(worker: &Rc<Worker<S>>, header: &mut Header) -> Result<()> {
+    let options = &worker.shared.options;
+    if options.read_only || options.repair == Repair::None {
+        return Ok(());
+    }
+    let report = Box::pin(check::check(worker, header, options.repair)).await?;
+    *worker.shared.found.lock() = Some(report);
+    Ok(())
+}
+
+/// Looks for leaked clusters where that is a matter of few tables. Nothing depends on it: what cannot be read is judged where it is
+/// needed.
+async fn count_leaks<S: Storage>(worker: &Rc<Worker<S>>, header: &Header) {
+    let options = &worker.shared.options;
+    if options.read_only || !options.count_leaks || worker.shared.found.lock().is_some() {
+        return;
+    }
+    let report = Box::pin(check::check_few_tables(worker, header)).await;
+    *worker.shared.found.lock() = report;
 }
 
 /// Reads the metadata again after a pause in which somebody else may have written the image.

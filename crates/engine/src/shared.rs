@@ -7,6 +7,7 @@ use std::task::Poll;
 
 use urus_format::{Compression, Geometry, GuestOffset, Header, L1Entry};
 
+use crate::check::{CheckReport, Repair};
 use crate::cluster_locks::ClusterLocks;
 use crate::counters::Stats;
 use crate::decoded::DecodedCache;
@@ -56,6 +57,10 @@ pub struct Options {
     /// For the simulator.
     #[doc(hidden)]
     pub sizes: limits::Sizes,
+    /// What to repair at opening, before the first allocation. (A dirty image is repaired in any case.)
+    pub repair: Repair,
+    /// Count leaked clusters at opening, where that takes little: see [`Shared::found_at_opening`].
+    pub count_leaks: bool,
 }
 
 impl Default for Options {
@@ -66,6 +71,8 @@ impl Default for Options {
             refcount_cache_slices: limits::REFCOUNT_CACHE_SLICES,
             discard: true,
             sizes: limits::Sizes::default(),
+            repair: Repair::None,
+            count_leaks: false,
         }
     }
 }
@@ -277,9 +284,18 @@ pub struct Shared {
     /// Moves on when the metadata is read again: what was reserved before is nobody's.
     pub(crate) generation: AtomicU64,
     pub(crate) stats: Stats,
+    /// What a check at opening has found.
+    pub(crate) found: Mutex<Option<CheckReport>>,
 }
 
 impl Shared {
+    /// What was found and repaired at opening ([`Options::repair`], [`Options::count_leaks`]). None where the metadata was not
+    /// checked: not asked for, opened read-only, or too much to be read at an opening.
+    #[must_use]
+    pub fn found_at_opening(&self) -> Option<CheckReport> {
+        self.found.lock().clone()
+    }
+
     /// Bytes of the virtual disk.
     #[must_use]
     #[inline]

@@ -8,7 +8,7 @@ use std::rc::Rc;
 use std::task::Poll;
 
 use crate::counters::HitCount;
-use crate::error::{Error, Result};
+use crate::error::{EDQUOT, ENOSPC, Error, Result};
 use crate::frames::{Install, NoCleanFrame};
 use crate::hit::Direct;
 use crate::limits;
@@ -94,8 +94,6 @@ impl<S: Storage> Worker<S> {
         bytes: u64,
         error: &io::Error,
     ) -> Error {
-        const ENOSPC: i32 = 28;
-        const EDQUOT: i32 = 122;
         const EIO: i32 = 5;
         let name = self
             .shared

@@ -14,6 +14,7 @@ use urus_engine::sync::Arc;
 use crate::blocking::Blocking;
 use crate::files::FileSet;
 use crate::memory::{MemoryRegion, RingMemory};
+use crate::refusal::explain_refusal;
 use crate::sockets::Sockets;
 use crate::uring::{Uring, setup};
 
@@ -171,7 +172,11 @@ impl Driver {
 fn warn_once(error: &io::Error) {
     static WARNED: Once = Once::new();
     WARNED.call_once(|| {
-        tracing::warn!(%error, "io_uring is not available: falling back to blocking system calls, which are slower");
+        let cause = explain_refusal(error);
+        tracing::warn!(
+            %error,
+            "io_uring is not available: {cause}. Falling back to blocking system calls, which are slower"
+        );
     });
 }
 

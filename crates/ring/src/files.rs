@@ -14,6 +14,7 @@ use urus_engine::sync::{Arc, AtomicBool, AtomicU32, Ordering};
 use crate::memory::Buffer;
 use crate::offload;
 use crate::probe::{self, FileKind};
+use crate::refusal;
 
 /// An open regular file or block device, with what it can do. Closing it releases its image locks.
 pub struct OpenFile {
@@ -21,6 +22,8 @@ pub struct OpenFile {
     name: String,
     kind: FileKind,
     writable: bool,
+    /// When it was opened. A memfd has none, nor has a temporary file.
+    had_name: bool,
     alignment: u32,
     can_punch: AtomicBool,
     can_zero_range: AtomicBool,
@@ -94,6 +97,7 @@ impl OpenFile {
 
     fn probe(fd: OwnedFd, name: String) -> io::Result<Self> {
         offload::threads_max();
+        refusal::look();
         let kind = probe::kind(fd.as_fd())?;
         let flags = rustix::fs::fcntl_getfl(&fd)?;
         let invalid = |message: &str| {
@@ -117,6 +121,7 @@ impl OpenFile {
             can_zero_range: AtomicBool::new(can_zero_range),
             writes_without_blocking: AtomicU32::new(0),
             locked: AtomicBool::new(false),
+            had_name: rustix::fs::fstat(&fd)?.st_nlink > 0,
             writable: flags & OFlags::ACCMODE == OFlags::RDWR,
             fd,
             name,
@@ -140,6 +145,12 @@ impl OpenFile {
     #[must_use]
     pub fn is_block_device(&self) -> bool {
         self.kind == FileKind::BlockDevice
+    }
+
+    /// Whether it has no name any more: it was deleted, or another file has taken its name.
+    #[must_use]
+    pub fn is_deleted(&self) -> bool {
+        self.had_name && rustix::fs::fstat(&self.fd).is_ok_and(|status| status.st_nlink == 0)
     }
 
     /// What it can do, as far as known by now.

@@ -25,6 +25,7 @@ pub mod memory;
 mod offload;
 mod probe;
 mod raw;
+mod refusal;
 mod sockets;
 mod uring;
 
@@ -39,4 +40,5 @@ pub use memory::reserve::{
 pub use memory::shrunk::{Guard, faults};
 pub use memory::{BUFFER_ALIGNMENT, Buffer, MemoryRegion, RingMemory};
 pub use raw::{RawDirection, RawFile, RawMethod};
+pub use refusal::explain_refusal;
 pub use sockets::{Parts, SocketCompletion, Sockets};

@@ -593,7 +593,9 @@ impl Machine {
         self.driving.errors
             && match error {
                 Error::OutOfSpace { .. } => true,
-                Error::Io { .. } | Error::OutOfMemory { .. } => self.world.injected() > 0,
+                Error::Io { .. } | Error::SyncFailed { .. } | Error::OutOfMemory { .. } => {
+                    self.world.injected() > 0
+                }
                 Error::Poisoned { .. } => self.is_poisoned(),
                 _ => false,
             }

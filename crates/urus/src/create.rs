@@ -1,5 +1,7 @@
 //! Making new images.
 
+mod naming;
+
 use std::fs;
 use std::io;
 use std::os::unix::ffi::OsStrExt;
@@ -9,6 +11,7 @@ use std::path::{Path, PathBuf};
 use urus_format::{BackingName, names};
 use urus_ring::{LockMode, OpenFile};
 
+use self::naming::{Staged, Staging};
 use crate::place::directory_of;
 use crate::{Compression, Error, Format, Result, chain};
 
@@ -27,7 +30,15 @@ pub struct CreateOptions {
     pub(crate) compression: Compression,
     pub(crate) backing: Option<(PathBuf, Format)>,
     pub(crate) open_backing: bool,
-    pub(crate) overwrite: bool,
+    replace: Replace,
+}
+
+/// Which file may be replaced by the new image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Replace {
+    Nothing,
+    Empty,
+    Any,
 }
 
 impl Default for CreateOptions {
@@ -42,7 +53,7 @@ impl Default for CreateOptions {
             compression: Compression::default(),
             backing: None,
             open_backing: true,
-            overwrite: false,
+            replace: Replace::Nothing,
         }
     }
 }
@@ -112,31 +123,156 @@ impl CreateOptions {
 
     /// Replace a file that exists. By default it is left alone and the call fails.
     pub fn overwrite(&mut self, overwrite: bool) -> &mut Self {
-        self.overwrite = overwrite;
+        self.replace = if overwrite {
+            Replace::Any
+        } else {
+            Replace::Nothing
+        };
+        self
+    }
+
+    /// Replace a file that exists only if it is a regular file of 0 bytes, such as mktemp(1) makes.
+    pub fn replace_empty(&mut self) -> &mut Self {
+        self.replace = Replace::Empty;
         self
     }
 }
 
-/// Makes a new image file. Durable on return. Where it fails, no new file is left behind; a file to be overwritten is
-/// touched only after everything that can be checked beforehand was.
+/// Makes a new image file. It appears under its name whole and durable, or not at all, also where the process is killed or the power
+/// fails. A file to be overwritten is replaced at once by the new image, with the same owner, mode and attributes; where that cannot be
+/// (block devices, files with several names, directories that take no new file) it is overwritten in place, header last.
+/// Symbolic links stay, and lead to the new image.
 ///
 /// # Errors
 /// A file that exists (unless [`CreateOptions::overwrite`]), options that do not go together, a backing file
-/// that cannot be opened, or what the operating system says.
+/// that cannot be opened, or what the operating system says. No new file is left behind then, and a file to be overwritten
+/// is touched only after everything that can be checked beforehand was.
 pub fn create(path: impl AsRef<Path>, options: &CreateOptions) -> Result<()> {
+    /// How often others may make or replace the file meanwhile.
+    const ATTEMPTS: usize = 16;
     let path = path.as_ref();
     let plan = plan(path, options)?;
-    let (file, is_new) = open_target(path, options)?;
-    let result = file
-        .lock(LockMode::Write)
-        .map_err(Error::lock(path))
-        .and_then(|()| write(&file, path, &plan))
-        .and_then(|()| if is_new { sync_directory(path) } else { Ok(()) });
-    if result.is_err() && is_new {
-        // The first error is the one to tell.
-        let _ = fs::remove_file(path);
+    for _ in 0..ATTEMPTS {
+        let done = match existing(path, options)? {
+            Existing::Nothing => make_new(path, &plan),
+            Existing::File(old) => replace(path, &old, &plan, options),
+        };
+        match done {
+            Ok(true) => return Ok(()),
+            // Another file has the name now: it is judged anew.
+            Ok(false) => {}
+            Err(error) => return Err(error),
+        }
     }
-    result
+    let busy = io::Error::other("other processes keep replacing this file");
+    Err(Error::io("create", path)(busy))
+}
+
+/// What has the name already.
+enum Existing {
+    Nothing,
+    File(OpenFile),
+}
+
+/// # Errors
+/// A file that must stay.
+fn existing(path: &Path, options: &CreateOptions) -> Result<Existing> {
+    let exists = || Error::io("create", path)(rustix::io::Errno::EXIST.into());
+    if options.replace == Replace::Nothing {
+        return match path.metadata() {
+            Ok(_) => Err(exists()),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Existing::Nothing),
+            // Links that the kernel does not follow (fs.protected_symlinks) are not followed here either.
+            Err(error) => Err(Error::io("create", path)(error)),
+        };
+    }
+    match OpenFile::open_image(path, false, false) {
+        Ok(file) if options.replace == Replace::Empty && !is_empty(&file, path)? => Err(exists()),
+        Ok(file) => Ok(Existing::File(file)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Existing::Nothing),
+        Err(error) => Err(Error::io("open", path)(error)),
+    }
+}
+
+fn is_empty(file: &OpenFile, path: &Path) -> Result<bool> {
+    let len = file.file_len().map_err(Error::io("measure", path))?;
+    Ok(len == 0 && !file.is_block_device())
+}
+
+/// Makes the image where nothing has its name; false where something has it by now.
+fn make_new(path: &Path, plan: &Plan) -> Result<bool> {
+    let to = naming::destination(path).map_err(Error::io("create", path))?;
+    let named = staged(&to, path, plan, |staged| staged.name_new(&to))?;
+    match named {
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(false),
+        named => named.map(|()| true).map_err(Error::io("create", path)),
+    }
+}
+
+/// Puts the image in the place of another; false where the name is another file's by now.
+fn replace(path: &Path, old: &OpenFile, plan: &Plan, options: &CreateOptions) -> Result<bool> {
+    old.lock(LockMode::Write).map_err(Error::lock(path))?;
+    // Whoever replaces it has it locked: from here on it stays what it is.
+    let same = naming::leads_to(path, old).map_err(Error::io("find", path))?;
+    if !same || (options.replace == Replace::Empty && !is_empty(old, path)?) {
+        return Ok(false);
+    }
+    if !old.is_block_device() && replace_at_once(path, old, plan)? {
+        return Ok(true);
+    }
+    write(
+        &old.try_clone_file().map_err(Error::io("write", path))?,
+        path,
+        plan,
+        Some(old),
+    )?;
+    Ok(true)
+}
+
+/// Replaces the file by one rename; false where that cannot be done, and nothing has changed.
+fn replace_at_once(path: &Path, old: &OpenFile, plan: &Plan) -> Result<bool> {
+    let Ok(to) = fs::canonicalize(path) else {
+        return Ok(false);
+    };
+    if !naming::leads_to(&to, old).map_err(Error::io("find", path))? {
+        return Ok(false);
+    }
+    let named = staged(&to, path, plan, |staged| {
+        if naming::take_after(staged.file(), old) {
+            staged.name_over(&to)
+        } else {
+            Err(io::ErrorKind::Other.into())
+        }
+    })?;
+    Ok(named.is_ok())
+}
+
+/// Writes the image to a file without its name, and has it named; by whichever staging the file system has.
+fn staged(
+    to: &Path,
+    path: &Path,
+    plan: &Plan,
+    name: impl Fn(Staged) -> io::Result<()>,
+) -> Result<io::Result<()>> {
+    let unsupported = |error: &io::Error| error.kind() == io::ErrorKind::Unsupported;
+    match Staged::new(directory_of(to), Staging::Nameless) {
+        Ok(staged) => {
+            write(staged.file(), path, plan, None)?;
+            match name(staged) {
+                Err(error) if unsupported(&error) => {}
+                named => return Ok(named),
+            }
+        }
+        Err(error) if unsupported(&error) => {}
+        Err(error) => return Ok(Err(error)),
+    }
+    match Staged::new(directory_of(to), Staging::Hidden) {
+        Ok(staged) => {
+            write(staged.file(), path, plan, None)?;
+            Ok(name(staged))
+        }
+        Err(error) => Ok(Err(error)),
+    }
 }
 
 /// What a new image consists of.
@@ -252,23 +388,11 @@ fn check_backing(image: &Path, name: &Path, format: Format, open: bool) -> Resul
     }))
 }
 
-/// Opens the file to write; also returns whether it was made just now.
-fn open_target(path: &Path, options: &CreateOptions) -> Result<(OpenFile, bool)> {
-    let (file, is_new) = match OpenFile::create_image(path, false) {
-        Ok(file) => (file, true),
-        Err(error) if error.kind() == io::ErrorKind::AlreadyExists && options.overwrite => (
-            OpenFile::open_image(path, false, false).map_err(Error::io("open", path))?,
-            false,
-        ),
-        Err(error) => return Err(Error::io("create", path)(error)),
-    };
-    Ok((file, is_new))
-}
-
-fn write(file: &OpenFile, path: &Path, plan: &Plan) -> Result<()> {
-    let target = file.try_clone_file().map_err(Error::io("write", path))?;
-    if file.is_block_device() {
-        let there = file.file_len().map_err(Error::io("measure", path))?;
+/// Writes the image into a file: an empty one, or `old`, which may be a device.
+fn write(target: &fs::File, path: &Path, plan: &Plan, old: Option<&OpenFile>) -> Result<()> {
+    if old.is_some_and(OpenFile::is_block_device) {
+        let there = old.map_or(Ok(0), OpenFile::file_len);
+        let there = there.map_err(Error::io("measure", path))?;
         if there < plan.file_bytes {
             return Err(Error::invalid(format!(
                 "{}: the device has {there} bytes, and the new image needs {}",
@@ -276,7 +400,7 @@ fn write(file: &OpenFile, path: &Path, plan: &Plan) -> Result<()> {
                 plan.file_bytes
             )));
         }
-        clear(&target, plan).map_err(Error::io("clear", path))?;
+        clear(target, plan).map_err(Error::io("clear", path))?;
     } else {
         // Through zero, so that nothing of a file that is overwritten stays.
         target.set_len(0).map_err(Error::io("truncate", path))?;
@@ -284,13 +408,17 @@ fn write(file: &OpenFile, path: &Path, plan: &Plan) -> Result<()> {
             .set_len(plan.file_bytes)
             .map_err(Error::io("set the length of", path))?;
     }
-    for (offset, bytes) in &plan.writes {
-        // Whatever a crash leaves of this is no image until its header, the last of them, is there.
+    let sync = || target.sync_all().map_err(Error::io("sync", path));
+    for (index, (offset, bytes)) in plan.writes.iter().enumerate() {
+        if old.is_some() && index + 1 == plan.writes.len() {
+            // Whatever a crash leaves of this is no image until its header, the last of them, is there.
+            sync()?;
+        }
         target
             .write_all_at(bytes, *offset)
             .map_err(Error::io("write", path))?;
     }
-    target.sync_all().map_err(Error::io("sync", path))
+    sync()
 }
 
 /// Zeroes what must read as zeroes. Of a raw image on a device that is nothing: its content stays, as with qemu-img.
@@ -310,12 +438,4 @@ fn clear(target: &fs::File, plan: &Plan) -> io::Result<()> {
         left -= step;
     }
     Ok(())
-}
-
-/// Makes the new file's name durable.
-fn sync_directory(path: &Path) -> Result<()> {
-    let dir = directory_of(path);
-    fs::File::open(dir)
-        .and_then(|dir| dir.sync_all())
-        .map_err(Error::io("sync", dir))
 }

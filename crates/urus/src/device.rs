@@ -1,6 +1,7 @@
 //! An open image, and the thread that looks after its metadata.
 
 use std::fmt;
+use std::io;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -16,8 +17,8 @@ use urus_ring::{Driver, DriverKind, FileSet, LockMode};
 use crate::chain::{self, ChainFile};
 use crate::statistics::{Place, Places};
 use crate::{
-    BlockingIo, Counters, DiscardPolicy, Error, Format, IoDriver, OpenOptions, QueueSeat, Result,
-    Statistics, limits,
+    BlockingIo, CheckReport, Counters, DiscardPolicy, Error, Format, IoDriver, OpenOptions,
+    QueueSeat, Result, Statistics, limits,
 };
 use urus_engine::{Control, ControlReply, LayerSpec, Maintenance, Options, Shared};
 
@@ -305,6 +306,23 @@ impl Device {
         &self.core.layers
     }
 
+    /// What a check at opening has found and repaired ([`OpenOptions::repair`], [`OpenOptions::count_leaks`]). None where none was made.
+    #[must_use]
+    pub fn found_at_opening(&self) -> Option<CheckReport> {
+        self.core.shared.found_at_opening()
+    }
+
+    /// The files of the chain that have no name any more, the image first: they were deleted while they were open, or replaced by
+    /// others, and what they hold is gone when the device is closed. Answers after that too.
+    #[must_use]
+    pub fn deleted_files(&self) -> Vec<&Path> {
+        let layers = self.core.files.iter().zip(self.layers());
+        layers
+            .filter(|(file, _)| file.is_deleted())
+            .map(|(_, layer)| layer.path.as_path())
+            .collect()
+    }
+
     /// Counters of the device at this moment, for metrics. They only grow.
     #[must_use]
     pub fn counters(&self) -> Counters {
@@ -487,7 +505,7 @@ impl Device {
             Driver::open
         };
         open(Arc::clone(&core.files), core.asked, core.queue_depth)
-            .map_err(Error::io("set up the I/O driver for", &core.layers[0].path))
+            .map_err(no_driver(core.asked, &core.layers[0].path))
     }
 
     pub(crate) fn take_place(&self) -> Place {
@@ -670,7 +688,7 @@ fn spawn_maintenance(
     let path_there = path.to_owned();
     let work = move || {
         let opened = Driver::open(files, kind, limits::MAINTENANCE_DEPTH)
-            .map_err(Error::io("set up the I/O driver for", &path_there))
+            .map_err(no_driver(kind, &path_there))
             .and_then(|driver| {
                 let kind = driver.kind();
                 let maintenance = Maintenance::open(driver, layers, options)?;
@@ -713,6 +731,21 @@ fn spawn_maintenance(
     }
 }
 
+/// Why there is no driver; where only io_uring was asked for, with what is likely to stand in its way.
+fn no_driver(asked: DriverKind, path: &Path) -> impl FnOnce(io::Error) -> Error + use<> {
+    let as_io = Error::io("set up the I/O driver for", path);
+    move |error| {
+        if asked != DriverKind::IoUring {
+            return as_io(error);
+        }
+        let cause = urus_ring::explain_refusal(&error);
+        as_io(io::Error::new(
+            error.kind(),
+            format!("io_uring is not available: {cause} ({error})"),
+        ))
+    }
+}
+
 #[allow(
     clippy::field_reassign_with_default,
     reason = "only while the stand-in is in this crate"
@@ -721,6 +754,8 @@ fn engine_options(options: &OpenOptions) -> Options {
     let mut engine = Options::default();
     engine.read_only = options.read_only;
     engine.discard = options.discard == DiscardPolicy::Unmap;
+    engine.repair = options.repair;
+    engine.count_leaks = options.count_leaks;
     if let Some(bytes) = options.l2_cache_bytes {
         engine.l2_cache_bytes = bytes;
     }

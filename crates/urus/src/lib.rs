@@ -64,7 +64,7 @@
 //! which a flush is not durable.
 //!
 //! **A failed sync** is never retried as if nothing had happened: what is on disk is not known after it. From
-//! then on writes and flushes fail ([`EngineError::Poisoned`]), reads work, and the image keeps what marks it
+//! then on writes and flushes fail ([`EngineError::SyncFailed`], then [`EngineError::Poisoned`]), reads work, and the image keeps what marks it
 //! for repair. Open it again to go on.
 //!
 //! **No space.** [`Error::is_out_of_space`] tells it: nothing was changed, the device goes on, and the same request
@@ -93,7 +93,8 @@
 //! **Close and drop.** [`Device::close`] waits for the requests in flight, makes everything durable, lets go of
 //! the locks and says whether that worked. Dropping the last handle does the same and can only log an error;
 //! queues and seats are handles. Dropping a queue waits for its requests. After a kill the image is as whole as
-//! after a power cut: no repair is needed to open it, at most some clusters are leaked.
+//! after a power cut: no repair is needed to open it, at most some clusters are leaked
+//! ([`OpenOptions::count_leaks`], [`OpenOptions::repair`]).
 //!
 //! **Errors and panics.** Whatever an image, a guest or the kernel does ends in an [`Error`] that names the
 //! file, the table and what to do. Panics are for errors in the calling program: a buffer's range out of its
@@ -160,7 +161,7 @@ mod statistics;
 mod temporary;
 
 pub use blocking::BlockingIo;
-pub use check::check;
+pub use check::{CheckOptions, check, check_with};
 pub use create::{CreateOptions, create};
 pub use device::{Device, Layer, PauseOptions, Prepared};
 pub use error::{Error, Result};

@@ -69,6 +69,34 @@ fn what_exists_is_left_alone() {
 }
 
 #[test]
+fn an_empty_file_may_be_replaced_alone() {
+    let scratch = Scratch::new();
+    let path = scratch.path("disk.qcow2");
+    let mut options = CreateOptions::new();
+    options.size(1 << 20).replace_empty();
+    fs::write(&path, b"precious").unwrap();
+    let error = create(&path, &options).unwrap_err();
+    assert_eq!(error.errno(), 17, "{error:?}");
+    assert_eq!(fs::read(&path).unwrap(), b"precious");
+    fs::write(&path, b"").unwrap();
+    // Somebody who has it open keeps it.
+    let held = urus::OpenOptions::new()
+        .format(Format::Raw)
+        .open(&path)
+        .unwrap();
+    let error = create(&path, &options).unwrap_err();
+    assert!(matches!(error, Error::InUse { .. }), "{error:?}");
+    held.close().unwrap();
+    create(&path, &options).unwrap();
+    qemu_img(&["check", "-q", text(&path)]);
+    // A link that leads to nothing leads to the new image.
+    let link = scratch.path("link.qcow2");
+    std::os::unix::fs::symlink("elsewhere.qcow2", &link).unwrap();
+    create(&link, CreateOptions::new().size(1 << 20)).unwrap();
+    qemu_img(&["check", "-q", text(&scratch.path("elsewhere.qcow2"))]);
+}
+
+#[test]
 fn an_image_in_use_is_not_overwritten() {
     let scratch = Scratch::new();
     let path = scratch.path("disk.qcow2");

@@ -29,11 +29,7 @@ pub(crate) struct Request {
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub(crate) enum Command {
     /// Change the size of the disk.
-    #[serde(rename_all = "kebab-case")]
-    Resize {
-        /// In bytes.
-        size: u64,
-    },
+    Resize(NewSize),
     /// Hold new requests, finish those in flight, make everything durable.
     #[serde(rename_all = "kebab-case")]
     Pause {
@@ -47,6 +43,27 @@ pub(crate) enum Command {
     Flush {},
     /// What the device is, and has done.
     Stats {},
+}
+
+/// The size that a disk gets, in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum NewSize {
+    /// This size.
+    Size(u64),
+    /// So much more than it has when the command's turn has come. Only the server knows that size: a client that added by
+    /// itself would undo what another client did meanwhile.
+    Add(u64),
+}
+
+impl NewSize {
+    /// The new size of a disk that has `present` bytes; None where no disk can be that large.
+    pub(crate) fn resolve(self, present: u64) -> Option<u64> {
+        match self {
+            Self::Size(size) => Some(size),
+            Self::Add(bytes) => present.checked_add(bytes),
+        }
+    }
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -201,9 +218,8 @@ mod tests {
             .map(|request| request.command)
             .collect();
         for command in [
-            Command::Resize {
-                size: 17_179_869_184,
-            },
+            Command::Resize(NewSize::Size(17_179_869_184)),
+            Command::Resize(NewSize::Add(2_147_483_648)),
             Command::Pause {
                 release_locks: false,
             },
@@ -232,6 +248,14 @@ mod tests {
             ),
             (
                 r#"{"version":1,"command":{"resize":{"size":1e3}}}"#,
+                Kind::Request,
+            ),
+            (
+                r#"{"version":1,"command":{"resize":{"add":-1}}}"#,
+                Kind::Request,
+            ),
+            (
+                r#"{"version":1,"command":{"resize":{"size":1,"add":1}}}"#,
                 Kind::Request,
             ),
             (

@@ -251,7 +251,18 @@ impl Shared {
         let device = &image.device;
         info!(image = device.name(), command = ?request.command, "asked for over the control socket");
         let done = match request.command {
-            Command::Resize { size } => device.resize(size),
+            // The turn is held: nothing changes the size between this look at it and the change.
+            Command::Resize(new) => {
+                let size = new.resolve(device.size()).ok_or_else(|| {
+                    let message = format!(
+                        "{}: no disk can be that large: it has {} bytes already",
+                        device.name(),
+                        device.size()
+                    );
+                    Problem::new(Kind::Device, message)
+                })?;
+                device.resize(size)
+            }
             Command::Pause { release_locks } => {
                 device.pause(PauseOptions::new().release_locks(release_locks))
             }
@@ -261,7 +272,7 @@ impl Shared {
         };
         done.map_err(|error| Problem::new(Kind::Device, error.to_string()))?;
         Ok(match request.command {
-            Command::Resize { .. } => json!({"size": device.size()}),
+            Command::Resize(_) => json!({"size": device.size()}),
             _ => json!({}),
         })
     }

@@ -18,7 +18,7 @@ pub(super) fn print(
 ) {
     let mut text = String::new();
     // Writing to a string cannot fail.
-    let _ = describe(&mut text, args, device)
+    let _ = describe(&mut text, args, device, others)
         .and_then(|()| exports(&mut text, others))
         .and_then(|()| addresses(&mut text, servers))
         .and_then(|()| match args.control.path() {
@@ -37,7 +37,33 @@ pub(super) fn print(
     crate::output::print(&text);
 }
 
-fn describe(out: &mut String, args: &Args, device: &Device) -> std::fmt::Result {
+/// What does the I/O: of every queue, since each has a ring of its own and may have got none.
+fn io_text(device: &Device, others: &[Other]) -> String {
+    let mut rings = 0;
+    let mut blocking = 0;
+    for device in std::iter::once(device).chain(others.iter().map(|other| &other.device)) {
+        let queues = device.statistics().queues;
+        let queues = queues.iter().filter_map(|queue| queue.driver);
+        for driver in queues.chain([device.driver()]) {
+            if driver == "io_uring" {
+                rings += 1;
+            } else {
+                blocking += 1;
+            }
+        }
+    }
+    match (rings, blocking) {
+        (_, 0) => "io_uring".to_owned(),
+        (0, _) => "blocking".to_owned(),
+        // The device's own thread counts too.
+        _ => format!(
+            "blocking on {blocking} of {} threads, for want of io_uring there",
+            rings + blocking
+        ),
+    }
+}
+
+fn describe(out: &mut String, args: &Args, device: &Device, others: &[Other]) -> std::fmt::Result {
     let access = if device.read_only() {
         "read-only"
     } else {
@@ -72,7 +98,7 @@ fn describe(out: &mut String, args: &Args, device: &Device) -> std::fmt::Result 
     writeln!(
         out,
         "  I/O       {}, cache {}, discard {}",
-        device.driver(),
+        io_text(device, others),
         args.cache().name(),
         args.discard.name()
     )?;

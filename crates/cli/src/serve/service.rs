@@ -1,10 +1,11 @@
 //! What a service manager is told: that the server is ready, that it ends, which process it is.
 
 use std::ffi::OsStr;
-use std::fs;
-use std::io;
+use std::fs::{self, File};
+use std::io::{self, Write};
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::{SocketAddr, UnixDatagram};
 use std::path::{Path, PathBuf};
 
@@ -65,30 +66,88 @@ fn connect(name: &OsStr) -> io::Result<UnixDatagram> {
     Ok(socket)
 }
 
-/// The file with the process's number, removed at the end.
-pub(super) struct PidFile(Option<PathBuf>);
+/// The file with the process's number, removed at the end if it is still this one.
+pub(super) struct PidFile(Option<Written>);
+
+struct Written {
+    path: PathBuf,
+    /// Held open, so that no other file can get its inode number: then what has that number at the path is this one.
+    file: File,
+}
 
 impl PidFile {
     /// Replaces what is there: a process that was killed may have left it.
     pub(super) fn write(path: Option<&Path>) -> Result<Self, Failure> {
-        if let Some(path) = path {
-            fs::write(path, format!("{}\n", std::process::id())).map_err(|error| {
-                Failure::new(format!(
-                    "{}: the process's number cannot be written: {error}",
-                    path.display()
-                ))
-            })?;
+        let Some(path) = path else {
+            return Ok(Self(None));
+        };
+        write_number(path).map(Self).map_err(|error| {
+            Failure::new(format!(
+                "{}: the process's number cannot be written: {error}",
+                path.display()
+            ))
+        })
+    }
+}
+
+/// Writes a new file and gives it the name, so that nobody reads half a number, and the file of another server is not taken for this
+/// one. What is no regular file (`/dev/stdout`) is written to, and stays.
+fn write_number(path: &Path) -> io::Result<Option<Written>> {
+    let number = format!("{}\n", std::process::id());
+    if path.symlink_metadata().is_ok_and(|there| !there.is_file()) {
+        return fs::write(path, number).map(|()| None);
+    }
+    let mut new = path.as_os_str().to_owned();
+    new.push(format!(".{}", std::process::id()));
+    let new = PathBuf::from(new);
+    // What a killed process of the same number has left.
+    let _ = fs::remove_file(&new);
+    let named = || -> io::Result<File> {
+        let mut file = File::create_new(&new)?;
+        file.write_all(number.as_bytes())?;
+        fs::rename(&new, path)?;
+        Ok(file)
+    };
+    let file = match named() {
+        Ok(file) => file,
+        // The directory takes no new file, but the one that is there may be written: it cannot be removed either.
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied && path.exists() => {
+            return fs::write(path, number).map(|()| None);
         }
-        Ok(Self(path.map(Path::to_owned)))
+        Err(error) => {
+            // The first error is the one to tell.
+            let _ = fs::remove_file(&new);
+            return Err(error);
+        }
+    };
+    // The process may change its directory.
+    let path = std::path::absolute(path)?;
+    Ok(Some(Written { path, file }))
+}
+
+impl Written {
+    /// Whether the path still leads to it, and not to what another process has put there.
+    fn is_there(&self) -> io::Result<bool> {
+        let there = match self.path.symlink_metadata() {
+            Ok(there) => there,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
+            Err(error) => return Err(error),
+        };
+        let ours = self.file.metadata()?;
+        Ok((there.dev(), there.ino()) == (ours.dev(), ours.ino()))
     }
 }
 
 impl Drop for PidFile {
     fn drop(&mut self) {
-        if let Some(path) = &self.0
-            && let Err(error) = fs::remove_file(path)
-        {
-            tracing::warn!(path = %path.display(), %error, "the pid file stays");
+        let Some(written) = &self.0 else { return };
+        let removed = match written.is_there() {
+            Ok(true) => fs::remove_file(&written.path),
+            Ok(false) => Ok(()),
+            Err(error) => Err(error),
+        };
+        if let Err(error) = removed {
+            tracing::warn!(path = %written.path.display(), %error, "the pid file stays");
         }
     }
 }

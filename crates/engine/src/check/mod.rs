@@ -68,6 +68,15 @@ const LIMITS: Limits = Limits {
     relocation_bytes: 4 << 30,
 };
 
+/// What a check may use that nobody has asked for, at opening: some milliseconds.
+const FEW: Limits = Limits {
+    memory_bytes: 64 << 20,
+    tables_bytes: 8 << 20,
+    relocation_bytes: 0,
+};
+/// The largest file, in clusters, of such a check: it reads their refcounts.
+const FEW_CLUSTERS: u64 = 1 << 20;
+
 /// Tables are read in pieces of at most so many bytes (at least one cluster).
 const READ_BYTES: u64 = 1 << 20;
 /// What storage writes whole or not at all.
@@ -134,6 +143,24 @@ pub(crate) async fn check<S: Storage>(
     repair: Repair,
 ) -> Result<CheckReport> {
     run(worker, header, repair, LIMITS).await
+}
+
+/// Checks an image that has few tables, and changes nothing. `None` where it has more, or something cannot be checked.
+pub(crate) async fn check_few_tables<S: Storage>(
+    worker: &Worker<S>,
+    header: &Header,
+) -> Option<CheckReport> {
+    let clusters = header
+        .geometry()
+        .clusters_for(CheckIo::file_len(worker).ok()?);
+    // A dirty image's refcounts are allowed to be wrong.
+    if clusters > FEW_CLUSTERS || header.incompatible & incompatible::DIRTY != 0 {
+        return None;
+    }
+    let report = run(worker, &mut header.clone(), Repair::None, FEW)
+        .await
+        .ok()?;
+    (report.check_errors == 0).then_some(report)
 }
 
 /// Repairs an image that was not closed cleanly, before its first allocation (O22). Does nothing where the
