@@ -150,7 +150,7 @@ fn attempt(
             flat.grow(&mut machine, config)?;
             flat.life(&mut machine, requests / 9)?;
         }
-        if !config.device && !config.snapshot && swaps.chance(96) {
+        if !config.raw && !config.device && !config.snapshot && swaps.chance(96) {
             flat.swap(&mut machine, &scene, u64::from(life) + 1, &mut swaps)?;
             flat.life(&mut machine, requests / 9)?;
         }
