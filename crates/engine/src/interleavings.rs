@@ -399,9 +399,14 @@ fn a_sent_value_arrives() {
 #[test]
 fn load_against_change_and_eviction() {
     explore(|| {
-        let map = Arc::new(Map::new(Geometry::new(9, 4, 8, 3), (1, 1), 1));
+        let map = Arc::new(Map::new(
+            Geometry::new(9, 4, 8, 3),
+            (1, 1),
+            1,
+            &crate::limits::Sizes::default(),
+        ));
         map.set_l1(0, 1 << 63 | 512);
-        let frames = Arc::new(Mutex::new(Frames::new(1)));
+        let frames = Arc::new(Mutex::new(Frames::new(1, 64)));
         let disk = Arc::new(AtomicU64::new(10));
         let (slice, other) = (SliceId(0), SliceId(1));
         let loader = {
@@ -449,7 +454,10 @@ fn decoded_and_reused() {
     explore(|| {
         let pins = Arc::new(Pins::new());
         let queue = QueuePins::new(Arc::clone(&pins), inbox());
-        let (map, cache) = (map(8), Arc::new(DecodedCache::default()));
+        let (map, cache) = (
+            map(8),
+            Arc::new(DecodedCache::new(crate::limits::DECODED_CACHE_BYTES)),
+        );
         let disk = Arc::new(AtomicU64::new(1));
         let settler = {
             let (pins, map) = (Arc::clone(&pins), Arc::clone(&map));
@@ -469,8 +477,8 @@ fn decoded_and_reused() {
         if map.lookup(GuestCluster(0)) == Lookup::Entry(raw(10, 0)) {
             let data = cache.get(0, 600).unwrap_or_else(|| {
                 let value = u8::try_from(disk.load(Ordering::SeqCst)).expect("a small one");
-                let data = std::sync::Arc::new(vec![value]);
-                cache.insert(0, 600, std::sync::Arc::clone(&data));
+                let data = Arc::new(vec![value]);
+                cache.insert(0, 600, Arc::clone(&data));
                 data
             });
             assert_eq!(*data, [1], "somebody else's");

@@ -98,6 +98,12 @@ pub enum Bug {
     EarlyResume = 51,
     /// O20: a disk shows its new size before the file says so.
     EarlySize = 52,
+    /// O11: work of several parts ends with the first part that fails, while others are still writing.
+    EndsWithFirstError = 70,
+    /// Work of several parts ends while the last of them is still running.
+    EndsBeforeLastPart = 71,
+    /// Removals that were to be settled in steps are forgotten when a step fails.
+    ForgetsLaterSteps = 72,
     /// O28: a change of the header writes it as this engine would lay it out.
     WholeHeader = 60,
     /// O28: a change of the header is put into bytes that were read before another change.
@@ -115,7 +121,7 @@ impl Bug {
     pub const THREADED: [Self; 2] = [Self::EarlyResume, Self::EarlySize];
 
     /// Those that the simulator hunts.
-    pub const ALL: [Self; 48] = [
+    pub const ALL: [Self; 51] = [
         Self::RefcountsAfterPointers,
         Self::NoBarrierBeforePointers,
         Self::EarlyL1Entry,
@@ -159,6 +165,9 @@ impl Bug {
         Self::KeepsReserved,
         Self::PunchTakenForDone,
         Self::ZeroTakenForDone,
+        Self::EndsWithFirstError,
+        Self::EndsBeforeLastPart,
+        Self::ForgetsLaterSteps,
         Self::WholeHeader,
         Self::StaleHeader,
         Self::FeatureBitsAnyVersion,

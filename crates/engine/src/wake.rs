@@ -6,6 +6,7 @@ use std::future::{Future, poll_fn};
 use std::pin::{Pin, pin};
 use std::task::{Context, Poll, Waker};
 
+use crate::planted::{self, Bug};
 use crate::sync::{Arc, Mutex};
 
 struct Shot<T> {
@@ -218,7 +219,10 @@ impl<'a, E> Window<'a, E> {
     pub(crate) async fn end(mut self) -> Result<(), E> {
         poll_fn(move |cx| {
             self.poll(cx);
-            if self.running.is_empty() {
+            let over = self.running.is_empty()
+                || planted::is(Bug::EndsWithFirstError) && self.first_error.is_some()
+                || planted::is(Bug::EndsBeforeLastPart) && self.running.len() == 1;
+            if over {
                 Poll::Ready(self.first_error.take().map_or(Ok(()), Err))
             } else {
                 Poll::Pending
@@ -248,15 +252,8 @@ mod tests {
     //! number allows, forgets an error, or leaves a part unpolled while its task waits.
 
     use std::rc::Rc;
-    use std::task::Wake;
 
     use super::*;
-
-    struct NoWake;
-
-    impl Wake for NoWake {
-        fn wake(self: std::sync::Arc<Self>) {}
-    }
 
     /// Parts that end in order, one at each poll of the whole.
     #[derive(Default)]
@@ -291,10 +288,10 @@ mod tests {
     }
 
     fn run(parts: &Rc<Parts>, work: impl Future<Output = Result<(), usize>>) -> Result<(), usize> {
-        let waker = Waker::from(std::sync::Arc::new(NoWake));
         let mut work = pin!(work);
         loop {
-            if let Poll::Ready(result) = work.as_mut().poll(&mut Context::from_waker(&waker)) {
+            if let Poll::Ready(result) = work.as_mut().poll(&mut Context::from_waker(Waker::noop()))
+            {
                 return result;
             }
             parts.allowed.set(parts.allowed.get() + 1);

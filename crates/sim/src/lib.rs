@@ -9,6 +9,7 @@
 pub mod census;
 pub mod checker;
 pub mod config;
+mod configurations;
 pub mod contents;
 pub mod crash;
 pub mod errors;

@@ -88,6 +88,8 @@ pub struct Machine {
     base: Base,
     layers: Vec<(FileId, bool)>,
     cluster_sectors: u64,
+    /// A block status has no more of them, and then may end early.
+    most_extents: usize,
     /// What draws nothing from it goes on as it would.
     lot: Rng,
     maintenance: Option<Maintenance<SimStorage>>,
@@ -121,6 +123,7 @@ impl Machine {
         let began = world.log().events.len();
         let storage = world.handle();
         let maintenance_handle = storage.number();
+        let most_extents = options.sizes.status_extents;
         let mut maintenance = Maintenance::open(storage, layers, options)
             .map_err(|error| format!("the image does not open: {error}"))?;
         maintenance.poll();
@@ -146,6 +149,7 @@ impl Machine {
             past: Vec::new(),
             base: Base::now(world, &files),
             layers: files,
+            most_extents,
             cluster_sectors: geometry.map_or(1, |geometry| geometry.cluster_bytes() / SECTOR),
             lot: Rng::new(mix(rng.clone().next_u64())),
             maintenance: Some(maintenance),
@@ -386,6 +390,11 @@ impl Machine {
         issued: u64,
         completed: u64,
     ) -> Result<(), String> {
+        let end = match extents.last() {
+            // It has as many as it may: the rest has to be asked for.
+            Some(last) if extents.len() == self.most_extents => end.min(last.start + last.len),
+            _ => end,
+        };
         extents::check_form(extents, start, end, self.layers.len())?;
         for extent in extents.iter().filter(|extent| extent.zero) {
             let last = extent.start + extent.len - 1;

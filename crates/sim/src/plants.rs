@@ -75,6 +75,8 @@ fn with_errors(bug: Bug) -> u64 {
         | Bug::NoPoison
         | Bug::SilentSyncFailure
         | Bug::SettleAfterFailure
+        | Bug::EndsWithFirstError
+        | Bug::ForgetsLaterSteps
         | Bug::RestoredAnew => 3,
         _ => 1,
     }

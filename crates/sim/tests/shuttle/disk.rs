@@ -247,8 +247,8 @@ fn aligned(properties: &FileProperties, offset: u64, memory: &SimMemory) {
 impl Storage for Handle {
     type Memory = SimMemory;
 
-    fn allocate(&self, bytes: usize) -> SimMemory {
-        SimMemory::zeroed(bytes)
+    fn allocate(&self, bytes: usize) -> Option<SimMemory> {
+        Some(SimMemory::zeroed(bytes))
     }
 
     fn submit(&mut self, op: Op<SimMemory>, slot: Slot) -> Result<(), Op<SimMemory>> {

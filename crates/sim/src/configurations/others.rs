@@ -1,0 +1,241 @@
+//! What other programs have written, or write meanwhile; what a block status says; file systems that cannot do everything.
+
+use urus_format::Compression;
+
+use crate::config::{Backing, Config};
+use crate::foreign::Foreign;
+use crate::workload::Load;
+
+/// What a block status says: much is asked of images that hold all kinds of clusters.
+pub(super) fn asked() -> Vec<Config> {
+    let c = |name| Config {
+        load: Load::Asked,
+        fill: 128,
+        queues: 2,
+        ..Config::small(name)
+    };
+    let (deflate, zstd) = (Some(Compression::Deflate), Some(Compression::Zstd));
+    vec![
+        Config {
+            compressed: deflate,
+            snapshot: true,
+            ..c("asked")
+        },
+        Config {
+            backing: Backing::Raw(60),
+            fill: 64,
+            ..c("asked, short raw backing")
+        },
+        Config {
+            backing: Backing::Qcow2(70),
+            version: 2,
+            fill: 48,
+            ..c("asked, version 2, backed")
+        },
+        Config {
+            backing: Backing::Chain(71, 130),
+            fill: 48,
+            compressed: zstd,
+            cluster_bits: 11,
+            sectors: 512,
+            ..c("asked, chain")
+        },
+        Config {
+            backing: Backing::Qcow2(80),
+            fill: 32,
+            cache_bytes: 0,
+            sectors: 1600,
+            grows: 300,
+            ..c("asked, tiny cache, grows")
+        },
+        Config {
+            raw: true,
+            ..c("asked, raw")
+        },
+    ]
+}
+
+/// Another process puts another image in the place of this one while the device is paused.
+pub(super) fn swapped() -> Vec<Config> {
+    let c = |name| Config {
+        swaps: true,
+        fill: 128,
+        queues: 2,
+        ..Config::small(name)
+    };
+    let (deflate, zstd) = (Some(Compression::Deflate), Some(Compression::Zstd));
+    vec![
+        Config {
+            compressed: deflate,
+            ..c("swapped")
+        },
+        Config {
+            compressed: zstd,
+            snapshot: true,
+            fill: 200,
+            backing: Backing::Raw(80),
+            ..c("swapped, snapshot, zstd, backed")
+        },
+        // Reads of parts of clusters, which are decoded for later.
+        Config {
+            compressed: deflate,
+            fill: 220,
+            cluster_bits: 12,
+            sectors: 512,
+            load: Load::Scattered,
+            ..c("swapped, compressed, 4K")
+        },
+        Config {
+            backing: Backing::Chain(71, 130),
+            compressed: deflate,
+            fill: 64,
+            cluster_bits: 10,
+            sectors: 512,
+            ..c("swapped, chain")
+        },
+        Config {
+            cache_bytes: 0,
+            sectors: 1600,
+            fill: 64,
+            refcount_order: 6,
+            grows: 400,
+            queues: 3,
+            ..c("swapped, tiny cache, grows")
+        },
+        Config {
+            left_open: true,
+            miscounted: true,
+            ..c("swapped, miscounted")
+        },
+        Config {
+            device: true,
+            fill: 64,
+            ..c("swapped, block device")
+        },
+    ]
+}
+
+/// A file system that cannot do what its files were said to be able to, or not always.
+pub(super) fn unsupported() -> Vec<Config> {
+    let c = |name| Config {
+        unsupported: 256,
+        fill: 128,
+        cluster_bits: 10,
+        ..Config::small(name)
+    };
+    vec![
+        c("nothing supported"),
+        Config {
+            unsupported: 100,
+            load: Load::Churn,
+            queues: 2,
+            cluster_bits: 11,
+            ..c("sometimes supported, churn")
+        },
+        Config {
+            raw: true,
+            ..c("raw, nothing supported")
+        },
+    ]
+}
+
+/// Whoever wrote the image before did not keep its refcounts, and was stopped: it is repaired when it opens.
+pub(super) fn miscounted() -> Vec<Config> {
+    let c = |name| Config {
+        left_open: true,
+        miscounted: true,
+        fill: 128,
+        ..Config::small(name)
+    };
+    let deflate = Some(Compression::Deflate);
+    vec![
+        c("miscounted"),
+        Config {
+            cache_bytes: 0,
+            sectors: 1600,
+            fill: 64,
+            refcount_order: 6,
+            queues: 3,
+            load: Load::Churn,
+            ..c("miscounted, tiny cache, 64-bit refcounts")
+        },
+        Config {
+            compressed: deflate,
+            snapshot: true,
+            fill: 160,
+            ..c("miscounted, compressed, snapshot")
+        },
+        Config {
+            refcount_order: 0,
+            fill: 96,
+            ..c("miscounted, 1-bit refcounts")
+        },
+    ]
+}
+
+/// Headers of other programs: every byte but the changed fields has to stay (O28).
+pub(super) fn foreign() -> Vec<Config> {
+    let c = Config::small;
+    vec![
+        Config {
+            foreign: Some(Foreign::NameFurtherBack),
+            backing: Backing::Raw(100),
+            grows: 400,
+            fill: 64,
+            queues: 2,
+            ..c("foreign, name further back, grows")
+        },
+        Config {
+            foreign: Some(Foreign::NoEndMarker),
+            version: 2,
+            backing: Backing::Qcow2(100),
+            grows: 300,
+            fill: 64,
+            ..c("foreign, no end marker, version 2, grows")
+        },
+        Config {
+            foreign: Some(Foreign::UnknownFirst),
+            left_open: true,
+            backing: Backing::Raw(100),
+            grows: 300,
+            fill: 128,
+            ..c("foreign, unknown extension, left open, grows")
+        },
+        Config {
+            foreign: Some(Foreign::LongName),
+            cluster_bits: 10,
+            sectors: 333,
+            snapshot: true,
+            backing: Backing::Qcow2(150),
+            grows: 300,
+            fill: 128,
+            ..c("foreign, long name, snapshot, 1K, grows")
+        },
+        Config {
+            foreign: Some(Foreign::NameFurtherBack),
+            refcount_order: 6,
+            far: Some(64 * 63),
+            backing: Backing::Raw(100),
+            grows: 300,
+            fill: 48,
+            ..c("foreign, refcount table grows")
+        },
+        Config {
+            foreign: Some(Foreign::NoEndMarker),
+            snapshot: true,
+            backing: Backing::Raw(70),
+            fill: 160,
+            ..c("foreign, snapshot")
+        },
+        Config {
+            foreign: Some(Foreign::UnknownFirst),
+            alignment: 4096,
+            cluster_bits: 12,
+            sectors: 512,
+            backing: Backing::Raw(90),
+            grows: 12_000,
+            fill: 64,
+            ..c("foreign, direct I/O, 4096, grows")
+        },
+    ]
+}
