@@ -193,7 +193,7 @@ fn servers_that_create_at_once_make_one_image() {
             let stderr = String::from_utf8_lossy(&output.stderr);
             match output.status.code() {
                 Some(0) => ended_well += 1,
-                _ => assert!(stderr.contains("in use"), "{stderr}"),
+                _ => assert!(stderr.contains("locked by"), "{stderr}"),
             }
         }
         assert_eq!(ended_well, 1);

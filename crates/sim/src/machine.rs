@@ -20,7 +20,7 @@ use crate::image::Built;
 use crate::memory::SimMemory;
 use crate::model::{GuestOp, Model};
 use crate::rng::{Rng, mix};
-use crate::stamp::{Content, stamped};
+use crate::stamp::stamped;
 use crate::storage::SimStorage;
 use crate::workload::{Ask, Workload};
 use crate::world::SimWorld;
@@ -399,7 +399,8 @@ impl Machine {
         for extent in extents.iter().filter(|extent| extent.zero) {
             let last = extent.start + extent.len - 1;
             for lba in extent.start / SECTOR..=last / SECTOR {
-                if !self.model.may_read(lba, Content::Zero, issued, completed) {
+                let from = extent.start.saturating_sub(lba * SECTOR);
+                if !self.model.may_be_zero_from(lba, from, issued, completed) {
                     return Err(format!("sector {lba} is said to be zero"));
                 }
             }

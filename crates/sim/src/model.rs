@@ -415,6 +415,14 @@ impl Model {
         self.legal(lba, completed, settled).contains(&content)
     }
 
+    /// Whether a read with these moments may find zeroes in this sector, from a byte of it on.
+    #[must_use]
+    pub fn may_be_zero_from(&self, lba: u64, byte: u64, issued: u64, completed: u64) -> bool {
+        let settled = |change: &Request| change.succeeded_before(issued);
+        let legal = self.legal(lba, completed, settled);
+        legal.iter().any(|content| content.is_zero_from(byte))
+    }
+
     /// The changes that touch one of these sectors, less those that were over at `since`.
     fn changes_since(&self, lbas: Range<u64>, since: u64) -> impl Iterator<Item = &Request> {
         let sectors = &self.sectors[index(lbas.start)..index(lbas.end)];

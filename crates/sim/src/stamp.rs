@@ -16,6 +16,18 @@ pub enum Content {
     Foreign,
 }
 
+impl Content {
+    /// Whether the sector is zero from this byte of it on.
+    #[must_use]
+    pub fn is_zero_from(self, byte: u64) -> bool {
+        match self {
+            Self::Zero => true,
+            Self::Cut(_, end) => u64::from(end) <= byte,
+            Self::Version(_) | Self::Foreign => false,
+        }
+    }
+}
+
 /// The pattern repeats within the sector, so that it compresses; each piece has its number, so that a shift within
 /// the sector shows.
 const PIECE: usize = 32;

@@ -258,6 +258,14 @@ fn every_metric_is_documented_and_every_documented_one_is_there() {
     server.end();
 }
 
+/// A front end that has said something: one that says nothing is none.
+fn front_end(scratch: &Scratch) -> UnixStream {
+    const SET_OWNER: [u8; 12] = [3, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0];
+    let mut front_end = UnixStream::connect(scratch.path("vhost")).expect("a server");
+    front_end.write_all(&SET_OWNER).expect("a connection");
+    front_end
+}
+
 /// What is no operation: clients that come and go, a pause, several images.
 #[test]
 fn states_are_seen() {
@@ -282,7 +290,7 @@ fn states_are_seen() {
     server.becomes(&scratch, "urus_nbd_connections", 2.0);
     drop(clients);
     server.becomes(&scratch, "urus_nbd_connections", 0.0);
-    let front_end = UnixStream::connect(scratch.path("vhost")).expect("a server");
+    let front_end = front_end(&scratch);
     server.becomes(&scratch, "urus_vhost_user_connected", 1.0);
     drop(front_end);
     server.becomes(&scratch, "urus_vhost_user_connected", 0.0);
@@ -323,7 +331,7 @@ fn a_back_end_program_has_them_too() {
     let seen = server.scrape(&scratch);
     assert_eq!(seen.sum("urus_vhost_user_connected", &[]), 0.0);
     assert_eq!(seen.sum("urus_image_size_bytes", &[]), f64::from(16 << 20));
-    let front_end = UnixStream::connect(scratch.path("vhost")).expect("a server");
+    let front_end = front_end(&scratch);
     server.becomes(&scratch, "urus_vhost_user_connected", 1.0);
     drop(front_end);
     server.end();
