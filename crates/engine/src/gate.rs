@@ -34,6 +34,24 @@ impl Gate {
         Some(epoch)
     }
 
+    /// A queue's turn: looks at what has come, and lets what was held go on while the gate is open. It ends with a look at
+    /// the gate that no other look follows: a look takes the wake of a gate that has opened, and with it the queue's
+    /// only reason not to sleep.
+    pub(crate) fn turn(
+        &self,
+        mut look: impl FnMut(),
+        is_held: impl Fn() -> bool,
+        mut release: impl FnMut(),
+    ) {
+        loop {
+            look();
+            if !is_held() || self.is_closed() {
+                return;
+            }
+            release();
+        }
+    }
+
     pub(crate) fn close(&self) {
         self.closed.store(true, Ordering::SeqCst);
     }

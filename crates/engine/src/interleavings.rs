@@ -318,6 +318,42 @@ fn gate_opens_for_who_sleeps() {
     });
 }
 
+/// The same where the gate closes and opens once more while the queue lets go of what it held.
+#[test]
+fn gate_opens_again_for_who_sleeps() {
+    explore(|| {
+        let (pins, gate) = (Arc::new(Pins::new()), Arc::new(Gate::new()));
+        let heard = Arc::new(Notified::default());
+        let inbox = Arc::new(Inbox::new(Arc::clone(&heard) as Arc<dyn Notify>));
+        let queue = QueuePins::new(Arc::clone(&pins), Arc::clone(&inbox));
+        let opener = {
+            let (pins, gate) = (Arc::clone(&pins), Arc::clone(&gate));
+            thread::spawn(move || {
+                gate.close();
+                gate.open(&pins);
+            })
+        };
+        // A request that an earlier pause has held; its wake was seen.
+        let held = std::cell::Cell::new(true);
+        let look = || {
+            inbox.take_filled();
+        };
+        let release = || held.set(gate.enter(&queue).is_none());
+        let asleep = loop {
+            gate.turn(look, || held.get(), release);
+            if !held.get() {
+                break false;
+            }
+            if inbox.prepare_sleep() {
+                break true;
+            }
+        };
+        opener.join().expect("the opener does not panic");
+        let heard = heard.0.load(Ordering::SeqCst);
+        assert!(!asleep || heard, "held for ever");
+    });
+}
+
 fn poll<T>(future: std::pin::Pin<&mut impl Future<Output = T>>, heard: &Arc<Notified>) -> Poll<T> {
     let waker = Waker::from(Arc::clone(heard));
     future.poll(&mut Context::from_waker(&waker))

@@ -131,21 +131,23 @@ impl<S: Storage> Queue<S> {
 
     fn turn(&mut self) {
         let core = &self.core;
-        core.worker
-            .reactor
-            .turn(|direct, result| core.direct_done(direct, result));
         let shared = &core.worker.shared;
-        if core.held.borrow().is_empty() {
-            return;
-        }
-        if shared.closed.load(Ordering::SeqCst) {
-            core.reject_held();
-        } else if !shared.gate.is_closed() {
-            core.release_held();
+        let look = || {
             core.worker
                 .reactor
                 .turn(|direct, result| core.direct_done(direct, result));
-        }
+        };
+        let is_held = || {
+            if core.held.borrow().is_empty() {
+                return false;
+            }
+            if shared.closed.load(Ordering::SeqCst) {
+                core.reject_held();
+                return false;
+            }
+            true
+        };
+        shared.gate.turn(look, is_held, || core.release_held());
     }
 
     /// Sleeps until there may be a reply, or the time is over.

@@ -63,7 +63,7 @@ impl Inbox {
 
     /// Whether something was put in since this was last asked. What is not seen yet is seen by `prepare_sleep`.
     #[inline]
-    fn take_filled(&self) -> bool {
+    pub(crate) fn take_filled(&self) -> bool {
         self.filled.load(Ordering::Relaxed) && self.filled.swap(false, Ordering::SeqCst)
     }
 
