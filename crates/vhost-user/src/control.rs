@@ -196,6 +196,7 @@ fn serve(
     introduction_time: Option<Duration>,
 ) -> Result<(), Errno> {
     info!("a front end has connected");
+    core.shared.served.store(false, Ordering::Relaxed);
     let front_end = Arc::new(Mutex::new(FrontEnd::new(core.clone())));
     match stream.try_clone() {
         Ok(copy) => *signals.connection() = Some(copy),

@@ -87,6 +87,7 @@ impl Virtqueue {
             },
             write_through: AtomicBool::new(setup.write_through),
             outlived: AtomicBool::new(false),
+            served: AtomicBool::new(false),
         };
         let start = Start {
             map: Arc::clone(&memory.0),

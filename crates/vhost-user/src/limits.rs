@@ -44,6 +44,9 @@ pub(crate) const SILENT_CONNECTIONS: usize = 16;
 /// How long a queue polls at most after it ran out of work.
 pub(crate) const POLL_TIME: Duration = Duration::from_millis(100);
 
+/// How long after a driver's notification a request of it is to be seen.
+pub(crate) const UNHEARD_TIME: Duration = Duration::from_secs(2);
+
 const _: () = {
     assert!(SEG_MAX as u64 * SEGMENT_BYTES as u64 <= i32::MAX as u64);
     assert!(SEG_MAX as usize + 2 <= CHAIN_DESCRIPTORS);

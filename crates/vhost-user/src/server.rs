@@ -108,6 +108,7 @@ impl ServerBuilder {
             },
             write_through: AtomicBool::new(false),
             outlived: AtomicBool::new(false),
+            served: AtomicBool::new(false),
         });
         let seats = (0..self.queues)
             .map(|_| self.device.queue())

@@ -87,6 +87,8 @@ pub(crate) struct Shared {
     pub(crate) write_through: AtomicBool,
     /// The guest lives on when this process is killed, and counts on writes that have completed (O23).
     pub(crate) outlived: AtomicBool,
+    /// A request of the present front end's guest was seen, on any virtqueue.
+    pub(crate) served: AtomicBool,
 }
 
 /// A virtqueue that runs.
@@ -109,6 +111,8 @@ pub(crate) struct Vring {
     unpublished: bool,
     in_flight: usize,
     broken: bool,
+    /// It has had a request.
+    served: bool,
     /// [`urus::faults`] when memory was last looked at.
     faults: u64,
 }
@@ -143,6 +147,7 @@ impl Vring {
             unpublished: false,
             in_flight: 0,
             broken: false,
+            served: false,
             faults: 0,
         };
         // A predecessor may have been killed after it had published, and before it told the driver; what ends from now on
@@ -153,6 +158,11 @@ impl Vring {
 
     pub(crate) fn kick(&self) -> &File {
         &self.start.kick
+    }
+
+    /// Whether no virtqueue of this front end has had a request.
+    pub(crate) fn is_unheard_of(&self) -> bool {
+        !self.served && !self.broken && !self.shared.served.load(Ordering::Relaxed)
     }
 
     /// Requests taken and not answered.
@@ -312,6 +322,10 @@ impl Vring {
         if taken {
             queue.kick();
             add(&self.stats.batches, 1);
+            if !self.served {
+                self.served = true;
+                self.shared.served.store(true, Ordering::Relaxed);
+            }
         }
         result.map(|()| taken)
     }

@@ -16,6 +16,7 @@ use rustix::io::Errno;
 use tracing::{error, warn};
 use urus::{MemoryRegion, Queue};
 
+use crate::limits;
 use crate::memory::Map;
 use crate::stats::QueueStats;
 use crate::vring::{Logging, Shared, Start, Vring};
@@ -162,6 +163,8 @@ pub(crate) struct Worker {
     polling: Polling,
     /// Register the guest's memory with the ring.
     pin: bool,
+    /// The driver has kicked and no request was to be seen: when that is to be told.
+    unheard: Option<Instant>,
 }
 
 impl Worker {
@@ -195,6 +198,7 @@ impl Worker {
             quitting: false,
             polling,
             pin,
+            unheard: None,
         })
     }
 
@@ -233,6 +237,7 @@ impl Worker {
                 // before is one too: a kick that came early is not lost.
                 let flags = epoll::EventFlags::IN | epoll::EventFlags::ET;
                 let data = epoll::EventData::new_u64(KICK);
+                self.unheard = None;
                 match epoll::add(&self.epoll, vring.kick(), data, flags) {
                     Ok(()) => self.vring = Some(vring),
                     Err(error) => {
@@ -326,6 +331,29 @@ impl Worker {
         }
     }
 
+    /// The driver has kicked. A request that it has put into memory that this process does not share is never seen here.
+    fn kicked(&mut self) {
+        if self.vring.as_ref().is_some_and(Vring::is_unheard_of) {
+            self.unheard
+                .get_or_insert_with(|| Instant::now() + limits::UNHEARD_TIME);
+        }
+    }
+
+    fn tell_of_unshared_memory(&mut self) {
+        if self.unheard.is_none_or(|until| Instant::now() < until) {
+            return;
+        }
+        self.unheard = None;
+        if self.vring.as_ref().is_some_and(Vring::is_unheard_of) {
+            warn!(
+                queue = self.index,
+                "the driver has notified its virtqueue, and no request is in it: the guest's memory is \
+                 probably not shared with this process; give QEMU a shared memory back end, as \
+                 -object memory-backend-memfd,id=mem,size=SIZE,share=on -machine memory-backend=mem"
+            );
+        }
+    }
+
     fn sleep(&mut self, events: &mut Vec<epoll::Event>) -> Result<(), Errno> {
         let mut now = self.inbox.is_rung();
         if self.stopping.is_none()
@@ -333,8 +361,14 @@ impl Worker {
         {
             now |= vring.want_kicks(&self.queue);
         }
-        let timeout = now.then(Timespec::default);
         let begin = Instant::now();
+        let timeout = if now {
+            Some(Duration::ZERO)
+        } else {
+            self.unheard
+                .map(|until| until.saturating_duration_since(begin))
+        };
+        let timeout = timeout.and_then(|time| Timespec::try_from(time).ok());
         match epoll::wait(&self.epoll, spare_capacity(events), timeout.as_ref()) {
             Ok(_) | Err(Errno::INTR) => {}
             Err(error) => {
@@ -346,10 +380,13 @@ impl Worker {
             self.polling.paused(begin.elapsed());
         }
         for event in events.drain(..) {
-            if event.data.u64() == QUEUE {
-                self.queue.consume_event();
+            match event.data.u64() {
+                QUEUE => self.queue.consume_event(),
+                KICK => self.kicked(),
+                _ => {}
             }
         }
+        self.tell_of_unshared_memory();
         if let Some(vring) = &self.vring {
             vring.refuse_kicks();
         }
