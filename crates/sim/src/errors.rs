@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use crate::callers::{Asked, Callers, Failed};
 use crate::census::{Does, Kind, Place};
 use crate::config::Config;
 use crate::contents::index;
@@ -108,6 +109,7 @@ pub struct Measured {
     /// Of them, fdatasyncs.
     pub syncs: u64,
     kinds: Vec<Kind>,
+    asked: Asked,
 }
 
 /// Measures a workload. It goes as it does with an error, up to the error.
@@ -121,6 +123,7 @@ pub fn measure(config: &Config, seed: u64, effort: &Effort) -> Result<Measured, 
         ops: outcome.ops,
         syncs: outcome.syncs,
         kinds: outcome.kinds,
+        asked: outcome.asked,
     };
     outcome.violation.map_or(Ok(measured), Err)
 }
@@ -195,6 +198,51 @@ impl Measured {
             }
         }
         drawn
+    }
+
+    /// Some of all errors, each with its number: those first that go to places where few have gone before, as far as callers are known;
+    /// the rest by lot.
+    #[must_use]
+    pub(crate) fn rare(
+        &self,
+        most: usize,
+        rng: &mut Rng,
+        failed: &Failed,
+    ) -> Vec<(usize, Injection)> {
+        let mut alike: BTreeMap<(Action, &Callers), Vec<(usize, Injection)>> = BTreeMap::new();
+        for (number, injection) in (0..).zip(self.every()) {
+            if let Some(asked) = self.asked_by(injection) {
+                alike.entry(asked).or_default().push((number, injection));
+            }
+        }
+        let mut take = || {
+            let errors = alike.iter();
+            let errors = errors.map(|((action, callers), errors)| (errors, *action, *callers));
+            let errors = failed.take_rarest(errors)?;
+            Some(errors[rng.index(errors.len())])
+        };
+        let mut drawn: Vec<_> = std::iter::from_fn(&mut take).take(most).collect();
+        drawn.extend(self.some(most - drawn.len(), rng));
+        drawn
+    }
+
+    /// Whom an error goes to, if it ends what it hits.
+    fn asked_by(&self, injection: Injection) -> Option<(Action, &Callers)> {
+        let (action, callers) = match injection {
+            Injection::Once(op, action) if action.is_hard() => {
+                let does = self.kinds.get(index(op))?.0;
+                if !action.fits(does.class()) {
+                    return None;
+                }
+                (action, self.asked.ops.get(index(op)))
+            }
+            // Counted apart from single errors, and there is no such thing in a row.
+            Injection::Row(op, ..) => (Action::ShortToZero, self.asked.ops.get(index(op))),
+            Injection::Length(question) => (Action::Eio, self.asked.lengths.get(index(question))),
+            Injection::Memory(request, 1) => (Action::Eio, self.asked.memories.get(index(request))),
+            _ => return None,
+        };
+        callers.map(|callers| (action, callers))
     }
 
     /// Nothing where the operation cannot fail so.

@@ -2,6 +2,7 @@
 
 use std::io;
 
+use crate::callers::{Asked, callers};
 use crate::census::Touch;
 
 /// Numbers of the errors that the simulator gives, as on Linux.
@@ -123,11 +124,16 @@ pub(crate) struct FaultPlan {
     pub(crate) injected_syncs: u64,
     /// Every operation, where errors were ever planned.
     pub(crate) touches: Option<Vec<Touch>>,
+    /// Who asked for all this, from then on.
+    pub(crate) asked: Asked,
 }
 
 impl FaultPlan {
     /// Counts an operation and says what goes wrong with it.
     pub(crate) fn next(&mut self, class: OpClass) -> Option<Action> {
+        if self.touches.is_some() {
+            self.asked.ops.push(callers());
+        }
         let (op, sync) = (self.ops, self.syncs);
         self.ops += 1;
         self.syncs += u64::from(class == OpClass::Sync);
@@ -151,6 +157,9 @@ impl FaultPlan {
 
     /// Counts a question for a file's length, and says whether it fails.
     pub(crate) fn next_length(&mut self) -> bool {
+        if self.touches.is_some() {
+            self.asked.lengths.push(callers());
+        }
         let number = self.lengths;
         self.lengths += 1;
         let fails = |fault: &Fault| fault.trigger == Trigger::Length(number);
@@ -161,6 +170,9 @@ impl FaultPlan {
 
     /// Counts a request for memory, and says whether it is refused.
     pub(crate) fn next_memory(&mut self) -> bool {
+        if self.touches.is_some() {
+            self.asked.memories.push(callers());
+        }
         let number = self.memories;
         self.memories += 1;
         let refuses = |fault: &Fault| match fault.trigger {

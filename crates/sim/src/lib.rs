@@ -6,6 +6,7 @@
 //! - [`checker`] judges an image's structure; [`stamp`] and [`model`] judge what the guest reads.
 #![forbid(unsafe_code)]
 
+mod callers;
 pub mod census;
 pub mod checker;
 pub mod config;

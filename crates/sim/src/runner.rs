@@ -10,6 +10,7 @@ use urus_engine::seen::{self, Ways};
 use urus_engine::storage::FileId;
 use urus_format::Header;
 
+use crate::callers::Asked;
 use crate::census::{Census, Kind};
 use crate::checker;
 use crate::config::{Config, FIRST_VERSION};
@@ -49,6 +50,8 @@ pub struct Outcome {
     pub syncs: u64,
     /// What each operation of the first life is, where errors were planned.
     pub(crate) kinds: Vec<Kind>,
+    /// Who asked for them, likewise.
+    pub(crate) asked: Asked,
     /// Ways through the engine that only large images take, and this has taken.
     pub ways: Ways,
     /// Names the run.
@@ -439,7 +442,7 @@ impl Run<'_> {
         }
         if self.depth == 1 {
             (outcome.ops, outcome.syncs) = (world.op_count(), world.sync_count());
-            outcome.kinds = world.kinds();
+            (outcome.kinds, outcome.asked) = (world.kinds(), world.asked());
             outcome.census.add(world.census());
             outcome.injected += world.injected();
         }

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use urus_engine::planted::Bug;
 use urus_engine::seen::Ways;
 
+use crate::callers::Failed;
 use crate::census::Census;
 use crate::config::{self, Config};
 use crate::contents::index;
@@ -242,6 +243,7 @@ pub fn run(part: Part, seed: u64, only: Option<&Config>, budget: &Budget) -> Tal
     };
     let configs = only.map_or_else(of_part, |config| vec![config.clone()]);
     let config = |number: u64| &configs[index(number % configs.len() as u64)];
+    let failed = Failed::default();
     match part {
         Part::Cuts => sweep(
             "cuts",
@@ -272,7 +274,7 @@ pub fn run(part: Part, seed: u64, only: Option<&Config>, budget: &Budget) -> Tal
                 .injections
                 .map_or(1, |_| spread(configs.len() as u64));
             let (config, seed) = (config(number * stride), seed_of(seed, number));
-            every_error(config, seed, budget)
+            every_error(config, seed, budget, &failed)
         }),
         Part::Model => sweep(
             "model",
@@ -307,7 +309,7 @@ fn cuts_at_once(budget: &Budget) -> u64 {
 }
 
 /// One workload with every error at every operation, or with some of them.
-fn every_error(config: &Config, seed: u64, budget: &Budget) -> Outcome {
+fn every_error(config: &Config, seed: u64, budget: &Budget, failed: &Failed) -> Outcome {
     let effort = Effort {
         cuts: budget.cuts.min(Effort::ERRORS.cuts),
         ..Effort::ERRORS
@@ -323,7 +325,7 @@ fn every_error(config: &Config, seed: u64, budget: &Budget) -> Outcome {
     };
     let injections: Vec<(usize, Injection)> = match budget.injections {
         None => (0..).zip(measured.every()).collect(),
-        Some(most) => measured.some(most, &mut Rng::new(seed ^ 0x0066_6577)),
+        Some(most) => measured.rare(most, &mut Rng::new(seed ^ 0x0066_6577), failed),
     };
     for (number, injection) in injections {
         let mut outcome = runner::run_with(config, seed, &effort, Some(injection));

@@ -11,6 +11,7 @@ use std::rc::Rc;
 use urus_engine::storage::{FileId, FileProperties, IMAGE};
 use urus_engine::sync::{Arc, Ordering};
 
+use crate::callers::Asked;
 use crate::census::{Census, Kind};
 use crate::checker;
 use crate::contents::Contents;
@@ -498,6 +499,11 @@ impl SimWorld {
         let world = self.0.borrow();
         let touches = world.faults.touches.iter().flatten();
         touches.map(|touch| touch.kind(&owners)).collect()
+    }
+
+    /// Who asked for all that can fail, where errors were planned from the start.
+    pub(crate) fn asked(&self) -> Asked {
+        self.0.borrow().faults.asked.clone()
     }
 
     /// The fdatasyncs that failed for good, EINTR and its like not counted.
