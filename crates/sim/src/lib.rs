@@ -8,6 +8,7 @@
 
 pub mod census;
 pub mod checker;
+pub mod cipher;
 pub mod config;
 mod configurations;
 pub mod contents;
