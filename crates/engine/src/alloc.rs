@@ -291,7 +291,7 @@ impl Allocator {
         }
         let bits = self.refcounts.geometry.cluster_bits();
         let len = worker
-            .reactor
+            .reactor()
             .with_storage(|storage| storage.file_len(IMAGE));
         // A device that has shrunk fails where it is used.
         let limit = len.map_or(0, |len| len >> bits);
@@ -355,13 +355,14 @@ impl Allocator {
         // What was there when the file was opened is not ours to cut, used or not.
         let used = (used << bits).max(self.opened_bytes);
         let len = worker
-            .reactor
+            .reactor()
             .with_storage(|storage| storage.file_len(IMAGE));
         self.grown.set(self.end.get());
         if !len.is_ok_and(|len| len > used) {
             return;
         }
         let result = worker
+            .files
             .simple("shorten", IMAGE, used, 0, || OpKind::SetLen { len: used })
             .await;
         if let Err(error) = result {

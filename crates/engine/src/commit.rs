@@ -371,7 +371,12 @@ impl<S: Storage> Device<S> {
         let slices_per_table = image.map.slices_per_table();
         let table_bytes = image.geometry.cluster_bytes();
         let mut bytes = match new.copy_from {
-            Some(source) => self.worker.read_bytes(IMAGE, source, table_bytes).await?,
+            Some(source) => {
+                self.worker
+                    .files
+                    .read_bytes(IMAGE, source, table_bytes)
+                    .await?
+            }
             None => vec![0; to_usize(table_bytes)],
         };
         let first = SliceId(l1_index * slices_per_table);
@@ -507,7 +512,7 @@ impl<S: Storage> Device<S> {
                 }
             }
         }
-        self.worker.write_bytes(IMAGE, offset, bytes).await
+        self.worker.files.write_bytes(IMAGE, offset, bytes).await
     }
 
     fn unseal(&self, sealed: Sealed, durable: bool) {

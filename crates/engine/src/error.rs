@@ -7,6 +7,8 @@ use urus_format::EntryError;
 /// What says that no space is left: the file system's, or the user's share of it.
 pub(crate) const ENOSPC: i32 = 28;
 pub(crate) const EDQUOT: i32 = 122;
+/// An operation failed, and nothing more is known.
+pub(crate) const EIO: i32 = 5;
 
 /// The engine's result.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -138,7 +140,6 @@ impl Error {
     /// The nearest `errno`, for transports that speak in them.
     #[must_use]
     pub fn errno(&self) -> i32 {
-        const EIO: i32 = 5;
         match self {
             Self::Io { errno, .. } => *errno,
             Self::OutOfSpace { .. } => ENOSPC,

@@ -9,24 +9,19 @@ use std::rc::Rc;
 
 use urus_format::L2Entry;
 
-use crate::error::Error;
+use crate::file::{Direction, Next, Transfer};
 use crate::limits;
 use crate::queue::Core;
 use crate::resolve::{LayerEntry, Piece};
 use crate::shared::LayerKind;
-use crate::storage::{FileId, IMAGE, Memory, Op, OpKind, Storage};
+use crate::storage::{FileId, IMAGE, Memory, Storage};
 use crate::to_usize;
-use crate::worker::interrupted;
 use crate::write::writable_in_place;
 
-/// An operation of a request that needs no task.
+/// A transfer of a request that needs no task.
 pub(crate) struct Direct<M> {
     pub(crate) owner: Owner,
-    pub(crate) file: FileId,
-    pub(crate) offset: u64,
-    pub(crate) memory: M,
-    pub(crate) write: bool,
-    pub(crate) retries: u32,
+    pub(crate) transfer: Transfer<M>,
 }
 
 /// What such an operation is for.
@@ -115,17 +110,13 @@ impl<S: Storage> Core<S> {
         let first = self.worker.resolve(0, offset, len as u64);
         match first {
             (Piece::Data { file, offset: host }, bytes)
-                if bytes == len as u64 && self.is_aligned(file, host, &memory) =>
+                if bytes == len as u64 && self.worker.files.is_plain(file, host, &memory) =>
             {
                 let direct = Direct {
                     owner: Owner::Whole { token, epoch },
-                    file,
-                    offset: host,
-                    memory,
-                    write: false,
-                    retries: 0,
+                    transfer: Transfer::new(Direction::Read, file, host, memory),
                 };
-                if self.worker.reactor.has_unstarted() {
+                if self.worker.reactor().has_unstarted() {
                     self.submit_direct(direct);
                 } else {
                     *self.alone.borrow_mut() = Some(direct);
@@ -150,7 +141,7 @@ impl<S: Storage> Core<S> {
         let request = self.insert(token, epoch, Some(memory.clone()));
         let mut parts = Parts::new();
         if self.pieces_to_read(offset, &memory, first, &mut parts) {
-            self.submit_parts(request, &memory, &parts, false);
+            self.submit_parts(request, &memory, &parts, Direction::Read);
         } else {
             self.spawn(request, move |core| async move {
                 core.worker.read_guest(0, offset, memory).await
@@ -191,7 +182,7 @@ impl<S: Storage> Core<S> {
             }
             done += bytes;
         }
-        self.are_aligned(parts, memory)
+        self.are_plain(parts, memory)
     }
 
     /// Starts a write when it is a hit: every cluster the image's own, nothing to change but data (and, where it is to outlive the
@@ -226,14 +217,10 @@ impl<S: Storage> Core<S> {
             }
         };
         match at_once {
-            Some(host) if self.is_aligned(IMAGE, host, &memory) && is_settled() => {
+            Some(host) if self.worker.files.is_plain(IMAGE, host, &memory) && is_settled() => {
                 self.submit_direct(Direct {
                     owner: Owner::Whole { token, epoch },
-                    file: IMAGE,
-                    offset: host,
-                    memory,
-                    write: true,
-                    retries: 0,
+                    transfer: Transfer::new(Direction::Write, IMAGE, host, memory),
                 });
                 None
             }
@@ -244,7 +231,7 @@ impl<S: Storage> Core<S> {
                     return Some(memory);
                 }
                 let request = self.insert(token, epoch, Some(memory.clone()));
-                self.submit_parts(request, &memory, &parts, true);
+                self.submit_parts(request, &memory, &parts, Direction::Write);
                 None
             }
         }
@@ -277,27 +264,23 @@ impl<S: Storage> Core<S> {
             }
             done += bytes;
         }
-        self.are_aligned(parts, memory)
+        self.are_plain(parts, memory)
     }
 
-    /// Whether an operation may go out as it is (what O_DIRECT needs).
-    #[inline]
-    fn is_aligned(&self, file: FileId, host: u64, memory: &S::Memory) -> bool {
-        let (alignment, memory_alignment) = self.worker.alignments(file);
-        alignment == 1
-            || (host.is_multiple_of(alignment)
-                && (memory.len() as u64).is_multiple_of(alignment)
-                && memory.is_aligned(memory_alignment))
-    }
-
-    fn are_aligned(&self, parts: &Parts, memory: &S::Memory) -> bool {
+    fn are_plain(&self, parts: &Parts, memory: &S::Memory) -> bool {
         parts.as_slice().iter().all(|part| {
             let memory = memory.slice(part.start, part.len);
-            self.is_aligned(part.file, part.host, &memory)
+            self.worker.files.is_plain(part.file, part.host, &memory)
         })
     }
 
-    fn submit_parts(&self, request: usize, memory: &S::Memory, parts: &Parts, write: bool) {
+    fn submit_parts(
+        &self,
+        request: usize,
+        memory: &S::Memory,
+        parts: &Parts,
+        direction: Direction,
+    ) {
         if parts.count == 0 {
             return self.part_done(request, None);
         }
@@ -305,30 +288,18 @@ impl<S: Storage> Core<S> {
         self.pending.borrow_mut()[request].remaining =
             u32::try_from(parts.count).unwrap_or(u32::MAX);
         for part in parts.as_slice() {
+            let memory = memory.slice(part.start, part.len);
             self.submit_direct(Direct {
                 owner: Owner::Part { request },
-                file: part.file,
-                offset: part.host,
-                memory: memory.slice(part.start, part.len),
-                write,
-                retries: 0,
+                transfer: Transfer::new(direction, part.file, part.host, memory),
             });
         }
     }
 
     #[inline]
     fn submit_direct(&self, direct: Direct<S::Memory>) {
-        let (file, offset, memory) = (direct.file, direct.offset, direct.memory.clone());
-        let kind = if direct.write {
-            OpKind::Write {
-                offset,
-                memory,
-                sync: false,
-            }
-        } else {
-            OpKind::Read { offset, memory }
-        };
-        self.worker.reactor.submit_direct(Op { file, kind }, direct);
+        let op = direct.transfer.op();
+        self.worker.reactor().submit_direct(op, direct);
     }
 
     /// The read that has come alone is so no more: it goes the way of the others.
@@ -346,10 +317,16 @@ impl<S: Storage> Core<S> {
         let Some(direct) = self.alone.borrow_mut().take() else {
             return;
         };
+        let Transfer {
+            file,
+            offset,
+            memory,
+            ..
+        } = &direct.transfer;
         let done = self
             .worker
-            .reactor
-            .with_storage(|storage| storage.read_now(direct.file, direct.offset, &direct.memory));
+            .reactor()
+            .with_storage(|storage| storage.read_now(*file, *offset, memory));
         if done {
             self.done(direct);
         } else {
@@ -360,9 +337,10 @@ impl<S: Storage> Core<S> {
     /// An operation of a hit has completed: whole, short, interrupted or failed.
     #[inline]
     pub(crate) fn direct_done(&self, direct: Direct<S::Memory>, result: io::Result<usize>) {
-        match result {
-            Ok(bytes) if bytes >= direct.memory.len() => self.done(direct),
-            result => self.not_whole(direct, result),
+        if direct.transfer.is_whole(&result) {
+            self.done(direct);
+        } else {
+            self.not_whole(direct, result);
         }
     }
 
@@ -370,69 +348,31 @@ impl<S: Storage> Core<S> {
     fn done(&self, direct: Direct<S::Memory>) {
         match direct.owner {
             Owner::Whole { token, epoch } => {
-                self.reply(token, epoch, Ok(()), Some(direct.memory));
+                self.reply(token, epoch, Ok(()), Some(direct.transfer.memory));
             }
             Owner::Part { request } => self.part_done(request, None),
         }
     }
 
-    /// An operation that was not done whole: the rest is submitted, or reads as zeroes, or is an error.
+    /// An operation that was not done whole.
     #[cold]
     fn not_whole(&self, mut direct: Direct<S::Memory>, result: io::Result<usize>) {
         let request = match direct.owner {
-            // Its memory is cut below.
-            Owner::Whole { token, epoch } => self.insert(token, epoch, Some(direct.memory.clone())),
+            // The transfer's memory becomes shorter; the reply has all of it.
+            Owner::Whole { token, epoch } => {
+                self.insert(token, epoch, Some(direct.transfer.memory.clone()))
+            }
             Owner::Part { request } => request,
         };
         direct.owner = Owner::Part { request };
-        let outcome = match result {
-            Ok(0) if direct.write => self.failed(&direct, &io::Error::from_raw_os_error(28)),
-            Ok(0) if self.worker.is_past_end(direct.file, direct.offset) => {
-                // The end of the file: the rest reads as zeroes.
-                direct.memory.zero(0, direct.memory.len());
-                None
+        let files = &self.worker.files;
+        match direct.transfer.not_whole(result, files) {
+            Next::Over => self.part_done(request, None),
+            Next::Again => self.submit_direct(direct),
+            Next::Failed(error) => {
+                let error = files.failed(&direct.transfer, &error);
+                self.part_done(request, Some(Box::new(error)));
             }
-            Ok(0) if direct.retries < limits::RETRIES => {
-                // The file has grown meanwhile; or it is broken, and then its bytes are no zeroes.
-                direct.retries += 1;
-                return self.submit_direct(direct);
-            }
-            Ok(bytes)
-                if !direct.write
-                    && self
-                        .worker
-                        .ends_file(direct.file, direct.offset + bytes as u64) =>
-            {
-                direct.memory.zero(bytes, direct.memory.len() - bytes);
-                None
-            }
-            Ok(bytes) if direct.retries < limits::RETRIES => {
-                // Short: from the last whole sector on. Bounded, as less than one makes no progress.
-                let whole = self.worker.whole_blocks(direct.file, direct.offset, bytes);
-                direct.retries += u32::from(whole < bytes);
-                direct.offset += whole as u64;
-                direct.memory = direct.memory.slice(whole, direct.memory.len() - whole);
-                return self.submit_direct(direct);
-            }
-            Ok(_) => self.failed(&direct, &io::Error::from_raw_os_error(5)),
-            Err(error) if interrupted(&error) && direct.retries < limits::RETRIES => {
-                direct.retries += 1;
-                return self.submit_direct(direct);
-            }
-            Err(error) => self.failed(&direct, &error),
-        };
-        self.part_done(request, outcome);
-    }
-
-    fn failed(&self, direct: &Direct<S::Memory>, error: &io::Error) -> Option<Box<Error>> {
-        let name = if direct.write { "write" } else { "read" };
-        let len = direct.memory.len() as u64;
-        Some(Box::new(self.worker.io_error(
-            name,
-            direct.file,
-            direct.offset,
-            len,
-            error,
-        )))
+        }
     }
 }

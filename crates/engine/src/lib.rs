@@ -14,6 +14,7 @@ compile_error!("urus is for 64-bit machines");
 
 pub mod check;
 pub mod error;
+pub mod file;
 pub mod limits;
 #[doc(hidden)]
 pub mod parts;

@@ -79,19 +79,19 @@ impl<S: Storage> Maintenance<S> {
         });
         let service = Rc::clone(&device);
         worker
-            .reactor
+            .reactor()
             .spawn(async move { service.commit_forever().await });
         let service = Rc::clone(&device);
         worker
-            .reactor
+            .reactor()
             .spawn(async move { service.allocate_forever().await });
         let service = Rc::clone(&device);
         worker
-            .reactor
+            .reactor()
             .spawn(async move { service.settle_forever().await });
         let service = Rc::clone(&device);
         worker
-            .reactor
+            .reactor()
             .spawn(async move { service.control_forever().await });
         Ok(Self { device })
     }
@@ -108,18 +108,18 @@ impl<S: Storage> Maintenance<S> {
 
     /// Goes on with whatever can go on, without waiting; whether anything did.
     pub fn poll(&mut self) -> bool {
-        self.device.worker.reactor.turn(|_, _| {})
+        self.device.worker.reactor().turn(|_, _| {})
     }
 
     /// Announces that the owner is about to sleep; `false` where it has to [`poll`](Self::poll) once more first. From
     /// here on whoever wakes maintenance notifies its thread.
     pub fn prepare_sleep(&mut self) -> bool {
-        self.device.worker.reactor.prepare_sleep()
+        self.device.worker.reactor().prepare_sleep()
     }
 
     /// Sleeps until something can go on, or the time is over.
     pub fn wait(&mut self, timeout: Option<Duration>) {
-        self.device.worker.reactor.wait(timeout);
+        self.device.worker.reactor().wait(timeout);
     }
 
     /// Works until the device is closed.
@@ -141,7 +141,7 @@ impl<S: Storage> Maintenance<S> {
 
     /// Works with the storage.
     pub fn with_storage<R>(&mut self, f: impl FnOnce(&mut S) -> R) -> R {
-        self.device.worker.reactor.with_storage(f)
+        self.device.worker.reactor().with_storage(f)
     }
 }
 
@@ -156,7 +156,7 @@ impl<S: Storage> Drop for Maintenance<S> {
         let mail = shared.mail.lock().end();
         // Not under the lock: dropped senders wake those who wait.
         drop(mail);
-        self.device.worker.reactor.abandon_tasks();
+        self.device.worker.reactor().abandon_tasks();
         shared.pins.nudge_queues();
     }
 }

@@ -45,6 +45,15 @@ pub(crate) fn open<S: Storage>(
         specs.first().is_some_and(|spec| spec.file == IMAGE),
         "the first layer is the image"
     );
+    let is_raw = |spec: &LayerSpec| matches!(spec.format, LayerFormat::Raw);
+    if options.hooks.transform.is_some() && specs.first().is_some_and(is_raw) {
+        return Err(Error::Unsupported {
+            what: format!(
+                "{}: a raw image has no place that says that its data passes a cipher",
+                specs[0].name
+            ),
+        });
+    }
     let mut headers = Vec::with_capacity(specs.len());
     let mut layers = Vec::with_capacity(specs.len());
     // Raw files have no tables to cache.
@@ -68,7 +77,7 @@ pub(crate) fn open<S: Storage>(
     let shared = share(layers, frames, options);
     let worker = Worker::new(shared, storage);
     let opener = Rc::clone(&worker);
-    let image = worker.reactor.block_on(async move {
+    let image = worker.reactor().block_on(async move {
         let mut image = None;
         for (index, header) in headers.into_iter().enumerate() {
             let Some(header) = header else { continue };
@@ -140,7 +149,7 @@ pub fn check_image<S: Storage>(
     let checker = Rc::clone(&worker);
     let mut header = header;
     worker
-        .reactor
+        .reactor()
         .block_on(async move { check::check(&checker, &mut header, repair).await })
 }
 
@@ -335,6 +344,7 @@ async fn load_l1<S: Storage>(
         return Ok(());
     }
     let bytes = worker
+        .files
         .read_bytes(
             layer.file,
             header.l1_table.0,
@@ -360,6 +370,7 @@ async fn writable_state<S: Storage>(
     let geometry = header.geometry();
     let table_bytes = u64::from(header.refcount_table_clusters) << geometry.cluster_bits();
     let bytes = worker
+        .files
         .read_bytes(IMAGE, header.refcount_table.0, table_bytes)
         .await?;
     let mut table: Vec<u64> = bytes
@@ -372,18 +383,15 @@ async fn writable_state<S: Storage>(
     let owners = collect_owners(worker, header, &geometry, &table).await?;
     worker.shared.meta.lock().owners = owners;
     let options = &worker.shared.options;
-    let alignment = u64::from(worker.reactor.properties(IMAGE).alignment);
+    let alignment = u64::from(worker.files.properties(IMAGE).alignment);
     let slice_bytes = options.sizes.refcount_slice_bytes.max(alignment);
     let refcounts = Refcounts::new(geometry, table, options.refcount_cache_slices, slice_bytes);
     let place = TablePlace {
         offset: header.refcount_table.0,
         clusters: u64::from(header.refcount_table_clusters),
     };
-    let file_bytes = worker
-        .reactor
-        .with_storage(|storage| storage.file_len(IMAGE))
-        .map_err(|error| worker.io_error("find the length", IMAGE, 0, 0, &error))?;
-    let regular = worker.reactor.properties(IMAGE).regular;
+    let file_bytes = worker.files.length(IMAGE)?;
+    let regular = worker.files.properties(IMAGE).regular;
     let allocator = Allocator::new(refcounts, place, file_bytes, regular);
     Ok(ImageState {
         header: std::cell::RefCell::new(header.clone()),
@@ -401,10 +409,7 @@ async fn collect_owners<S: Storage>(
 ) -> Result<Owners> {
     let name = worker.shared.image_name();
     let mut owners = Owners::default();
-    let file_bytes = worker
-        .reactor
-        .with_storage(|storage| storage.file_len(IMAGE))
-        .map_err(|error| worker.io_error("find the length", IMAGE, 0, 0, &error))?;
+    let file_bytes = worker.files.length(IMAGE)?;
     let mut claim = |offset: u64, bytes: u64, owner: Owner, place: &dyn Fn() -> String| {
         if bytes > 0 && offset >= file_bytes {
             return Err(Error::Corrupt {
@@ -535,14 +540,12 @@ pub(crate) async fn read_snapshots<S: Storage>(
         file: file.to_owned(),
         source,
     };
-    let file_bytes = worker
-        .reactor
-        .with_storage(|storage| storage.file_len(IMAGE))
-        .map_err(|error| worker.io_error("find the length", IMAGE, 0, 0, &error))?;
+    let file_bytes = worker.files.length(IMAGE)?;
     let rest = file_bytes.saturating_sub(header.snapshot_table.0);
     let mut step = 4096.min(rest);
     loop {
         let bytes = worker
+            .files
             .read_bytes(IMAGE, header.snapshot_table.0, step)
             .await?;
         match snapshot::table_bytes(&bytes, header.snapshot_count).map_err(format_error)? {
@@ -579,7 +582,7 @@ async fn clear_unknown_autoclear<S: Storage>(worker: &Worker<S>, image: &ImageSt
     let changes = [HeaderChange::Autoclear(known)];
     let name = worker.shared.image_name();
     let (after, header) = header::patch(name, &image.header.borrow(), &changes, &before)?;
-    worker.write_bytes(IMAGE, 0, &after).await?;
+    worker.files.write_bytes(IMAGE, 0, &after).await?;
     worker.barrier().await?;
     *image.header.borrow_mut() = header;
     Ok(())

@@ -30,7 +30,7 @@ pub fn look_up(shared: &Shared, offset: u64) -> Option<u64> {
 pub fn reserve<S: Storage>(maintenance: &Maintenance<S>, count: u64) -> Result<u64> {
     let device = Rc::clone(maintenance.device());
     let worker = Rc::clone(&device.worker);
-    worker.reactor.block_on(async move {
+    worker.reactor().block_on(async move {
         let image = device.image();
         let run = image.allocator.reserve(&device.worker, count).await?;
         Ok(run.count)

@@ -104,6 +104,8 @@ pub enum Bug {
     EndsBeforeLastPart = 71,
     /// Removals that were to be settled in steps are forgotten when a step fails.
     ForgetsLaterSteps = 72,
+    /// A new cluster that reads as zeroes in the file counts as zeroes of the data, though that passes a cipher.
+    ZeroesPastCipher = 80,
     /// O28: a change of the header writes it as this engine would lay it out.
     WholeHeader = 60,
     /// O28: a change of the header is put into bytes that were read before another change.
@@ -121,7 +123,7 @@ impl Bug {
     pub const THREADED: [Self; 2] = [Self::EarlyResume, Self::EarlySize];
 
     /// Those that the simulator hunts.
-    pub const ALL: [Self; 51] = [
+    pub const ALL: [Self; 52] = [
         Self::RefcountsAfterPointers,
         Self::NoBarrierBeforePointers,
         Self::EarlyL1Entry,
@@ -173,6 +175,7 @@ impl Bug {
         Self::FeatureBitsAnyVersion,
         Self::OwnSnapshotTable,
         Self::RestoredAnew,
+        Self::ZeroesPastCipher,
     ];
 }
 

@@ -63,7 +63,10 @@ impl<S: Storage> Queue<S> {
     /// A queue of at most `depth` requests in flight.
     pub fn new(shared: Arc<Shared>, storage: S, depth: usize) -> Self {
         let worker = Worker::new(Arc::clone(&shared), storage);
-        let pins = QueuePins::new(Arc::clone(&shared.pins), Arc::clone(worker.reactor.inbox()));
+        let pins = QueuePins::new(
+            Arc::clone(&shared.pins),
+            Arc::clone(worker.reactor().inbox()),
+        );
         let core = Core {
             worker,
             pins,
@@ -104,7 +107,7 @@ impl<S: Storage> Queue<S> {
     /// Starts everything submitted: one system call for all of it.
     pub fn kick(&mut self) {
         self.core.start_alone();
-        self.core.worker.reactor.kick();
+        self.core.worker.reactor().kick();
     }
 
     /// The next reply, without waiting. Does the queue's work: to be called until it returns `None`, whenever
@@ -123,7 +126,7 @@ impl<S: Storage> Queue<S> {
                 return Some(reply);
             }
             // From here on whoever wakes the queue notifies its thread.
-            if self.core.worker.reactor.prepare_sleep() {
+            if self.core.worker.reactor().prepare_sleep() {
                 return None;
             }
         }
@@ -134,7 +137,7 @@ impl<S: Storage> Queue<S> {
         let shared = &core.worker.shared;
         let look = || {
             core.worker
-                .reactor
+                .reactor()
                 .turn(|direct, result| core.direct_done(direct, result));
         };
         let is_held = || {
@@ -160,8 +163,8 @@ impl<S: Storage> Queue<S> {
             // It was alone, so nothing else waits to be started.
             return;
         }
-        self.core.worker.reactor.kick();
-        self.core.worker.reactor.wait(timeout);
+        self.core.worker.reactor().kick();
+        self.core.worker.reactor().wait(timeout);
     }
 
     /// Requests taken whose reply was not handed out yet.
@@ -174,7 +177,7 @@ impl<S: Storage> Queue<S> {
     #[must_use]
     #[inline]
     pub fn is_idle(&self) -> bool {
-        self.core.in_flight.get() == 0 && self.core.worker.reactor.is_idle()
+        self.core.in_flight.get() == 0 && self.core.worker.reactor().is_idle()
     }
 
     /// Whether a reply waits to be taken.
@@ -191,7 +194,7 @@ impl<S: Storage> Queue<S> {
 
     /// Works with the queue's storage (its eventfd, its name).
     pub fn with_storage<R>(&mut self, f: impl FnOnce(&mut S) -> R) -> R {
-        self.core.worker.reactor.with_storage(f)
+        self.core.worker.reactor().with_storage(f)
     }
 }
 
@@ -200,15 +203,15 @@ impl<S: Storage> Drop for Queue<S> {
         self.core.reject_held();
         self.core.join_alone();
         while self.core.in_flight.get() > self.core.replies.borrow().len()
-            || self.core.worker.reactor.task_count() > 0
+            || self.core.worker.reactor().task_count() > 0
         {
             let core = Rc::clone(&self.core);
             if !core
                 .worker
-                .reactor
+                .reactor()
                 .turn(|direct, result| core.direct_done(direct, result))
             {
-                core.worker.reactor.wait(None);
+                core.worker.reactor().wait(None);
             }
         }
         self.core.worker.release_runs();
@@ -287,7 +290,7 @@ impl<S: Storage> Core<S> {
         F: Future<Output = Result<()>> + 'static,
     {
         let core = Rc::clone(self);
-        self.worker.reactor.spawn(async move {
+        self.worker.reactor().spawn(async move {
             let result = work(Rc::clone(&core)).await;
             core.part_done(request, result.err().map(Box::new));
         });
@@ -355,6 +358,7 @@ impl<S: Storage> Core<S> {
         {
             return self.reply(token, epoch, Err(Box::new(error)), Some(memory));
         }
+        shared.observe(offset, len as u64);
         let outlives = self.outlives();
         let memory = if fua || shared.serialize_writes.load(Ordering::SeqCst) {
             memory
@@ -365,7 +369,7 @@ impl<S: Storage> Core<S> {
             }
         };
         let request = self.insert(token, epoch, Some(memory.clone()));
-        let align = u64::from(self.worker.reactor.properties(IMAGE).alignment);
+        let align = self.worker.files.data_unit(IMAGE);
         let unaligned = !offset.is_multiple_of(align) || !(len as u64).is_multiple_of(align);
         self.spawn(request, move |core| async move {
             if unaligned {
@@ -393,7 +397,8 @@ impl<S: Storage> Core<S> {
         {
             return self.part_done(request, Some(Box::new(error)));
         }
-        let align = u64::from(self.worker.reactor.properties(IMAGE).alignment);
+        shared.observe(range.0, range.1);
+        let align = self.worker.files.data_unit(IMAGE);
         let unaligned = how != Clearing::Discard
             && (!range.0.is_multiple_of(align) || !range.1.is_multiple_of(align));
         let outlives = self.outlives();

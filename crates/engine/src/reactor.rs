@@ -11,7 +11,7 @@ use std::time::Duration;
 use slab::Slab;
 
 use crate::error::{Error, Result};
-use crate::storage::{Completion, FileId, FileProperties, Notify, Op, OpKind, Slot, Storage};
+use crate::storage::{Completion, FileId, FileProperties, Notify, Op, Slot, Storage};
 use crate::sync::{Arc, AtomicBool, Mutex, Ordering, fence};
 
 type Task = Pin<Box<dyn Future<Output = ()>>>;
@@ -200,8 +200,8 @@ impl<S: Storage, D> Reactor<S, D> {
     }
 
     /// Runs an operation to its completion. Dropping the future leaves the operation to end by itself.
-    pub(crate) fn run(&self, file: FileId, kind: OpKind<S::Memory>) -> OpFuture<'_, S, D> {
-        let slot = self.start(Op { file, kind }, SlotState::Waiting(None));
+    pub(crate) fn run(&self, op: Op<S::Memory>) -> OpFuture<'_, S, D> {
+        let slot = self.start(op, SlotState::Waiting(None));
         OpFuture {
             reactor: self,
             slot: Some(slot),

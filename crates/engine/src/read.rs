@@ -3,13 +3,14 @@
 use urus_format::CompressedExtent;
 
 use crate::error::{Error, Result};
+use crate::file::zeroed;
 use crate::resolve::Piece;
 use crate::shared::Shared;
-use crate::storage::{FileId, Memory, OpKind, Storage};
+use crate::storage::{FileId, Memory, Op, OpKind, Storage};
 use crate::sync::{Arc, Mutex};
 use crate::to_usize;
 use crate::wake::Window;
-use crate::worker::{Worker, zeroed};
+use crate::worker::Worker;
 
 impl<S: Storage> Worker<S> {
     /// Reads a range as the chain from `layer` downwards shows it. Neighbouring host ranges become one operation, separate
@@ -82,7 +83,8 @@ impl<S: Storage> Worker<S> {
         (file, host, start, bytes): (FileId, u64, u64, u64),
         memory: &S::Memory,
     ) -> impl Future<Output = Result<()>> + use<'_, S> {
-        self.read(file, host, memory.slice(to_usize(start), to_usize(bytes)))
+        self.files
+            .read_data(file, host, memory.slice(to_usize(start), to_usize(bytes)))
     }
 
     /// Reads part of a compressed cluster.
@@ -128,6 +130,7 @@ impl<S: Storage> Worker<S> {
             .expect("only qcow2 layers have compressed clusters");
         // The last sector may pass the end of the file: it reads as zeroes there.
         let source = self
+            .files
             .read_bytes(layer.file, extent.offset.0, extent.bytes)
             .await?;
         Shared::count(&self.shared.stats.decoded_clusters, 1);
@@ -139,12 +142,14 @@ impl<S: Storage> Worker<S> {
             let result = urus_format::compressed::decode(compression, &source, &mut cluster);
             *slot.lock() = Some(result.map(|()| Arc::new(cluster)));
         });
-        self.reactor
-            .run(layer.file, OpKind::Job(job))
-            .await
-            .map_err(|error| {
-                self.io_error("decode", layer.file, extent.offset.0, extent.bytes, &error)
-            })?;
+        let op = Op {
+            file: layer.file,
+            kind: OpKind::Job(job),
+        };
+        self.reactor().run(op).await.map_err(|error| {
+            self.files
+                .error("decode", layer.file, extent.offset.0, extent.bytes, &error)
+        })?;
         let result = outcome.lock().take().expect("a job that completed has run");
         let cluster: Arc<Vec<u8>> = result.map_err(|source| Error::Decompress {
             file: layer.name.clone(),

@@ -240,6 +240,7 @@ impl Refcounts {
             // what a dropped slice was.
             self.loads.set(self.loads.get() + 1);
             let bytes = worker
+                .files
                 .read_bytes(
                     IMAGE,
                     block + in_block * self.slice_bytes(),

@@ -47,17 +47,14 @@ impl<S: Storage> Device<S> {
 
     /// A file becomes longer. A block device has its length from elsewhere: the disk follows it.
     async fn resize_raw(&self, size: u64) -> Result<()> {
-        if self.worker.reactor.properties(IMAGE).regular {
+        if self.worker.files.properties(IMAGE).regular {
             self.worker
+                .files
                 .simple("resize", IMAGE, size, 0, || OpKind::SetLen { len: size })
                 .await?;
             return self.data_barrier().await;
         }
-        let len = self
-            .worker
-            .reactor
-            .with_storage(|storage| storage.file_len(IMAGE))
-            .map_err(|error| self.worker.io_error("find the length", IMAGE, 0, 0, &error))?;
+        let len = self.worker.files.length(IMAGE)?;
         if len == size {
             return Ok(());
         }

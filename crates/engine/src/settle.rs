@@ -285,7 +285,7 @@ impl<S: Storage> Device<S> {
 
     /// Gives ranges back to the file system; says of each whether that worked.
     async fn punch(&self, ranges: &[(u64, u64)]) -> Vec<bool> {
-        let properties = self.worker.reactor.properties(IMAGE);
+        let properties = self.worker.files.properties(IMAGE);
         let possible = properties.can_punch && !self.no_punch.get();
         if !self.shared().options.discard || !possible {
             return vec![false; ranges.len()];
@@ -299,6 +299,7 @@ impl<S: Storage> Device<S> {
             let part = async move {
                 match self
                     .worker
+                    .files
                     .simple("punch", IMAGE, offset, len, || OpKind::Punch {
                         offset,
                         len,

@@ -12,13 +12,15 @@ use crate::cluster_locks::ClusterLocks;
 use crate::counters::Stats;
 use crate::decoded::DecodedCache;
 use crate::error::{Error, Result};
+use crate::file::Facts;
+use crate::file::hooks::Hooks;
 use crate::frames::Frames;
 use crate::gate::Gate;
 use crate::limits;
 use crate::map::{Map, SliceId};
 use crate::pins::Pins;
 use crate::skips::Skips;
-use crate::storage::FileId;
+use crate::storage::{FileId, IMAGE};
 use crate::sync::{Arc, AtomicBool, AtomicU64, Mutex, Ordering};
 use crate::wake::{Receiver, Sender, WaitList, oneshot};
 
@@ -61,6 +63,8 @@ pub struct Options {
     pub repair: Repair,
     /// Count leaked clusters at opening, where that takes little: see [`Shared::found_at_opening`].
     pub count_leaks: bool,
+    /// What is done to data on its way, and who is told of changes.
+    pub hooks: Hooks,
 }
 
 impl Default for Options {
@@ -73,6 +77,7 @@ impl Default for Options {
             sizes: limits::Sizes::default(),
             repair: Repair::None,
             count_leaks: false,
+            hooks: Hooks::default(),
         }
     }
 }
@@ -358,6 +363,35 @@ impl Shared {
             mail.flush.push(reply);
             mail.committer.take()
         });
+    }
+
+    /// The files of the device, by number, as each thread's transfers need to know them.
+    pub(crate) fn file_facts(&self) -> Vec<Facts> {
+        let facts = |layer: &Layer| Facts {
+            name: layer.name.clone(),
+            transform: self
+                .options
+                .hooks
+                .transform
+                .clone()
+                .filter(|_| layer.file == IMAGE),
+        };
+        let mut layers: Vec<&Layer> = self.layers.iter().collect();
+        layers.sort_unstable_by_key(|layer| layer.file);
+        debug_assert!(
+            (0..)
+                .zip(&layers)
+                .all(|(at, layer)| layer.file == FileId(at))
+        );
+        layers.into_iter().map(facts).collect()
+    }
+
+    /// A guest's change is about to begin.
+    #[inline]
+    pub(crate) fn observe(&self, offset: u64, len: u64) {
+        if let Some(observer) = &self.options.hooks.observer {
+            observer.changes(offset, len);
+        }
     }
 
     pub(crate) fn image_name(&self) -> &str {

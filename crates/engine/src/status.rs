@@ -57,7 +57,7 @@ impl<S: Storage> Worker<S> {
             let qcow2 = match &layer.kind {
                 LayerKind::Raw => {
                     let found = self
-                        .reactor
+                        .reactor()
                         .with_storage(|storage| storage.extent(layer.file, offset, extent.len));
                     extent.present = true;
                     extent.zero = !found.data;

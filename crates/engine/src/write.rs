@@ -9,10 +9,10 @@ use crate::planted::{self, Bug};
 use crate::resolve::LayerEntry;
 use crate::seen::{Way, note};
 use crate::shared::{LayerKind, Run, Shared};
-use crate::storage::{FileId, IMAGE, Memory, OpKind, Storage};
+use crate::storage::{IMAGE, Memory, OpKind, Storage};
 use crate::to_usize;
 use crate::wake::Window;
-use crate::worker::{Worker, copy};
+use crate::worker::Worker;
 
 /// log2 of the range that one write lock covers on a raw image.
 pub(crate) const RAW_LOCK_BITS: u32 = 16;
@@ -124,7 +124,7 @@ impl<S: Storage> Worker<S> {
         } else {
             None
         };
-        self.write_widened(IMAGE, host, memory).await
+        self.files.write_data(IMAGE, host, memory).await
     }
 
     /// Locks the ranges of 2 to the power of `lock_bits` bytes that bytes lie in.
@@ -132,25 +132,6 @@ impl<S: Storage> Worker<S> {
         let (first, last) = (at >> lock_bits, (at + len - 1) >> lock_bits);
         let count = last - first + 1;
         self.shared.locks.lock(GuestCluster(first), count).await
-    }
-
-    /// Writes at any offset: what is not aligned is read, changed and written as whole blocks (O18).
-    async fn write_widened(&self, file: FileId, host: u64, memory: S::Memory) -> Result<()> {
-        let align = u64::from(self.reactor.properties(file).alignment);
-        let len = memory.len() as u64;
-        if host.is_multiple_of(align) && len.is_multiple_of(align) {
-            return self.write(file, host, memory).await;
-        }
-        let start = host - host % align;
-        let end = (host + len).next_multiple_of(align);
-        let blocks = self.reactor.allocate(end - start)?;
-        self.read(file, start, blocks.clone()).await?;
-        copy(
-            &memory,
-            0,
-            &blocks.slice(to_usize(host - start), memory.len()),
-        );
-        self.write(file, start, blocks).await
     }
 
     /// Writes a range whose clusters change, a group of like ones at a time.
@@ -168,7 +149,8 @@ impl<S: Storage> Worker<S> {
             let part = |bytes: u64| memory.slice(to_usize(done), to_usize(bytes));
             match self.loaded_entry(at).await? {
                 L2Entry::Data { host, copied } if writable_in_place(copied) => {
-                    self.write_widened(IMAGE, host.0 + geometry.in_cluster(at), part(in_cluster))
+                    self.files
+                        .write_data(IMAGE, host.0 + geometry.in_cluster(at), part(in_cluster))
                         .await?;
                     done += in_cluster;
                 }
@@ -268,11 +250,13 @@ impl<S: Storage> Worker<S> {
         } else {
             None
         };
+        // What reads as zeroes in the file need not be zeroes of the data.
+        let zero = run.zero && self.files.keeps_zeroes(IMAGE);
         let (head, tail) = match around {
             Some(around) => around,
             None => (
-                self.filler(at - within, within, run.zero).await?,
-                self.filler(end, after, run.zero).await?,
+                self.filler(at - within, within, zero).await?,
+                self.filler(end, after, zero).await?,
             ),
         };
         self.write_clusters(
@@ -300,7 +284,7 @@ impl<S: Storage> Worker<S> {
         {
             return Ok(None);
         }
-        let Ok(old) = self.reactor.allocate(bytes) else {
+        let Ok(old) = self.files.allocate(bytes) else {
             // The two parts alone may be had.
             return Ok(None);
         };
@@ -325,7 +309,7 @@ impl<S: Storage> Worker<S> {
                 Filler::Zero(len)
             });
         }
-        let bytes = self.reactor.allocate(len)?;
+        let bytes = self.files.allocate(len)?;
         self.read_guest(0, offset, bytes.clone()).await?;
         Shared::count(&self.shared.stats.copied_bytes, len);
         Ok(Filler::Bytes(bytes))
@@ -371,12 +355,13 @@ impl<S: Storage> Worker<S> {
         memory: S::Memory,
         tail: Filler<S::Memory>,
     ) -> Result<()> {
-        let properties = self.reactor.properties(IMAGE);
+        let properties = self.files.properties(IMAGE);
         let align = u64::from(properties.alignment);
         let data_end = data_host + memory.len() as u64;
         let apart = |bytes: u64| {
             bytes >= self.shared.options.sizes.zero_range_from_bytes
                 && properties.can_zero_range
+                && self.files.keeps_zeroes(IMAGE)
                 && data_host.is_multiple_of(align)
                 && data_end.is_multiple_of(align)
         };
@@ -393,7 +378,7 @@ impl<S: Storage> Worker<S> {
             Filler::Zero(bytes) if apart(bytes) => zeroes.push((data_host - bytes, bytes)),
             Filler::Zero(bytes) => {
                 first = data_host - bytes;
-                parts.push(self.reactor.allocate(bytes)?);
+                parts.push(self.files.allocate(bytes)?);
             }
             Filler::Bytes(bytes) => {
                 first = data_host - bytes.len() as u64;
@@ -404,7 +389,7 @@ impl<S: Storage> Worker<S> {
         match tail {
             Filler::None | Filler::Zero(0) => {}
             Filler::Zero(bytes) if apart(bytes) => zeroes.push((data_end, bytes)),
-            Filler::Zero(bytes) => parts.push(self.reactor.allocate(bytes)?),
+            Filler::Zero(bytes) => parts.push(self.files.allocate(bytes)?),
             Filler::Bytes(bytes) => parts.push(bytes),
         }
         let all = if parts.len() == 1 {
@@ -417,16 +402,19 @@ impl<S: Storage> Worker<S> {
         for (offset, bytes) in zeroes {
             running.start(self.zero_range(offset, bytes)).await;
         }
-        running.start(self.write_widened(IMAGE, first, all)).await;
+        running
+            .start(self.files.write_data(IMAGE, first, all))
+            .await;
         running.end().await
     }
 
     async fn zero_range(&self, offset: u64, len: u64) -> Result<()> {
         note(Way::ZeroRange, || true);
-        self.simple("zero range", IMAGE, offset, len, || OpKind::ZeroRange {
-            offset,
-            len,
-        })
-        .await
+        self.files
+            .simple("zero range", IMAGE, offset, len, || OpKind::ZeroRange {
+                offset,
+                len,
+            })
+            .await
     }
 }

@@ -43,7 +43,7 @@ impl<S: Storage> Worker<S> {
     }
 
     async fn clear_raw(&self, offset: u64, len: u64, how: Clearing) -> Result<()> {
-        let properties = self.reactor.properties(IMAGE);
+        let properties = self.files.properties(IMAGE);
         if how != Clearing::Keep && properties.can_punch {
             let punch = |offset, len| OpKind::Punch { offset, len };
             match self.clear_raw_by("punch", offset, len, punch).await {
@@ -89,7 +89,8 @@ impl<S: Storage> Worker<S> {
             } else {
                 None
             };
-            self.simple(operation, IMAGE, at, step, || kind(at, step))
+            self.files
+                .simple(operation, IMAGE, at, step, || kind(at, step))
                 .await?;
             done += step;
         }
@@ -104,7 +105,7 @@ impl<S: Storage> Worker<S> {
         while done < len {
             self.shared.check_not_cut_short()?;
             let step = (len - done).min(most);
-            let zeroes = self.reactor.allocate(step)?;
+            let zeroes = self.files.allocate(step)?;
             self.write_guest(offset + done, zeroes).await?;
             done += step;
         }
@@ -255,12 +256,10 @@ impl<S: Storage> Worker<S> {
                 entry,
                 L2Entry::Unallocated | L2Entry::Zero | L2Entry::ZeroAllocated { .. }
             ) {
-                self.write_guest(offset, self.reactor.allocate(part)?)
-                    .await?;
+                self.write_guest(offset, self.files.allocate(part)?).await?;
             } else if matches!(entry, L2Entry::Unallocated) && self.shared.layers.len() > 1 {
                 // The old last cluster shows the backing file up to the old end: it becomes data.
-                self.write_guest(offset, self.reactor.allocate(part)?)
-                    .await?;
+                self.write_guest(offset, self.files.allocate(part)?).await?;
             }
         }
         let first = offset.div_ceil(geometry.cluster_bytes());

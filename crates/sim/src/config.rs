@@ -1,10 +1,13 @@
 //! What is simulated: the image, the chain, the device's options and the machine's behaviour.
 
+use std::sync::Arc;
+
 use urus_engine::limits::Sizes;
 use urus_engine::storage::FileId;
 use urus_engine::{LayerFormat, LayerSpec, Options};
 use urus_format::{Compression, Header};
 
+use crate::cipher::Xor;
 pub use crate::configurations::{TINY, all, find, mix, small_sizes};
 use crate::contents::index;
 use crate::foreign::Foreign;
@@ -73,6 +76,8 @@ pub struct Config {
     pub swaps: bool,
     /// Another program than QEMU laid out its header and its snapshot table.
     pub foreign: Option<Foreign>,
+    /// Its data passes a [`cipher`](crate::cipher) between the guest and the file.
+    pub ciphered: bool,
     /// The file behind it.
     pub backing: Backing,
     /// Queues.
@@ -153,6 +158,7 @@ impl Config {
             miscounted: false,
             swaps: false,
             foreign: None,
+            ciphered: false,
             backing: Backing::None,
             queues: 1,
             depth: 8,
@@ -273,6 +279,7 @@ impl Config {
         plan.far = self.far;
         plan.left_open = self.left_open;
         plan.foreign = self.foreign;
+        plan.ciphered = self.ciphered;
         plan.miscounted = self.miscounted;
         plan.first_version += number * SWAPPED_VERSIONS;
         plan.backing = behind.map(<[Content]>::to_vec);
@@ -350,6 +357,9 @@ impl Config {
         }
         options.sizes = self.sizes;
         options.discard = self.discard;
+        if self.ciphered {
+            options.hooks.transform = Some(Arc::new(Xor));
+        }
         options
     }
 

@@ -7,7 +7,7 @@ use urus_format::Compression;
 
 use crate::config::{Backing, Behaviour, Config};
 use crate::workload::Load;
-use others::{asked, foreign, miscounted, swapped, unsupported};
+use others::{asked, ciphered, foreign, miscounted, swapped, unsupported};
 pub use sizes::{TINY, small_sizes};
 
 /// All configurations.
@@ -449,6 +449,7 @@ pub fn all() -> Vec<Config> {
     .chain(unsupported())
     .chain(small_sizes())
     .chain(foreign())
+    .chain(ciphered())
     .collect()
 }
 

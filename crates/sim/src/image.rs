@@ -9,6 +9,7 @@ use urus_format::{
     compressed, create, incompatible, refcount,
 };
 
+use crate::cipher::Xor;
 use crate::contents::index;
 use crate::foreign::{self, Foreign};
 use crate::rng::Rng;
@@ -33,6 +34,8 @@ pub struct Plan {
     pub miscounted: bool,
     /// Another program than QEMU laid out its header and its snapshot table.
     pub foreign: Option<Foreign>,
+    /// Its data passes the [`cipher`](crate::cipher).
+    pub ciphered: bool,
     /// Stamps have versions from here on.
     pub first_version: u64,
     /// Guest sectors as the backing file shows them.
@@ -251,6 +254,9 @@ impl Builder<'_> {
         }
         let host = self.take(1);
         self.count(host, 1, references);
+        if self.plan.ciphered {
+            Xor::apply(host.0, &mut data);
+        }
         self.put(host.0, &data);
         Cell {
             entry: L2Entry::Data { host, copied },
@@ -471,6 +477,7 @@ pub fn plan(size: u64, cluster_bits: u32, version: u32, refcount_order: u32) -> 
             compression: Compression::Deflate,
             ..create::CreateOptions::new(size)
         },
+        ciphered: false,
         fill: 0,
         compressed: false,
         snapshot: false,

@@ -166,7 +166,8 @@ impl Scene {
             bytes[start..(start + len).min(bytes.len())].to_vec()
         };
         let reader = GuestReader::open(files[0].bytes(), Some(&behind))
-            .map_err(|error| error.to_string())?;
+            .map_err(|error| error.to_string())?
+            .ciphered(self.config.ciphered);
         let size = checked(reader.size())?;
         let guest = reader.read(0, size).map_err(|error| error.to_string())?;
         if let Some(snapshot) = snapshot {

@@ -9,6 +9,7 @@
 mod callers;
 pub mod census;
 pub mod checker;
+pub mod cipher;
 pub mod config;
 mod configurations;
 pub mod contents;

@@ -606,7 +606,9 @@ impl Run<'_> {
         let found = self.scene.judge(files, view)?;
         outcome.largest_leak = outcome.largest_leak.max(found.leaks);
         // QEMU would not open it for a check without a repair.
-        let unfit = self.scene.config.raw || self.scene.config.miscounted && found.dirty;
+        let unfit = self.scene.config.raw
+            || self.scene.config.ciphered
+            || self.scene.config.miscounted && found.dirty;
         if self.effort.qemu > 0 && !unfit && lot.below(self.effort.qemu) == 0 {
             outcome.qemu += 1;
             qemu::judge(files, &found.guest, found.copied_clear > 0)?;

@@ -756,6 +756,7 @@ fn engine_options(options: &OpenOptions) -> Options {
     engine.discard = options.discard == DiscardPolicy::Unmap;
     engine.repair = options.repair;
     engine.count_leaks = options.count_leaks;
+    engine.hooks = options.hooks.clone();
     if let Some(bytes) = options.l2_cache_bytes {
         engine.l2_cache_bytes = bytes;
     }

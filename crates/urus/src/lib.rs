@@ -177,6 +177,8 @@ pub use statistics::{Histogram, OperationStatistics, QueueStatistics, Statistics
 pub use urus_engine::Counters;
 pub use urus_engine::check::{CheckReport, Finding, Repair, Severity};
 pub use urus_engine::error::Error as EngineError;
+#[doc(hidden)]
+pub use urus_engine::file::hooks;
 pub use urus_engine::request::Extent;
 pub use urus_format::Compression;
 pub use urus_format::foreign::ForeignFormat;

@@ -3,6 +3,7 @@
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
+use crate::hooks::Hooks;
 use crate::{Device, Error, Prepared, Repair, Result, limits};
 
 /// The format of an image file. Always stated, never guessed: a guest can write any bytes onto its disk.
@@ -121,6 +122,7 @@ pub struct OpenOptions {
     pub(crate) latencies: bool,
     pub(crate) repair: Repair,
     pub(crate) count_leaks: bool,
+    pub(crate) hooks: Hooks,
     pub(crate) name: Option<String>,
     pub(crate) snapshot: Option<PathBuf>,
 }
@@ -141,6 +143,7 @@ impl Default for OpenOptions {
             latencies: false,
             repair: Repair::None,
             count_leaks: false,
+            hooks: Hooks::default(),
             name: None,
             snapshot: None,
         }
@@ -245,6 +248,14 @@ impl OpenOptions {
     /// 64 KiB). Off by default.
     pub fn count_leaks(&mut self, count: bool) -> &mut Self {
         self.count_leaks = count;
+        self
+    }
+
+    /// What is done to the data of a qcow2 image on its way, and who is told of changes. Not part of what is promised yet: encryption and bitmaps
+    /// come to stand on it.
+    #[doc(hidden)]
+    pub fn hooks(&mut self, hooks: Hooks) -> &mut Self {
+        self.hooks = hooks;
         self
     }
 

@@ -98,21 +98,24 @@ pub(crate) trait CheckIo {
 
 impl<S: Storage> CheckIo for Worker<S> {
     async fn read(&self, offset: u64, len: u64) -> Result<Vec<u8>> {
-        self.read_bytes(IMAGE, offset, len).await
+        self.files.read_bytes(IMAGE, offset, len).await
     }
 
     async fn write(&self, offset: u64, bytes: &[u8]) -> Result<()> {
         // O18: sectors smaller than the file's alignment are written with their neighbours. Nobody else writes.
-        let align = u64::from(self.reactor.properties(IMAGE).alignment);
+        let align = u64::from(self.files.properties(IMAGE).alignment);
         let end = offset + bytes.len() as u64;
         let (start, padded_end) = (offset - offset % align, end.next_multiple_of(align));
         if (start, padded_end) == (offset, end) {
-            return self.write_bytes(IMAGE, offset, bytes).await;
+            return self.files.write_bytes(IMAGE, offset, bytes).await;
         }
-        let mut block = self.read_bytes(IMAGE, start, padded_end - start).await?;
+        let mut block = self
+            .files
+            .read_bytes(IMAGE, start, padded_end - start)
+            .await?;
         let from = crate::to_usize(offset - start);
         block[from..from + bytes.len()].copy_from_slice(bytes);
-        self.write_bytes(IMAGE, start, &block).await
+        self.files.write_bytes(IMAGE, start, &block).await
     }
 
     async fn barrier(&self) -> Result<()> {
@@ -120,8 +123,7 @@ impl<S: Storage> CheckIo for Worker<S> {
     }
 
     fn file_len(&self) -> Result<u64> {
-        let len = self.reactor.with_storage(|storage| storage.file_len(IMAGE));
-        len.map_err(|error| self.io_error("reading the length", IMAGE, 0, 0, &error))
+        self.files.length(IMAGE)
     }
 
     fn name(&self) -> &str {

@@ -4,6 +4,8 @@ use std::cell::RefCell;
 use std::collections::HashMap;
 use std::rc::Rc;
 
+use crate::cipher::Xor;
+
 use super::layout::{COMPRESSED, L1, Layout, OFFSET_MASK, index};
 use super::{Owner, Table, Violation};
 
@@ -33,6 +35,7 @@ pub struct GuestReader<'a> {
     size: u64,
     backing: Option<Backing<'a>>,
     data_file: Option<&'a [u8]>,
+    ciphered: bool,
 }
 
 impl<'a> GuestReader<'a> {
@@ -57,6 +60,7 @@ impl<'a> GuestReader<'a> {
             layout,
             backing,
             data_file: None,
+            ciphered: false,
         })
     }
 
@@ -84,6 +88,13 @@ impl<'a> GuestReader<'a> {
     #[must_use]
     pub fn with_data_file(mut self, data_file: &'a [u8]) -> Self {
         self.data_file = Some(data_file);
+        self
+    }
+
+    /// Its data, if it is so, passes the [`cipher`](crate::cipher).
+    #[must_use]
+    pub fn ciphered(mut self, ciphered: bool) -> Self {
+        self.ciphered = ciphered;
         self
     }
 
@@ -237,6 +248,9 @@ impl<'a> GuestReader<'a> {
         let start = index(host).min(file.len());
         let present = out.len().min(file.len() - start);
         out[..present].copy_from_slice(&file[start..start + present]);
+        if self.ciphered {
+            Xor::apply(host, out);
+        }
     }
 
     fn read_backing(&self, at: u64, out: &mut [u8]) {

@@ -3,8 +3,47 @@
 use urus_format::Compression;
 
 use crate::config::{Backing, Config};
+use crate::configurations::TINY;
 use crate::foreign::Foreign;
 use crate::workload::Load;
+
+/// The image's data passes a cipher: no zero of the file is a zero of the disk, and no byte goes past it.
+pub(super) fn ciphered() -> Vec<Config> {
+    let c = |name| Config {
+        ciphered: true,
+        fill: 128,
+        queues: 2,
+        ..Config::small(name)
+    };
+    vec![
+        Config {
+            cluster_bits: 10,
+            ..c("ciphered")
+        },
+        Config {
+            compressed: Some(Compression::Deflate),
+            snapshot: true,
+            backing: Backing::Qcow2(80),
+            fill: 96,
+            ..c("ciphered, compressed, snapshot, backed")
+        },
+        Config {
+            alignment: 4096,
+            cluster_bits: 13,
+            sectors: 1024,
+            backing: Backing::Raw(60),
+            ..c("ciphered, direct I/O, 4096, backed")
+        },
+        Config {
+            cluster_bits: 12,
+            sectors: 777,
+            grows: 300,
+            load: Load::Churn,
+            sizes: TINY,
+            ..c("ciphered, small steps, churn, grows")
+        },
+    ]
+}
 
 /// What a block status says: much is asked of images that hold all kinds of clusters.
 pub(super) fn asked() -> Vec<Config> {
