@@ -172,9 +172,10 @@ fn layer_of<S: Storage>(
             })?;
             // Whole sectors, as QEMU has it: what the file does not have of the last one reads as
             // zeroes.
-            let size = size
-                .checked_next_multiple_of(limits::SECTOR_BYTES)
-                .unwrap_or(size);
+            let size = match size.checked_next_multiple_of(limits::SECTOR_BYTES) {
+                Some(whole) if !planted::is(Bug::OddEndCutOff) => whole,
+                _ => size - size % limits::SECTOR_BYTES,
+            };
             let layer = Layer {
                 file,
                 name,

@@ -117,10 +117,7 @@ impl<S: Storage> Worker<S> {
     /// answer holds for.
     #[inline(always)]
     fn look(&self, index: usize, layer: &Layer, offset: u64, len: &mut u64) -> Option<Piece> {
-        let mut size = layer.size();
-        if planted::is(Bug::OddEndCutOff) && index > 0 {
-            size &= !511;
-        }
+        let size = layer.size();
         if offset >= size {
             // A shorter backing file reads as zeroes past its end, whatever lies beneath it.
             return Some(Piece::Zero);

@@ -293,8 +293,10 @@ impl Session<'_> {
         };
         let initial = chain[0].file.contents.clone();
         let before = look(&initial, self.behind);
+        // One that was left open is repaired first.
+        let left_open = header.incompatible & incompatible::DIRTY != 0;
         require!(
-            !self.valid || before.is_sound(),
+            !self.valid || before.is_sound() || left_open && !before.unreadable,
             "{}: valid, and not sound",
             self.name
         );

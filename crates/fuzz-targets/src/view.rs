@@ -18,7 +18,7 @@ pub(crate) struct View {
     /// What its snapshots show, each where it can be read.
     pub(crate) snapshots: Vec<Option<Vec<u8>>>,
     /// Something cannot be read (what is too large to be looked at counts as readable).
-    unreadable: bool,
+    pub(crate) unreadable: bool,
 }
 
 /// Looks at an image whose backing file shows `behind`.

@@ -632,6 +632,12 @@ impl Machine {
             }
             Err(error) => return Err(format!("pausing failed: {error}")),
         }
+        // A read that was alone may have been served by its kick, before the pause, with a reply that nobody has taken yet.
+        for seat in 0..self.seats.len() {
+            while self.seats[seat].queue.has_reply() {
+                self.poll_queue(seat)?;
+            }
+        }
         for _ in 0..self.rng.below(4) {
             self.submit(workload.next_ask());
         }

@@ -106,7 +106,7 @@ pub(super) struct Walked {
     pub(super) data_file: bool,
     /// Something refers to clusters that are not known.
     pub(super) lost: bool,
-    /// Where the first of those past the end of the file begins: what a repair puts there would be taken for it.
+    /// Where the file may end at most for those past its end to stay so: what a repair puts there would be taken for them.
     pub(super) beyond: u64,
     /// Something was not looked at.
     pub(super) incomplete: bool,
@@ -206,7 +206,8 @@ impl Walked {
         }
         let end = offset.saturating_add(bytes);
         if end >= self.file_len.saturating_add(self.geometry.cluster_bytes()) {
-            self.beyond = self.beyond.min(offset.max(self.file_len));
+            // A file that ends further on than this would have it, or a part of it.
+            self.beyond = self.beyond.min(end - self.geometry.cluster_bytes());
             // Without the file's length, which the repair may change: the finding stays the same.
             self.lose(references, || {
                 format!(

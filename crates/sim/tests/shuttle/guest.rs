@@ -2,8 +2,8 @@
 
 use std::cell::RefCell;
 use std::rc::Rc;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Weak};
 
 use shuttle::rand::{Rng as _, thread_rng};
 use urus_engine::request::{Reply, Request, RequestKind};
@@ -50,7 +50,7 @@ pub(crate) struct Ledger {
     now: AtomicU64,
     /// The device is about to be closed or dropped: requests may be refused.
     pub(crate) closing: AtomicBool,
-    counters: std::sync::Mutex<Counters>,
+    counters: std::sync::Mutex<Option<(Weak<Shared>, Counters)>>,
     /// Clusters that a device has leaked which went without a close.
     pub(crate) leaked: AtomicU64,
 }
@@ -120,7 +120,7 @@ impl Ledger {
     }
 
     /// O20: the size that a device shows is not ahead of what its file says. And what it counts never goes back.
-    fn look_at(&self, shared: &Shared) {
+    fn look_at(&self, shared: &Arc<Shared>) {
         let shown = shared.size();
         let image = self.disk.now().swap_remove(0);
         let on_disk = if self.config.raw {
@@ -133,7 +133,12 @@ impl Ledger {
             shown <= on_disk,
             "the device shows {shown} bytes, its file has {on_disk}"
         );
-        let before = *self.counters.lock().unwrap();
+        // Guests of a device that has gone may look once more, when there is another.
+        let of_this = |(device, _): &(Weak<Shared>, Counters)| {
+            std::ptr::eq(device.as_ptr(), Arc::as_ptr(shared))
+        };
+        let before = self.counters.lock().unwrap().clone().filter(of_this);
+        let before = before.map_or(Counters::default(), |(_, counters)| counters);
         let now = shared.counters();
         assert!(
             now.mapping_hits >= before.mapping_hits
@@ -146,12 +151,7 @@ impl Ledger {
                 && now.decoded_hits >= before.decoded_hits,
             "counters went back: {before:?}, {now:?}"
         );
-        *self.counters.lock().unwrap() = now;
-    }
-
-    /// The next device counts from nothing.
-    pub(crate) fn new_device(&self) {
-        *self.counters.lock().unwrap() = Counters::default();
+        *self.counters.lock().unwrap() = Some((Arc::downgrade(shared), now));
     }
 }
 

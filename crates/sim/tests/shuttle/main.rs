@@ -107,7 +107,6 @@ impl Open {
         }
         let shared = slot.take().unwrap();
         drop(slot);
-        ledger.new_device();
         Self {
             shared,
             paused,
