@@ -387,6 +387,16 @@ mod tests {
             Some(Install::Superseded)
         );
         assert_eq!(entry(&map, 0), Some(3));
+        // The read that began last before somebody installs the slice is an old one, too.
+        let (map, mut frames) = (self::map(), Frames::new(2, 64));
+        let only = frames.begin_load(SliceId(0));
+        (0..3).for_each(|slice| assert!(install(&mut frames, &map, slice).is_some()));
+        assert_eq!(entry(&map, 0), None);
+        assert_eq!(
+            frames.end_load(&map, SliceId(0), only, Some(old)).ok(),
+            Some(Install::Superseded)
+        );
+        assert_eq!(entry(&map, 0), None);
     }
 
     #[test]

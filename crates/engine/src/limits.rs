@@ -36,6 +36,8 @@ pub const DIRTY_SLICES: usize = 16 << 10;
 /// Changes (first references, removed references) that may wait for a commit before the next one
 /// waits for it. A commit starts at a quarter of them.
 pub const PENDING_CHANGES: usize = 16 << 10;
+/// log2 of the bytes of a raw image that one lock of a write covers.
+pub const RAW_LOCK_BITS: u32 = 16;
 /// Freed clusters that are settled in one step.
 pub const SETTLE_STEP_CLUSTERS: u64 = 4096;
 /// Freed clusters that may wait for a commit before one is started without being asked for.
@@ -121,6 +123,8 @@ pub struct Sizes {
     pub joined_bytes: u64,
     /// [`SETTLE_STEP_CLUSTERS`]
     pub settle_step_clusters: u64,
+    /// [`RAW_LOCK_BITS`]; of a range that is no smaller than the file's alignment.
+    pub raw_lock_bits: u32,
 }
 
 impl Default for Sizes {
@@ -150,6 +154,7 @@ impl Default for Sizes {
             commit_window_bytes: COMMIT_WINDOW_BYTES,
             joined_bytes: JOINED_BYTES,
             settle_step_clusters: SETTLE_STEP_CLUSTERS,
+            raw_lock_bits: RAW_LOCK_BITS,
         }
     }
 }

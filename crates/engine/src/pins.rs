@@ -248,6 +248,32 @@ mod tests {
         assert_eq!(woken(), 2, "it was told that the waiter waits again");
     }
 
+    /// Guards against a settler that waits for ever: of a queue's requests the one that began before the mark ends last, or others that
+    /// began after it are still under way.
+    #[test]
+    fn the_oldest_request_wakes_the_settler_whatever_else_is_under_way() {
+        for newer_ends_first in [true, false] {
+            let pins = Arc::new(Pins::new());
+            let inbox = Arc::new(Inbox::new(Arc::new(Silent)));
+            let queue = QueuePins::new(Arc::clone(&pins), inbox);
+            let wakes = Arc::new(Count::default());
+            pins.set_waiter(&Waker::from(Arc::clone(&wakes)));
+            let old = queue.begin();
+            let mark = pins.mark();
+            let new = queue.begin();
+            assert_ne!(old, new);
+            if newer_ends_first {
+                queue.end(new);
+            }
+            pins.set_waiting(true);
+            assert!(!pins.passed(mark));
+            let before = wakes.0.load(Ordering::SeqCst);
+            queue.end(old);
+            assert_eq!(wakes.0.load(Ordering::SeqCst), before + 1);
+            assert!(pins.passed(mark));
+        }
+    }
+
     fn removed(first: u64, count: u64, mark: u64) -> Removed {
         Removed { first, count, mark }
     }

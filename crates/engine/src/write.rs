@@ -14,9 +14,6 @@ use crate::to_usize;
 use crate::wake::Window;
 use crate::worker::Worker;
 
-/// log2 of the range that one write lock covers on a raw image.
-pub(crate) const RAW_LOCK_BITS: u32 = 16;
-
 /// Bytes around the data of a partly written cluster.
 enum Filler<M> {
     /// Nothing to write: the clusters read as zeroes already, and so must the bytes.
@@ -38,7 +35,8 @@ impl<S: Storage> Worker<S> {
         self.shared.check_writable()?;
         match &self.shared.layers[0].kind {
             LayerKind::Raw => {
-                self.write_locked_in_place(RAW_LOCK_BITS, offset, offset, memory)
+                let lock_bits = self.shared.options.sizes.raw_lock_bits;
+                self.write_locked_in_place(lock_bits, offset, offset, memory)
                     .await
             }
             LayerKind::Qcow2(_) => self.write_mapped(offset, memory).await,

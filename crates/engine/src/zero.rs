@@ -11,7 +11,6 @@ use crate::shared::LayerKind;
 use crate::storage::{IMAGE, OpKind, Storage};
 use crate::sync::Ordering;
 use crate::worker::Worker;
-use crate::write::RAW_LOCK_BITS;
 
 /// What the guest asked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -75,7 +74,8 @@ impl<S: Storage> Worker<S> {
         kind: impl Fn(u64, u64) -> OpKind<S::Memory>,
     ) -> Result<()> {
         let locked = self.shared.serialize_writes.load(Ordering::SeqCst);
-        let most = self.shared.options.sizes.zero_step_clusters << RAW_LOCK_BITS;
+        let lock_bits = self.shared.options.sizes.raw_lock_bits;
+        let most = self.shared.options.sizes.zero_step_clusters << lock_bits;
         let mut done = 0;
         while done < len {
             let at = offset + done;
@@ -85,7 +85,7 @@ impl<S: Storage> Worker<S> {
                 len - done
             };
             let _guard = if locked && !planted::is(Bug::NoBlockLocks) {
-                Some(self.lock_range(RAW_LOCK_BITS, at, step).await)
+                Some(self.lock_range(lock_bits, at, step).await)
             } else {
                 None
             };

@@ -61,7 +61,12 @@ pub enum Load {
     Scattered,
     /// Much is asked about how the disk is stored, while it changes.
     Asked,
+    /// Whole blocks of 4096 bytes, but for the ends of write-zeroes.
+    Ends,
 }
+
+/// Sectors of a block.
+const BLOCK: u64 = 8;
 
 /// Draws requests: mostly near one place that moves, so that they meet.
 #[derive(Clone, Debug)]
@@ -77,6 +82,8 @@ pub struct Workload {
     /// So many in 256 requests may lie anywhere.
     everywhere: u32,
     window: (u64, u64),
+    /// All but the ends of write-zeroes lie at blocks of eight sectors.
+    blocks: bool,
 }
 
 impl Workload {
@@ -102,6 +109,7 @@ impl Workload {
             long: 12,
             everywhere: 24,
             window: (0, sectors),
+            blocks: false,
         };
         this.move_window();
         this
@@ -121,6 +129,12 @@ impl Workload {
                 self.weights = [16, 16, 2, 2, 3, 0];
                 self.long = 0;
                 self.everywhere = 256;
+            }
+            Load::Ends => {
+                self.weights = [4, 16, 2, 10, 2, 0];
+                self.long = 0;
+                self.blocks = true;
+                self.window = (0, self.sectors.min(96));
             }
             Load::Asked => {
                 self.weights = [2, 12, 5, 6, 2, 20];
@@ -173,7 +187,14 @@ impl Workload {
             drawn -= self.weights[kind];
             kind += 1;
         }
-        let (lba, count) = self.range();
+        let (mut lba, mut count) = self.range();
+        if self.blocks {
+            lba -= lba % BLOCK;
+            if kind != 3 {
+                count = count.next_multiple_of(BLOCK);
+            }
+            count = count.min(self.sectors - lba);
+        }
         let fua = self.rng.chance(self.fua);
         match kind {
             0 => Ask::Read { lba, count },

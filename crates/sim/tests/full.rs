@@ -286,3 +286,69 @@ fn a_raw_disk_follows_its_block_device() {
 fn small(value: u64) -> usize {
     usize::try_from(value).expect("a small number")
 }
+
+/// Guards against space that is given back and never found again, which is a file without bound, or a block device that fills up: freed
+/// clusters that cannot be punched are looked for like any others.
+#[test]
+fn what_is_freed_is_used_again_though_it_was_not_punched() {
+    let sectors = 1 << 11;
+    for bits in [9, 10, 12] {
+        for on_device in [true, false] {
+            let mut rng = Rng::new(u64::from(bits));
+            let spare = sectors * 512 * 3 / 2;
+            let (world, mut machine) = if on_device {
+                open_device(bits, sectors, small(spare), &mut rng)
+            } else {
+                open_without_punch(bits, sectors, spare, &mut rng)
+            };
+            for round in 0..8 {
+                let what = format!("clusters of 2^{bits}, device: {on_device}, round {round}");
+                for lba in (0..sectors).step_by(16) {
+                    let ask = Ask::Write {
+                        lba,
+                        count: 16,
+                        fua: false,
+                    };
+                    must(&mut machine, ask, &what);
+                }
+                must(&mut machine, Ask::Flush, &what);
+                for lba in (0..sectors).step_by(1 << 9) {
+                    must(&mut machine, Ask::Discard { lba, count: 1 << 9 }, &what);
+                }
+                must(&mut machine, Ask::Flush, &what);
+                machine.settle().expect(&what);
+            }
+            machine.close().expect("it closes");
+            let report = checker::check(world.contents(IMAGE).bytes());
+            assert!(report.is_clean(), "{:?}", report.violations);
+        }
+    }
+}
+
+/// A file that may grow by so many bytes, on a file system that punches no holes.
+fn open_without_punch(bits: u32, sectors: u64, spare: u64, rng: &mut Rng) -> (SimWorld, Machine) {
+    let built = image::build(&image::plan(sectors * 512, bits, 3, 4), rng);
+    let mut file = FileSpec::new(built.bytes.clone());
+    file.properties.can_punch = false;
+    file.capacity = built.bytes.len() as u64 + spare;
+    let mut config = SimConfig::random(rng);
+    config.unsupported = 256;
+    let world = SimWorld::new(rng.next_u64(), config, vec![file]);
+    let driving = Driving {
+        queues: 2,
+        depth: 8,
+        spurious: false,
+        errors: true,
+        outlives: false,
+    };
+    let layers = layers(&[&built.bytes], &[false]).expect("its header parses");
+    let machine = Machine::open(
+        &world,
+        layers,
+        Options::default(),
+        Model::new(built.active, 1),
+        driving,
+        rng.clone(),
+    );
+    (world, machine.expect("it opens"))
+}

@@ -76,6 +76,15 @@ fn a_disk_that_is_only_read_follows_a_longer_table() {
                 .expect("it goes on")
         );
         assert!(read(&mut machine, 256) == image::bytes_of(&old.active));
+        if !read_only {
+            // Nothing of the longer one shows where the shorter one grows.
+            machine
+                .control(|reply| Control::Resize(64 * 200 * 512, reply))
+                .expect("it grows");
+            let now = read(&mut machine, 64 * 200);
+            assert!(now[..256 * 512] == image::bytes_of(&old.active));
+            assert!(now[256 * 512..].iter().all(|byte| *byte == 0));
+        }
         machine.close().expect("it closes");
     }
 }

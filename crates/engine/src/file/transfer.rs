@@ -256,6 +256,16 @@ mod tests {
             assert!(read[..bytes].iter().all(|byte| *byte == 7));
             assert!(read[bytes..].iter().all(|byte| *byte == 0));
         }
+        // What an earlier operation has read stays.
+        let mut it = transfer(Direction::Read, 0, 2048);
+        assert!(matches!(
+            it.not_whole(Ok(512), &File(700, 512)),
+            Next::Again
+        ));
+        assert!(matches!(it.not_whole(Ok(188), &File(700, 512)), Next::Over));
+        let read = it.memory.all.borrow();
+        assert!(read[..700].iter().all(|byte| *byte == 7));
+        assert!(read[700..].iter().all(|byte| *byte == 0));
     }
 
     #[test]

@@ -2,7 +2,7 @@
 
 use urus_format::Compression;
 
-use crate::config::{Backing, Config};
+use crate::config::{Backing, Behaviour, Config};
 use crate::configurations::TINY;
 use crate::foreign::Foreign;
 use crate::workload::Load;
@@ -150,6 +150,61 @@ pub(super) fn swapped() -> Vec<Config> {
             device: true,
             fill: 64,
             ..c("swapped, block device")
+        },
+    ]
+}
+
+/// What few of the other workloads meet.
+pub(super) fn rare() -> Vec<Config> {
+    let c = Config::small;
+    vec![
+        Config {
+            raw: true,
+            fill: 128,
+            alignment: 4096,
+            sectors: 320,
+            queues: 3,
+            sizes: TINY,
+            ..c("raw, direct I/O, small locks")
+        },
+        // Only the ends of write-zeroes need a block to be read first.
+        Config {
+            fill: 256,
+            alignment: 4096,
+            cluster_bits: 13,
+            sectors: 512,
+            queues: 3,
+            load: Load::Ends,
+            behaviour: Behaviour::Slow,
+            ..c("direct I/O, 4096, ends of zeroes")
+        },
+        Config {
+            raw: true,
+            fill: 256,
+            alignment: 4096,
+            sectors: 512,
+            queues: 3,
+            load: Load::Ends,
+            behaviour: Behaviour::Slow,
+            ..c("raw, direct I/O, ends of zeroes")
+        },
+        // What grows shows the end of the middle layer, whose own backing file is long over.
+        Config {
+            backing: Backing::Chain(160, 40),
+            fill: 32,
+            grows: 400,
+            queues: 2,
+            ..c("chain, grows, short bottom")
+        },
+        // The larger table needs several clusters side by side, among clusters in use and free ones.
+        Config {
+            device: true,
+            sectors: 3900,
+            grows: 9000,
+            fill: 24,
+            queues: 2,
+            load: Load::Scattered,
+            ..c("block device, grows, several clusters of L1")
         },
     ]
 }

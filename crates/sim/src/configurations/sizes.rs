@@ -38,6 +38,7 @@ pub const TINY: Sizes = Sizes {
     commit_window_bytes: 4096,
     joined_bytes: 256,
     settle_step_clusters: 3,
+    raw_lock_bits: 12,
 };
 
 /// What only large images have: tables of many slices, L1 tables of many sectors, refcount blocks larger than their cache, caches that have
