@@ -206,8 +206,12 @@ impl Walked {
         }
         let end = offset.saturating_add(bytes);
         if end >= self.file_len.saturating_add(self.geometry.cluster_bytes()) {
-            // A file that ends further on than this would have it, or a part of it.
-            self.beyond = self.beyond.min(end - self.geometry.cluster_bytes());
+            // A file that ended further on than this would have it, or more of it.
+            let begins = offset.max(self.file_len);
+            self.beyond = self
+                .beyond
+                .min(begins)
+                .min(end - self.geometry.cluster_bytes());
             // Without the file's length, which the repair may change: the finding stays the same.
             self.lose(references, || {
                 format!(

@@ -7,8 +7,8 @@ use crate::sync::Arc;
 
 /// Changes data on its way between a guest and a file, as a cipher does. Metadata and compressed clusters do not pass it.
 ///
-/// It is given whole units of [`Transform::UNIT_BYTES`] at a multiple of that, and may be called by several threads at once. What a
-/// unit becomes depends on its bytes and its place in the file alone.
+/// It is given whole sectors of 512 bytes at a multiple of that, and may be called by several threads at once. What a
+/// sector becomes depends on its bytes and its place in the file alone.
 pub trait Transform: Send + Sync {
     /// Changes bytes that are about to be written at `offset` of the file.
     fn before_write(&self, offset: u64, bytes: &mut [u8]);

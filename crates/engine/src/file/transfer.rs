@@ -197,7 +197,7 @@ mod tests {
             true
         }
         fn chain(_parts: Vec<Self>) -> Self {
-            unimplemented!("no transfer gathers")
+            unreachable!("no transfer gathers")
         }
     }
 

@@ -170,7 +170,6 @@ fn somebody_else(ledger: &Arc<Ledger>, spread: bool) {
     guest.drain();
     drop(guest);
     other.close(ledger);
-    ledger.new_device();
 }
 
 fn pause(device: &Open, ledger: &Arc<Ledger>, life: Life) {
