@@ -54,7 +54,7 @@ const PARTS: &[Part] = &[
     },
     Part {
         name: "errors",
-        means: Means::Simulator(&["--states", "150000"]),
+        means: Means::Simulator(&["--states", "200000", "--injections", "40"]),
     },
     Part {
         name: "model",

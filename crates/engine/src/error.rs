@@ -14,7 +14,7 @@ pub(crate) const EIO: i32 = 5;
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 /// An error of the engine. Cloneable, because one failure can end many requests.
-#[derive(Clone, Debug, thiserror::Error)]
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
     /// A storage operation failed.

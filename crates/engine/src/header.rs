@@ -100,8 +100,11 @@ impl<S: Storage> Device<S> {
     /// has the old one again, byte for byte as it was read (O28), may what the new one names be
     /// used for something else; without that certainty the device is poisoned (O11).
     async fn restore_header(&self, failure: Error, before: &[u8]) -> Error {
-        if failure.is_out_of_space() {
-            // No space: nothing of the sector was written.
+        if matches!(
+            failure,
+            Error::OutOfSpace { .. } | Error::OutOfMemory { .. }
+        ) {
+            // No space for the sector, or no memory for its bytes: nothing of it was written.
             return failure;
         }
         let mut bytes = before.to_vec();

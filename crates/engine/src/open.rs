@@ -240,6 +240,10 @@ async fn open_image<S: Storage>(
     let writable = !worker.shared.read_only();
     // O11: once a sync has failed nothing more is written, also where the image is read again after a pause.
     let mends = writable && !worker.shared.is_poisoned();
+    if mends && !planted::is(Bug::TrustsThePageCache) {
+        // O29: whoever had the image before may have been killed. What it wrote last is read back, and need not be durable yet.
+        worker.barrier().await?;
+    }
     if mends && header.incompatible & incompatible::DIRTY != 0 {
         tracing::warn!(
             image = worker.shared.image_name(),

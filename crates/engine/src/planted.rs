@@ -106,6 +106,8 @@ pub enum Bug {
     ForgetsLaterSteps = 72,
     /// A new cluster that reads as zeroes in the file counts as zeroes of the data, though that passes a cipher.
     ZeroesPastCipher = 80,
+    /// O29: what a process that was killed has written counts as durable for the next one, since it can be read.
+    TrustsThePageCache = 81,
     /// O28: a change of the header writes it as this engine would lay it out.
     WholeHeader = 60,
     /// O28: a change of the header is put into bytes that were read before another change.
@@ -123,7 +125,7 @@ impl Bug {
     pub const THREADED: [Self; 2] = [Self::EarlyResume, Self::EarlySize];
 
     /// Those that the simulator hunts.
-    pub const ALL: [Self; 52] = [
+    pub const ALL: [Self; 53] = [
         Self::RefcountsAfterPointers,
         Self::NoBarrierBeforePointers,
         Self::EarlyL1Entry,
@@ -176,6 +178,7 @@ impl Bug {
         Self::OwnSnapshotTable,
         Self::RestoredAnew,
         Self::ZeroesPastCipher,
+        Self::TrustsThePageCache,
     ];
 }
 

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use urus_engine::check::Repair;
 use urus_engine::limits::Sizes;
 use urus_engine::storage::FileId;
 use urus_engine::{LayerFormat, LayerSpec, Options};
@@ -102,6 +103,8 @@ pub struct Config {
     pub load: Load,
     /// Completed writes outlive the process; it is also killed.
     pub outlives: bool,
+    /// The process is killed now and then, and another goes on before the power fails.
+    pub dies: bool,
     /// What else small images never reach.
     pub sizes: Sizes,
     /// Slices of refcounts that are kept though they are clean; none: as many as the engine keeps.
@@ -171,6 +174,7 @@ impl Config {
             behaviour: Behaviour::Any,
             load: Load::Mixed,
             outlives: false,
+            dies: false,
             sizes: Sizes::default(),
             refcount_slices: None,
             around: false,
@@ -360,6 +364,14 @@ impl Config {
         if self.ciphered {
             options.hooks.transform = Some(Arc::new(Xor));
         }
+        options
+    }
+
+    /// The same for somebody who wants leaked clusters back.
+    #[must_use]
+    pub fn repairing(&self) -> Options {
+        let mut options = self.options();
+        options.repair = Repair::Leaks;
         options
     }
 

@@ -7,7 +7,7 @@ use urus_format::Compression;
 
 use crate::config::{Backing, Behaviour, Config};
 use crate::workload::Load;
-use others::{asked, ciphered, foreign, miscounted, rare, swapped, unsupported};
+use others::{asked, ciphered, foreign, killed, miscounted, rare, swapped, unsupported};
 pub use sizes::{TINY, small_sizes};
 
 /// All configurations.
@@ -451,6 +451,7 @@ pub fn all() -> Vec<Config> {
     .chain(foreign())
     .chain(ciphered())
     .chain(rare())
+    .chain(killed())
     .collect()
 }
 

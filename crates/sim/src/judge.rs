@@ -5,7 +5,7 @@ use std::ops::ControlFlow;
 
 use urus_engine::check::Repair;
 use urus_engine::storage::FileId;
-use urus_engine::{Maintenance, Options, check_image};
+use urus_engine::{LayerSpec, Maintenance, Options, check_image};
 use urus_format::Header;
 
 use crate::checker::{self, GuestReader, Report, Violation};
@@ -366,6 +366,14 @@ impl Scene {
         let world = self.world(files, behaviour, rng.next_u64());
         world.plan_faults(faults);
         self.machine_in(&world, files, guest, model, driving, rng)
+    }
+
+    /// The chain that these files make.
+    ///
+    /// # Errors
+    /// What is wrong with a header.
+    pub fn layers(&self, files: &[Contents]) -> Result<Vec<LayerSpec>, String> {
+        layers(files, &self.fixture.raw)
     }
 
     /// As [`machine`](Self::machine), in a world that holds these files.

@@ -83,6 +83,8 @@ pub struct Machine {
     pub opened: Contents,
     /// Events of the log during which the image was opened, or read again.
     pub openings: Vec<Range<usize>>,
+    /// Clusters that processes which were killed have left counted, and nothing refers to.
+    pub leaked: u64,
     /// Other disks that this one was before, each with the moment at which it ended.
     past: Vec<(u64, Model)>,
     base: Base,
@@ -100,6 +102,32 @@ pub struct Machine {
     rng: Rng,
     driving: Driving,
     unkicked: bool,
+    /// The process is being killed: what it still answers is nobody's any more.
+    dying: bool,
+}
+
+/// Opens the device, with its queues.
+fn start(
+    world: &SimWorld,
+    layers: Vec<LayerSpec>,
+    options: Options,
+    driving: &Driving,
+) -> Result<(Maintenance<SimStorage>, usize, Vec<Seat>), String> {
+    let storage = world.handle();
+    let handle = storage.number();
+    let mut maintenance = Maintenance::open(storage, layers, options)
+        .map_err(|error| format!("the image does not open: {error}"))?;
+    maintenance.poll();
+    let seat = |_| {
+        let storage = world.handle();
+        let handle = storage.number();
+        let mut queue = Queue::new(maintenance.shared(), storage, driving.depth);
+        queue.outlive_process(driving.outlives);
+        assert!(queue.complete().is_none());
+        Seat { queue, handle }
+    };
+    let seats = (0..driving.queues).map(seat).collect();
+    Ok((maintenance, handle, seats))
 }
 
 impl Machine {
@@ -121,22 +149,8 @@ impl Machine {
             .map(|layer| (layer.file, is_raw(layer)))
             .collect();
         let began = world.log().events.len();
-        let storage = world.handle();
-        let maintenance_handle = storage.number();
         let most_extents = options.sizes.status_extents;
-        let mut maintenance = Maintenance::open(storage, layers, options)
-            .map_err(|error| format!("the image does not open: {error}"))?;
-        maintenance.poll();
-        let seats = (0..driving.queues)
-            .map(|_| {
-                let storage = world.handle();
-                let handle = storage.number();
-                let mut queue = Queue::new(maintenance.shared(), storage, driving.depth);
-                queue.outlive_process(driving.outlives);
-                assert!(queue.complete().is_none());
-                Seat { queue, handle }
-            })
-            .collect();
+        let (maintenance, maintenance_handle, seats) = start(world, layers, options, &driving)?;
         // Nothing but maintenance has touched the image, and what that did to its mapping (a repair) is on disk.
         let geometry = maintenance.shared().geometry();
         let mut machine = Self {
@@ -146,6 +160,7 @@ impl Machine {
             replies: Vec::new(),
             opened: world.contents(IMAGE).clone(),
             openings: std::iter::once(began..world.log().events.len()).collect(),
+            leaked: 0,
             past: Vec::new(),
             base: Base::now(world, &files),
             layers: files,
@@ -160,9 +175,54 @@ impl Machine {
             rng,
             driving,
             unkicked: false,
+            dying: false,
         };
         machine.poll_maintenance();
         Ok(machine)
+    }
+
+    /// The process is killed, wherever it is. What it has started still happens, before anybody else gets the image; nothing of it need be
+    /// durable.
+    ///
+    /// # Errors
+    /// As [`step`](Self::step).
+    pub fn die(&mut self) -> Result<(), String> {
+        self.world.trace(0xd1e);
+        self.dying = true;
+        self.maintenance = None;
+        // Queues wait for what is in flight; nobody starts anything more for them.
+        self.run_until("requests of a device that is gone", |machine| {
+            machine.open.is_empty()
+        })?;
+        self.seats.clear();
+        self.world.bury();
+        self.dying = false;
+        Ok(())
+    }
+
+    /// After [`die`](Self::die) another process opens the image and finds this on the disk; so many clusters had leaked.
+    ///
+    /// # Errors
+    /// What the engine says.
+    pub fn succeed(
+        &mut self,
+        layers: Vec<LayerSpec>,
+        options: Options,
+        (guest, leaked): (&[u8], u64),
+    ) -> Result<(), String> {
+        let began = self.world.log().events.len();
+        self.model
+            .restart(guest, self.world.tick(), self.driving.outlives);
+        (self.maintenance, self.maintenance_handle, self.seats) = {
+            let (maintenance, handle, seats) = start(&self.world, layers, options, &self.driving)?;
+            (Some(maintenance), handle, seats)
+        };
+        self.leaked = leaked;
+        self.opened = self.world.contents(IMAGE).clone();
+        self.openings.push(began..self.world.log().events.len());
+        self.base = Base::now(&self.world, &self.layers);
+        self.poll_maintenance();
+        Ok(())
     }
 
     /// Requests in flight.
@@ -301,8 +361,10 @@ impl Machine {
     }
 
     fn poll_maintenance(&mut self) {
+        let Some(maintenance) = &mut self.maintenance else {
+            return;
+        };
         self.world.take_notification(self.maintenance_handle);
-        let maintenance = self.maintenance.as_mut().expect("the device is open");
         loop {
             maintenance.poll();
             if maintenance.prepare_sleep() {
@@ -498,7 +560,8 @@ impl Machine {
                     awake.is_some()
                 }
                 1 => {
-                    let awake = self.world.is_awake(self.maintenance_handle);
+                    let awake =
+                        self.maintenance.is_some() && self.world.is_awake(self.maintenance_handle);
                     if awake {
                         self.poll_maintenance();
                     }
@@ -600,15 +663,16 @@ impl Machine {
 
     /// Whether errors may come, and this is one of those that then do: none but for want of space where none was injected.
     fn is_expected(&self, error: &Error) -> bool {
-        self.driving.errors
-            && match error {
-                Error::OutOfSpace { .. } => true,
-                Error::Io { .. } | Error::SyncFailed { .. } | Error::OutOfMemory { .. } => {
-                    self.world.injected() > 0
+        self.dying
+            || self.driving.errors
+                && match error {
+                    Error::OutOfSpace { .. } => true,
+                    Error::Io { .. } | Error::SyncFailed { .. } | Error::OutOfMemory { .. } => {
+                        self.world.injected() > 0
+                    }
+                    Error::Poisoned { .. } => self.is_poisoned(),
+                    _ => false,
                 }
-                Error::Poisoned { .. } => self.is_poisoned(),
-                _ => false,
-            }
     }
 
     /// Pauses while requests are in flight; whether it is paused now. What is asked of it meanwhile waits.

@@ -6,6 +6,7 @@
 //! - A discarded sector holds what it held before, or zeroes. A flush of a discard promises nothing.
 //! - A failed change may have happened, wholly or in part; a flush promises nothing about it.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::ops::Range;
 use std::sync::Arc;
@@ -170,6 +171,38 @@ impl Model {
             sector.changes = old.changes.iter().filter(waits).copied().collect();
         }
         new
+    }
+
+    /// The process was killed at this moment, and another finds this on the disk: that is what reads from now on. Completed changes that no flush
+    /// covers may be gone (unless they outlive the process), and what is found may be gone after a cut.
+    pub fn restart(&mut self, found: &[u8], at: u64, outlives: bool) {
+        let flushed = self.flushed(at);
+        for request in &mut self.requests {
+            let kept = outlives || request.fua || request.what == What::Flush;
+            match &mut request.completed {
+                Some((completed, ok)) => *ok &= kept || *completed < flushed,
+                None => request.completed = Some((at, false)),
+            }
+        }
+        let mut restated: BTreeMap<Content, GuestOp> = BTreeMap::new();
+        for (lba, sector) in (0..).zip(found.chunks(SECTOR_BYTES)) {
+            let found = content(sector, lba);
+            let what = match found {
+                Content::Version(version) => What::Write(version),
+                Content::Zero => What::Zero,
+                Content::Cut(..) | Content::Foreign => continue,
+            };
+            if self.sectors[index(lba)].changes.is_empty() {
+                continue;
+            }
+            let op = *restated
+                .entry(found)
+                .or_insert_with(|| self.issue(what, 0, 0, false, at));
+            self.sectors[index(lba)].changes.push(op);
+        }
+        for op in restated.into_values() {
+            self.complete(op, at, true);
+        }
     }
 
     /// Sectors of the disk.

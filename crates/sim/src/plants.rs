@@ -64,6 +64,7 @@ fn homes(bug: Bug) -> &'static [&'static str] {
         Bug::StaleHeader => &["grows", "foreign, name further back, grows"],
         Bug::FeatureBitsAnyVersion => &["foreign, no end marker, version 2, grows"],
         Bug::OwnSnapshotTable => &["foreign, snapshot"],
+        Bug::TrustsThePageCache => &["killed", "killed, churn, slow, 64 sectors"],
         Bug::ZeroesPastCipher => &["ciphered", "ciphered, small steps, churn, grows"],
         _ => &[],
     }

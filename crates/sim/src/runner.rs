@@ -343,6 +343,12 @@ impl Run<'_> {
             if pauses && rng.below(requests) < often {
                 self.pause(&mut machine, &mut workload, rng)?;
             }
+            // (An error that kept the next one from opening would be nobody's fault.)
+            let dies = self.scene.config.dies && self.injection.is_none();
+            if dies && rng.below(requests) < 3 {
+                self.succession(&mut machine, rng)?;
+                workload.grow_to(machine.model.sectors());
+            }
             machine.ask(workload.next_ask())?;
             for _ in 0..rng.below(patience) {
                 machine.step()?;
@@ -386,22 +392,46 @@ impl Run<'_> {
             workload.grow_to(machine.model.sectors());
             again = true;
         }
-        let header = || {
+        let header = |machine: &Machine| {
             let file = machine.world.contents(FileId(0));
             let header = again.then(|| Header::parse(file.bytes(), file.len()));
             header.transpose().map_err(|error| error.to_string())
         };
-        let (first, second) = (header()?, header()?);
-        if machine.resume(first)? {
+        let now = header(machine)?;
+        if machine.resume(now)? {
             return Ok(());
         }
-        // It stays paused, and can be resumed as soon as the cause is gone.
+        // It stays paused, and can be resumed as soon as the cause is gone. What it has written by then is not somebody else's.
         machine.world.plan_faults(Vec::new());
-        if machine.resume(second)? {
+        let now = header(machine)?;
+        if machine.resume(now)? {
             Ok(())
         } else {
             Err("without errors it cannot be resumed either".to_owned())
         }
+    }
+
+    /// The process is killed, and another goes on with what it finds: all of what was written, durable or not.
+    fn succession(&self, machine: &mut Machine, rng: &mut Rng) -> Result<(), String> {
+        machine.die()?;
+        let now = machine.world.now();
+        let view = if self.scene.config.outlives {
+            machine.model.after_kill(now)
+        } else {
+            machine.model.after_cut(now)
+        };
+        let files = self.scene.files_in(&machine.world);
+        let killed = |error| format!("after the process was killed: {error}");
+        let found = self.scene.judge(&files, &view).map_err(killed)?;
+        let (options, leaked) = if rng.chance(128) {
+            (self.scene.config.repairing(), 0)
+        } else {
+            (self.scene.config.options(), found.leaks)
+        };
+        let layers = self.scene.layers(&files).map_err(killed)?;
+        machine
+            .succeed(layers, options, (&found.guest, leaked))
+            .map_err(killed)
     }
 
     /// Another process has put another image in the place of this one.
@@ -464,10 +494,11 @@ impl Run<'_> {
             if found.dirty {
                 return Err("after closing: the image is marked dirty".to_owned());
             }
-            if found.leaks > self.leaks {
+            let leaks = self.leaks.max(machine.leaked);
+            if found.leaks > leaks {
                 return Err(format!(
-                    "after closing: {} clusters have leaked, {} before",
-                    found.leaks, self.leaks
+                    "after closing: {} clusters have leaked, {leaks} before",
+                    found.leaks
                 ));
             }
         }
@@ -508,7 +539,7 @@ impl Run<'_> {
             .filter(|_| events > 0)
             .map(|_| 1 + rng.index(events))
             .collect();
-        if self.scene.config.left_open && self.depth == 1 {
+        if (self.scene.config.left_open || self.scene.config.dies) && self.depth == 1 {
             // A repair is short; what it does last is to say that all is well.
             for opening in machine.openings.iter().filter(|range| !range.is_empty()) {
                 points.extend(opening.end.saturating_sub(10).max(opening.start + 1)..=opening.end);

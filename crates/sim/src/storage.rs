@@ -171,9 +171,13 @@ impl Drop for SimStorage {
     /// What was started still takes effect; nobody hears of it. (The memory lives on in the operations.)
     fn drop(&mut self) {
         let mut world = self.world.0.borrow_mut();
-        world.handles[self.number].closed = true;
-        world.handles[self.number].in_flight.clear();
-        world.handles[self.number].ready.clear();
+        let world = &mut *world;
+        let handle = &mut world.handles[self.number];
+        handle.closed = true;
+        handle.in_flight.clear();
+        for landed in std::mem::take(&mut handle.ready) {
+            world.arrive(landed);
+        }
     }
 }
 

@@ -259,11 +259,14 @@ impl World {
         unreachable!("the loop ends by returning")
     }
 
-    fn arrive(&mut self, landed: Landed) {
+    pub(crate) fn arrive(&mut self, landed: Landed) {
         self.trace.add(0xa0 ^ u64::from(landed.op.0) << 8);
         let handle = &mut self.handles[landed.handle];
         if !handle.closed {
             handle.ready.push(landed);
+        } else if landed.logged {
+            // Nobody hears of it; whoever comes later finds it done.
+            self.record(Event::Seen { op: landed.op });
         }
     }
 }
@@ -356,6 +359,20 @@ impl SimWorld {
     /// Lets everything happen that can.
     pub fn settle(&self) {
         while self.step() {}
+    }
+
+    /// What a process that is gone had not started yet never happens; all else has.
+    pub(crate) fn bury(&self) {
+        self.settle();
+        let mut world = self.0.borrow_mut();
+        let (dead, running) = std::mem::take(&mut world.running)
+            .into_iter()
+            .partition(|op| world.handles[op.handle].closed);
+        world.running = running;
+        let dead: Vec<Running> = dead;
+        for op in dead {
+            world.record(Event::Dropped { op: op.op });
+        }
     }
 
     /// Whether the owner of this handle has a reason to look: a completion arrived, or somebody notified it. A runner

@@ -34,6 +34,7 @@ mod walk;
 use urus_format::{Error as FormatError, Header, incompatible};
 
 use crate::error::{Error, Result};
+use crate::planted::{self, Bug};
 use crate::storage::{IMAGE, Storage};
 use crate::worker::Worker;
 
@@ -181,6 +182,10 @@ pub(crate) async fn repair_dirty<S: Storage>(
     if report.is_sound() {
         return Ok(report);
     }
+    if let Some(error) = report.unread {
+        // The device has failed: nothing was repaired, and nothing says that it could not be.
+        return Err(error);
+    }
     let worst = [Severity::Error, Severity::Corruption]
         .into_iter()
         .find_map(|severity| {
@@ -216,6 +221,10 @@ async fn run<I: CheckIo>(
             .report
             .note(|| "nothing was repaired, because not everything could be checked".into());
         return Ok(walked.report);
+    }
+    // O29: what whoever had the image before has written may be read back and not be durable.
+    if !planted::is(Bug::TrustsThePageCache) {
+        io.barrier().await?;
     }
     let mended = repair::repair(io, header, &mut walked, repair == Repair::All).await?;
     let mut report = walked.report;

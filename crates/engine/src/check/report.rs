@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use crate::error::Error;
+
 /// Most findings kept of one severity; all are counted.
 pub(super) const MAX_FINDINGS: usize = 500;
 
@@ -82,6 +84,8 @@ pub struct CheckReport {
     pub leaks_past_end: u64,
     /// The findings: the first 500 of each severity.
     pub messages: Vec<Finding>,
+    /// The first read that failed, of those counted in `check_errors`.
+    pub(super) unread: Option<Error>,
     /// How many of each severity are kept.
     kept: [usize; 4],
 }
@@ -147,6 +151,7 @@ impl CheckReport {
                 complete && !matches!(finding.severity, Severity::Note | Severity::Error);
         }
         self.check_errors += before.check_errors;
+        self.unread = before.unread.or(self.unread);
         messages.append(&mut self.messages);
         self.messages = messages;
         self

@@ -370,6 +370,7 @@ impl Walked {
             Ok(read) => Some(read),
             Err(error) => {
                 self.stop(|| format!("{what}: {error}"));
+                self.report.unread.get_or_insert(error);
                 None
             }
         }

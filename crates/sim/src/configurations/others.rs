@@ -154,6 +154,45 @@ pub(super) fn swapped() -> Vec<Config> {
     ]
 }
 
+/// The process is killed, and another goes on with what it wrote, which need not be durable yet.
+pub(super) fn killed() -> Vec<Config> {
+    let c = |name| Config {
+        dies: true,
+        fill: 128,
+        queues: 2,
+        ..Config::small(name)
+    };
+    vec![
+        c("killed"),
+        Config {
+            load: Load::Churn,
+            behaviour: Behaviour::Slow,
+            sectors: 64,
+            queues: 3,
+            ..c("killed, churn, slow, 64 sectors")
+        },
+        Config {
+            compressed: Some(Compression::Deflate),
+            snapshot: true,
+            backing: Backing::Raw(80),
+            ..c("killed, snapshot, compressed, backed")
+        },
+        Config {
+            outlives: true,
+            grows: 300,
+            cluster_bits: 10,
+            ..c("killed, outlives, grows")
+        },
+        Config {
+            cache_bytes: 0,
+            sectors: 1600,
+            fill: 64,
+            refcount_order: 6,
+            ..c("killed, tiny cache, 64-bit refcounts")
+        },
+    ]
+}
+
 /// What few of the other workloads meet.
 pub(super) fn rare() -> Vec<Config> {
     let c = Config::small;
