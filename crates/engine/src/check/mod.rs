@@ -34,7 +34,6 @@ mod walk;
 use urus_format::{Error as FormatError, Header, incompatible};
 
 use crate::error::{Error, Result};
-use crate::planted::{self, Bug};
 use crate::storage::{IMAGE, Storage};
 use crate::worker::Worker;
 
@@ -222,10 +221,6 @@ async fn run<I: CheckIo>(
             .note(|| "nothing was repaired, because not everything could be checked".into());
         return Ok(walked.report);
     }
-    // O29: what whoever had the image before has written may be read back and not be durable.
-    if !planted::is(Bug::TrustsThePageCache) {
-        io.barrier().await?;
-    }
     let mended = repair::repair(io, header, &mut walked, repair == Repair::All).await?;
     let mut report = walked.report;
     if mended.wrote {
@@ -245,6 +240,9 @@ async fn run<I: CheckIo>(
     }
     let bits = header.incompatible & (incompatible::DIRTY | incompatible::CORRUPT);
     if report.is_sound() && bits != 0 {
+        if !mended.wrote {
+            repair::trust(io).await?;
+        }
         // O12: last, and only now that everything else is known to be durable.
         repair::clear_bits(io, header).await?;
     }
