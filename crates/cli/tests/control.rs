@@ -353,7 +353,7 @@ fn a_sync_that_finds_no_space_says_what_helps() {
     let scratch = Scratch::new();
     scratch.sh("qemu-img create -q -f qcow2 disk.qcow2 64M");
     let line = format!(
-        "-f -qq -o trace -e trace=fdatasync -e inject=fdatasync:error=ENOSPC {} serve disk.qcow2 --io blocking --no-sandbox \
+        "-f -qq -o trace -e trace=fdatasync -e inject=fdatasync:error=ENOSPC:when=2+ {} serve disk.qcow2 --io blocking --no-sandbox \
          --nbd unix:nbd --control unix:ctl --pid-file pid",
         common::urus()
     );

@@ -21,6 +21,7 @@ use super::walk::Walked;
 use super::{CheckIo, READ_BYTES, SECTOR_BYTES};
 use crate::error::Result;
 use crate::header;
+use crate::planted::{self, Bug};
 use crate::to_usize;
 
 /// What a repair has done.
@@ -128,6 +129,18 @@ pub(super) async fn repair<I: CheckIo>(
     Ok(mender.mended)
 }
 
+/// O29: what whoever had the image before has written can be read, and need not be durable. Before anything is written that rests on it, it
+/// is.
+///
+/// # Errors
+/// A barrier that fails.
+pub(super) async fn trust<I: CheckIo>(io: &I) -> Result<()> {
+    if planted::is(Bug::TrustsThePageCache) {
+        return Ok(());
+    }
+    io.barrier().await
+}
+
 /// Clears the dirty and the corrupt bit, durably.
 ///
 /// # Errors
@@ -166,9 +179,17 @@ struct Mender<'a, I> {
 
 impl<I: CheckIo> Mender<'_, I> {
     async fn write(&mut self, offset: u64, bytes: &[u8]) -> Result<()> {
+        self.begin().await?;
         self.changed = true;
-        self.mended.wrote = true;
         self.io.write(offset, bytes).await
+    }
+
+    /// Something is about to be written.
+    async fn begin(&mut self) -> Result<()> {
+        if !std::mem::replace(&mut self.mended.wrote, true) {
+            trust(self.io).await?;
+        }
+        Ok(())
     }
 
     async fn barrier(&mut self) -> Result<()> {
@@ -204,7 +225,7 @@ impl<I: CheckIo> Mender<'_, I> {
     async fn drop_unknown_autoclear(&mut self, header: &mut Header) -> Result<()> {
         let known = header.autoclear & autoclear::KNOWN;
         if known != header.autoclear {
-            self.mended.wrote = true;
+            self.begin().await?;
             change_header(self.io, header, HeaderChange::Autoclear(known)).await?;
         }
         Ok(())
