@@ -45,6 +45,8 @@ pub(crate) struct Layer {
     pub(crate) kind: LayerKind,
 }
 
+// A device has few of them, and a look-up goes through one pointer less.
+#[allow(clippy::large_enum_variant)]
 pub(crate) enum LayerKind {
     Raw,
     Qcow2(Qcow2Layer),

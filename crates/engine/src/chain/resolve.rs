@@ -48,7 +48,6 @@ fn bad_entry(layer: &Layer, cluster: GuestCluster, entry: EntryError) -> LayerEn
 
 impl<S: Storage> Worker<S> {
     /// The entry of the cluster that holds `offset` in a qcow2 layer.
-    #[inline]
     pub(crate) fn layer_entry(&self, layer: &Layer, offset: u64) -> LayerEntry {
         let qcow2 = layer.qcow2().expect("only qcow2 layers have entries");
         self.entry(layer, qcow2, offset)
