@@ -8,13 +8,14 @@ use std::cell::{Cell, RefCell};
 
 use urus_format::Geometry;
 
+use crate::chain::{Owner, Owners};
 use crate::error::{Error, Result};
 use crate::limits;
 use crate::ranges::RangeSet;
 use crate::refcounts::Refcounts;
 use crate::seen::{Way, note};
-use crate::shared::{Owner, Owners, Run, Shared};
-use crate::storage::{IMAGE, OpKind, Storage};
+use crate::shared::{Run, Shared};
+use crate::storage::{OpKind, Storage};
 use crate::worker::Worker;
 
 /// Where a refcount table lies.
@@ -202,7 +203,7 @@ impl Allocator {
                 continue;
             }
             let slice_end = self.refcounts.slice_end(start).min(self.end.get());
-            let owners = &worker.shared.meta.lock().owners;
+            let owners = &worker.image.qcow2().meta.lock().owners;
             let Some(first) = (start..slice_end).find(|cluster| self.is_free(owners, *cluster))
             else {
                 self.cursor.set(slice_end);
@@ -259,7 +260,7 @@ impl Allocator {
             if self.end.get() != first || self.refcounts.get(first).is_none() {
                 continue;
             }
-            let owners = &worker.shared.meta.lock().owners;
+            let owners = &worker.image.qcow2().meta.lock().owners;
             if !self.is_free(owners, first) {
                 self.end.set(first + 1);
                 continue;
@@ -292,7 +293,7 @@ impl Allocator {
         let bits = self.refcounts.geometry.cluster_bits();
         let len = worker
             .reactor()
-            .with_storage(|storage| storage.file_len(IMAGE));
+            .with_storage(|storage| storage.file_len(worker.image.file()));
         // A device that has shrunk fails where it is used.
         let limit = len.map_or(0, |len| len >> bits);
         let longer = limit > self.limit.get();
@@ -345,7 +346,7 @@ impl Allocator {
         let mut used = self.end.get();
         {
             // Runs that nothing was written into; whoever still has one finds zeroes there, as before.
-            let owners = &worker.shared.meta.lock().owners;
+            let owners = &worker.image.qcow2().meta.lock().owners;
             let unused =
                 |cluster| self.refcounts.get(cluster) == Some(0) && !owners.contains_key(&cluster);
             while used > 0 && unused(used - 1) {
@@ -356,14 +357,16 @@ impl Allocator {
         let used = (used << bits).max(self.opened_bytes);
         let len = worker
             .reactor()
-            .with_storage(|storage| storage.file_len(IMAGE));
+            .with_storage(|storage| storage.file_len(worker.image.file()));
         self.grown.set(self.end.get());
         if !len.is_ok_and(|len| len > used) {
             return;
         }
         let result = worker
             .files
-            .simple("shorten", IMAGE, used, 0, || OpKind::SetLen { len: used })
+            .simple("shorten", worker.image.file(), used, 0, || OpKind::SetLen {
+                len: used,
+            })
             .await;
         if let Err(error) = result {
             tracing::debug!(image = worker.shared.image_name(), %error, "the file stays longer than it need be");
@@ -418,7 +421,7 @@ impl Allocator {
                 // Gone again meanwhile: it says of nothing that it is free.
                 continue;
             }
-            let owners = &worker.shared.meta.lock().owners;
+            let owners = &worker.image.qcow2().meta.lock().owners;
             let slice_end = self.refcounts.slice_end(next).min(end);
             while next < slice_end && run.1 < count {
                 if self.is_free(owners, next) {
@@ -539,7 +542,7 @@ impl Allocator {
             });
         }
         // No refcount block covers these, so nothing should be there.
-        let owners = &shared.meta.lock().owners;
+        let owners = &shared.image.qcow2().meta.lock().owners;
         let owned = (start..start + blocks + table)
             .find_map(|cluster| Some((cluster, owners.get(&cluster)?)));
         if let Some((cluster, owner)) = owned {
@@ -602,7 +605,13 @@ impl Allocator {
         if self.regular {
             self.virgin.set(self.virgin.get().max(cluster + 1));
         }
-        shared.meta.lock().owners.insert(cluster, owner);
+        shared
+            .image
+            .qcow2()
+            .meta
+            .lock()
+            .owners
+            .insert(cluster, owner);
         Shared::count(&shared.stats.allocated_clusters, 1);
     }
 }
@@ -629,10 +638,12 @@ mod tests {
     //! Guards against clusters that are two things at once, and against a refcount table whose blocks do not count what they have to.
 
     use super::*;
-    use crate::frames::Frames;
+    use crate::chain::{Layer, LayerId, LayerKind, Meta, Qcow2Layer};
+    use crate::map::Map;
     use crate::open::share;
-    use crate::shared::{Layer, LayerKind, Options};
-    use crate::sync::{Arc, AtomicU64, Ordering};
+    use crate::shared::Options;
+    use crate::storage::FileId;
+    use crate::sync::{Arc, AtomicU64, Mutex, Ordering};
     use crate::to_usize;
 
     const BITS: u32 = 9;
@@ -750,13 +761,20 @@ mod tests {
     }
 
     fn shared() -> Arc<Shared> {
+        let geometry = Geometry::new(BITS, 6, 8, 3);
         let layer = Layer {
-            file: IMAGE,
+            id: LayerId(0),
+            file: FileId(0),
             name: "disk".into(),
             size: AtomicU64::new(0),
-            kind: LayerKind::Raw,
+            kind: LayerKind::Qcow2(Qcow2Layer {
+                geometry,
+                compression: urus_format::Compression::Deflate,
+                map: Map::new(geometry, (1, 1), 1, &limits::Sizes::default()),
+                meta: Mutex::new(Meta::default()),
+            }),
         };
-        share(vec![layer], vec![Frames::new(0, 0)], Options::default())
+        share(layer, Vec::new(), Options::default())
     }
 
     /// An image whose blocks fill its table to the last entry: what is next, is in a block that no table names.
@@ -791,7 +809,7 @@ mod tests {
         assert_eq!(refcounts.new_blocks(), [4096, 4097]);
         assert_eq!(refcounts.block_offset(4096), start << BITS);
         assert_eq!(refcounts.block_offset(4097), (start + 1) << BITS);
-        let owners = shared.meta.lock().owners.clone();
+        let owners = shared.image.qcow2().meta.lock().owners.clone();
         for cluster in start - 2..end + 30 {
             let expected = match cluster.checked_sub(start) {
                 Some(0 | 1) => Some(Owner::RefcountBlock),
@@ -846,7 +864,7 @@ mod tests {
         ] {
             let (allocator, shared) = (full(4096, limit), shared());
             if let Some(owned) = owned {
-                let owners = &mut shared.meta.lock().owners;
+                let owners = &mut shared.image.qcow2().meta.lock().owners;
                 owners.insert(owned, Owner::L2Table);
             }
             let told = add_block(&allocator, &shared, 4096)
@@ -862,7 +880,7 @@ mod tests {
         }
         let (allocator, shared) = (full(4096, start + 98), shared());
         let owners = [start - 1, start + 98].map(|cluster| (cluster, Owner::L2Table));
-        shared.meta.lock().owners.extend(owners);
+        shared.image.qcow2().meta.lock().owners.extend(owners);
         assert!(add_block(&allocator, &shared, 4096).is_ok());
         // 8 MiB have 1 Mi entries, half of them to spare.
         for (blocks, fits) in [(699_051, true), (699_052, false)] {

@@ -6,11 +6,12 @@
 
 use urus_format::{GuestCluster, L1Entry, L2Entry, L2Raw};
 
+use crate::chain::{Meta, NewTable, Owner, Qcow2Layer, Removed};
 use crate::error::{Error, Result};
 use crate::map::Lookup;
 use crate::planted::{self, Bug};
 use crate::seen::{Way, note};
-use crate::shared::{Meta, NewTable, Owner, Qcow2Layer, Removed, Run, Shared};
+use crate::shared::{Run, Shared};
 use crate::storage::Storage;
 use crate::to_usize;
 use crate::worker::Worker;
@@ -24,12 +25,6 @@ pub(crate) enum Outcome {
 }
 
 impl<S: Storage> Worker<S> {
-    pub(crate) fn image(&self) -> &Qcow2Layer {
-        self.shared.layers[0]
-            .qcow2()
-            .expect("only qcow2 images have entries to change")
-    }
-
     /// Changes the entries of `count` guest clusters, all in one slice, whose locks the caller holds (O14).
     /// `decide` is asked for each with its old entry. Host clusters that get their first reference by it are in `used`.
     pub(crate) async fn change(
@@ -57,13 +52,13 @@ impl<S: Storage> Worker<S> {
         decide: &dyn Fn(u64, L2Entry) -> Outcome,
         table_cluster: &mut Option<Run>,
     ) -> Result<()> {
-        let image = self.image();
+        let image = self.image.qcow2();
         let slice = image.map.slice_of(first);
         let table = image.map.table_of(slice);
         debug_assert_eq!(slice, image.map.slice_of(GuestCluster(first.0 + count - 1)));
         loop {
             self.shared.check_writable()?;
-            let entry = self.shared.l1_entry(0, table)?;
+            let entry = self.image.layer.l1_entry(table)?;
             if entry.is_none_or(|entry| !entry.copied) && table_cluster.is_none() {
                 let cluster = self.take_clusters(1).await?;
                 *table_cluster = Some(cluster);
@@ -73,10 +68,11 @@ impl<S: Storage> Worker<S> {
             }
             let mut missing_frame = false;
             {
-                let mut meta = self.shared.meta.lock();
+                let mut meta = self.image.qcow2().meta.lock();
                 if self
-                    .shared
-                    .l1_entry(0, table)?
+                    .image
+                    .layer
+                    .l1_entry(table)?
                     .is_none_or(|entry| !entry.copied)
                 {
                     let Some(cluster) = table_cluster.take() else {
@@ -98,7 +94,7 @@ impl<S: Storage> Worker<S> {
                     .await
                     .unwrap_or(Err(Error::Closed))?;
             } else {
-                self.load(0, slice).await?;
+                self.load(&self.image.layer, slice).await?;
             }
         }
     }
@@ -110,8 +106,8 @@ impl<S: Storage> Worker<S> {
         slice: crate::map::SliceId,
         missing_frame: &mut bool,
     ) -> Option<u32> {
-        let map = &self.image().map;
-        if !meta.frames[0].may_dirty(slice)
+        let map = &self.image.qcow2().map;
+        if !meta.frames.may_dirty(slice)
             || meta.pending_changes() >= self.shared.options.sizes.pending_changes
         {
             *missing_frame = true;
@@ -126,15 +122,15 @@ impl<S: Storage> Worker<S> {
         }
         // A table without a predecessor: the slice is all zeroes, and nothing of it is on disk yet.
         let zeroes = vec![0; to_usize(map.slice_bytes() / 8)];
-        let frame = meta.frames[0].install(map, slice, &zeroes).ok();
+        let frame = meta.frames.install(map, slice, &zeroes).ok();
         *missing_frame = frame.is_none();
         frame
     }
 
     /// Gives an L1 entry a table of its own: new, or in place of one that a snapshot shares.
     fn install_table(&self, meta: &mut Meta, table: u64, cluster: Run) {
-        let image = self.image();
-        let old = self.shared.l1_entry(0, table).ok().flatten();
+        let image = self.image.qcow2();
+        let old = self.image.layer.l1_entry(table).ok().flatten();
         let host = image
             .geometry
             .host_offset(urus_format::ClusterIndex(cluster.first));
@@ -186,7 +182,7 @@ impl<S: Storage> Worker<S> {
         used: Option<Run>,
         decide: &dyn Fn(u64, L2Entry) -> Outcome,
     ) -> Result<()> {
-        let image = self.image();
+        let image = self.image.qcow2();
         // Everything is judged before anything is stored: a change happens whole or not at all.
         let mut changes = Vec::new();
         for index in 0..count {
@@ -212,7 +208,7 @@ impl<S: Storage> Worker<S> {
         }
         let dirty = !changes.is_empty();
         if dirty {
-            meta.frames[0].mark_dirty(image.map.slice_of(first), frame);
+            meta.frames.mark_dirty(image.map.slice_of(first), frame);
         }
         if let Some(run) = used {
             meta.used.push((run.first, run.count));
@@ -237,7 +233,7 @@ impl<S: Storage> Worker<S> {
 
     fn ask_for_commit(&self, meta: &Meta) {
         let sizes = &self.shared.options.sizes;
-        let many_dirty = meta.frames[0].wants_commit();
+        let many_dirty = meta.frames.wants_commit();
         let many_freed = meta.removed.len() >= sizes.pending_frees;
         let many_changes = meta.pending_changes() >= sizes.pending_changes / 4;
         note(Way::ManyDirty, || many_dirty);

@@ -15,14 +15,15 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use urus_format::{HeaderChange, HostOffset};
 
+use crate::chain::{NewTable, Owner, Removed};
 use crate::error::{Error, Result};
 use crate::maintenance::Device;
 use crate::map::SliceId;
 use crate::planted::{self, Bug};
 use crate::refcounts::FrozenSlice;
 use crate::seen::{Way, note};
-use crate::shared::{NewTable, Owner, Removed, Shared};
-use crate::storage::{IMAGE, Storage};
+use crate::shared::Shared;
+use crate::storage::Storage;
 use crate::sync::Ordering;
 use crate::to_usize;
 use crate::wake::Window;
@@ -66,7 +67,7 @@ impl<S: Storage> Device<S> {
         if let Err(error) = &result
             && !planted::is(Bug::NoPoison)
         {
-            self.shared().poisoned.store(true, Ordering::SeqCst);
+            self.worker.image.poisoned.store(true, Ordering::SeqCst);
             tracing::error!(
                 image = self.shared().image_name(),
                 "a sync failed: no more writes are taken"
@@ -87,16 +88,18 @@ impl<S: Storage> Device<S> {
     }
 
     fn seal(&self) -> Sealed {
-        let image = self.worker.image();
-        let mut meta = self.shared().meta.lock();
-        let frames = meta.frames[0].seal();
+        let image = self.worker.image.qcow2();
+        let mut meta = self.worker.image.qcow2().meta.lock();
+        let frames = meta.frames.seal();
         let slices = frames
             .iter()
             .map(|(slice, frame)| (*slice, image.map.frame_bytes(*frame)))
             .collect();
         let table_at = |l1_index: u64| {
-            self.shared()
-                .l1_entry(0, l1_index)
+            self.worker
+                .image
+                .layer
+                .l1_entry(l1_index)
                 .ok()
                 .flatten()
                 .map_or(0, |entry| entry.table.0)
@@ -121,7 +124,7 @@ impl<S: Storage> Device<S> {
 
     /// The sectors (or larger blocks, where the file wants them) of the L1 table that hold changed entries.
     fn freeze_l1(&self, changed: &BTreeSet<u64>) -> Vec<(u64, Vec<u8>)> {
-        let image = self.worker.image();
+        let image = self.worker.image.qcow2();
         let (table, entries) =
             self.with_header(|header| (header.l1_table.0, u64::from(header.l1_entries)));
         let per_sector = self.table_unit_bytes() / 8;
@@ -266,7 +269,7 @@ impl<S: Storage> Device<S> {
         } else {
             self.write_refcounts(refcounts).await?
         };
-        let mut writes = self.writes(self.worker.image().geometry.cluster_bytes());
+        let mut writes = self.writes(self.worker.image.qcow2().geometry.cluster_bytes());
         for (l1_index, new, offset) in &sealed.new_tables {
             writes
                 .start(self.write_new_table(sealed, *l1_index, *new, *offset))
@@ -310,7 +313,7 @@ impl<S: Storage> Device<S> {
         if planted::is(Bug::RewrittenTable) {
             return;
         }
-        let mut meta = self.shared().meta.lock();
+        let mut meta = self.worker.image.qcow2().meta.lock();
         for (l1_index, _, _) in &sealed.new_tables {
             meta.new_tables.remove(l1_index);
         }
@@ -367,14 +370,14 @@ impl<S: Storage> Device<S> {
         new: NewTable,
         offset: u64,
     ) -> Result<()> {
-        let image = self.worker.image();
+        let image = self.worker.image.qcow2();
         let slices_per_table = image.map.slices_per_table();
         let table_bytes = image.geometry.cluster_bytes();
         let mut bytes = match new.copy_from {
             Some(source) => {
                 self.worker
                     .files
-                    .read_bytes(IMAGE, source, table_bytes)
+                    .read_bytes(self.worker.image.file(), source, table_bytes)
                     .await?
             }
             None => vec![0; to_usize(table_bytes)],
@@ -393,7 +396,7 @@ impl<S: Storage> Device<S> {
 
     /// Phase 2: frozen bytes, never live memory.
     async fn write_pointers(&self, sealed: &Sealed) -> Result<()> {
-        let image = self.worker.image();
+        let image = self.worker.image.qcow2();
         let new: BTreeSet<u64> = sealed
             .new_tables
             .iter()
@@ -412,7 +415,7 @@ impl<S: Storage> Device<S> {
             if new.contains(&table) {
                 continue;
             }
-            let entry = match self.shared().l1_entry(0, table) {
+            let entry = match self.worker.image.layer.l1_entry(table) {
                 Ok(Some(entry)) => entry,
                 Ok(None) => {
                     failed = Some(self.lost_table(table));
@@ -494,9 +497,9 @@ impl<S: Storage> Device<S> {
         bytes: &[u8],
         owner: Owner,
     ) -> Result<()> {
-        let bits = self.worker.image().geometry.cluster_bits();
+        let bits = self.worker.image.qcow2().geometry.cluster_bits();
         {
-            let meta = self.shared().meta.lock();
+            let meta = self.worker.image.qcow2().meta.lock();
             for cluster in offset >> bits..=(offset + bytes.len() as u64 - 1) >> bits {
                 let found = meta.owners.get(&cluster).copied();
                 if found != Some(owner) {
@@ -512,13 +515,16 @@ impl<S: Storage> Device<S> {
                 }
             }
         }
-        self.worker.files.write_bytes(IMAGE, offset, bytes).await
+        self.worker
+            .files
+            .write_bytes(self.worker.image.file(), offset, bytes)
+            .await
     }
 
     fn unseal(&self, sealed: Sealed, durable: bool) {
         {
-            let mut meta = self.shared().meta.lock();
-            meta.frames[0].unseal(&sealed.frames, durable);
+            let mut meta = self.worker.image.qcow2().meta.lock();
+            meta.frames.unseal(&sealed.frames, durable);
             if durable {
                 for (l1_index, _, _) in &sealed.new_tables {
                     meta.new_tables.remove(l1_index);

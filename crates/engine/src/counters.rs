@@ -3,8 +3,8 @@
 //! A hit counts on a line of its worker's, which no other thread writes; what waits for I/O or holds a lock anyway counts on
 //! the device's. Nothing is decided by any of it.
 
-use crate::frames::Frames;
-use crate::shared::{Meta, Shared};
+use crate::chain::Layer;
+use crate::shared::Shared;
 use crate::sync::{Arc, AtomicU64, Mutex, Ordering, Tally};
 
 /// Counters of one device; they only grow.
@@ -64,11 +64,15 @@ impl Shared {
     #[must_use]
     pub fn counters(&self) -> Counters {
         let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
-        let evicted = |meta: &Meta| meta.frames.iter().map(Frames::evicted).sum();
+        let evicted = |layer: &Layer| {
+            let qcow2 = layer.qcow2();
+            qcow2.map_or(0, |qcow2| qcow2.meta.lock().frames.evicted())
+        };
+        let layers = self.chain.layers();
         Counters {
             mapping_hits: self.stats.mapping_hits(),
             slice_loads: read(&self.stats.slice_loads),
-            evicted_slices: evicted(&self.meta.lock()),
+            evicted_slices: layers.map(evicted).sum(),
             commits: read(&self.stats.commits),
             barriers: read(&self.stats.barriers),
             allocated_clusters: read(&self.stats.allocated_clusters),

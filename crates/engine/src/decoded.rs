@@ -5,11 +5,12 @@
 
 use std::collections::BTreeMap;
 
+use crate::chain::LayerId;
 use crate::seen::{Way, note};
 use crate::sync::{Arc, Mutex};
 
 /// Layer, and host offset of the compressed data.
-type Key = (usize, u64);
+type Key = (LayerId, u64);
 
 #[derive(Default)]
 struct Inner {
@@ -37,7 +38,7 @@ impl DecodedCache {
         }
     }
 
-    pub(crate) fn get(&self, layer: usize, offset: u64) -> Option<Arc<Vec<u8>>> {
+    pub(crate) fn get(&self, layer: LayerId, offset: u64) -> Option<Arc<Vec<u8>>> {
         let mut inner = self.inner.lock();
         inner.clock += 1;
         let now = inner.clock;
@@ -55,7 +56,7 @@ impl DecodedCache {
         self.inner.lock().hits
     }
 
-    pub(crate) fn insert(&self, layer: usize, offset: u64, data: Arc<Vec<u8>>) {
+    pub(crate) fn insert(&self, layer: LayerId, offset: u64, data: Arc<Vec<u8>>) {
         let mut inner = self.inner.lock();
         inner.clock += 1;
         let now = inner.clock;
@@ -85,7 +86,7 @@ impl DecodedCache {
     }
 
     /// Forgets what starts in `[start, end)` of a layer's file.
-    pub(crate) fn invalidate(&self, layer: usize, start: u64, end: u64) {
+    pub(crate) fn invalidate(&self, layer: LayerId, start: u64, end: u64) {
         let mut inner = self.inner.lock();
         let keys: Vec<_> = inner
             .clusters

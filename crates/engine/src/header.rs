@@ -3,11 +3,11 @@
 
 use urus_format::{Header, HeaderChange};
 
+use crate::chain::Owner;
 use crate::error::{Error, Result};
 use crate::maintenance::Device;
 use crate::planted::{self, Bug};
-use crate::shared::Owner;
-use crate::storage::{IMAGE, Storage};
+use crate::storage::Storage;
 use crate::sync::Ordering;
 use crate::to_usize;
 use crate::worker::Worker;
@@ -47,12 +47,15 @@ impl<S: Storage> Worker<S> {
     /// The unit in which metadata is changed in place: its sectors of 512 bytes are written whole
     /// or not at all, and a change of the header lies in the first of them.
     pub(crate) fn sector_bytes(&self) -> u64 {
-        u64::from(self.files.properties(IMAGE).alignment).max(crate::limits::SECTOR_BYTES)
+        u64::from(self.files.properties(self.image.file()).alignment)
+            .max(crate::limits::SECTOR_BYTES)
     }
 
     /// The first bytes of the image as they are on disk.
     pub(crate) async fn read_header_sector(&self) -> Result<Vec<u8>> {
-        self.files.read_bytes(IMAGE, 0, self.sector_bytes()).await
+        self.files
+            .read_bytes(self.image.file(), 0, self.sector_bytes())
+            .await
     }
 }
 
@@ -68,7 +71,13 @@ impl<S: Storage> Device<S> {
     /// The same for the L1 table and the refcount table, which are in memory: what is written where an entry has changed.
     pub(crate) fn table_unit_bytes(&self) -> u64 {
         let least = self.shared().options.sizes.table_unit_bytes;
-        u64::from(self.worker.files.properties(IMAGE).alignment).max(least)
+        u64::from(
+            self.worker
+                .files
+                .properties(self.worker.image.file())
+                .alignment,
+        )
+        .max(least)
     }
 
     /// Changes the header on disk, durably: all of `changes` with one write. The memory follows
@@ -119,7 +128,7 @@ impl<S: Storage> Device<S> {
         }
         .await;
         if let Err(error) = restored {
-            self.shared().poisoned.store(true, Ordering::SeqCst);
+            self.worker.image.poisoned.store(true, Ordering::SeqCst);
             tracing::error!(
                 image = self.shared().image_name(),
                 %error,

@@ -9,12 +9,11 @@ use std::rc::Rc;
 
 use urus_format::L2Entry;
 
+use crate::chain::{LayerEntry, LayerKind, Piece};
 use crate::file::{Direction, Next, Transfer};
 use crate::limits;
 use crate::queue::Core;
-use crate::resolve::{LayerEntry, Piece};
-use crate::shared::LayerKind;
-use crate::storage::{FileId, IMAGE, Memory, Storage};
+use crate::storage::{FileId, Memory, Storage};
 use crate::to_usize;
 use crate::write::writable_in_place;
 
@@ -57,7 +56,7 @@ impl Parts {
     fn new() -> Self {
         Self {
             parts: [Part {
-                file: IMAGE,
+                file: FileId(0),
                 host: 0,
                 start: 0,
                 len: 0,
@@ -101,13 +100,13 @@ impl<S: Storage> Core<S> {
         memory: S::Memory,
     ) {
         let len = memory.len();
-        if let Err(error) = self.worker.shared.check_range(offset, len as u64) {
+        if let Err(error) = self.worker.check_range(offset, len as u64) {
             return self.reply(token, epoch, Err(Box::new(error)), Some(memory));
         }
         if len == 0 {
             return self.reply(token, epoch, Ok(()), Some(memory));
         }
-        let first = self.worker.resolve(0, offset, len as u64);
+        let first = self.worker.resolve(offset, len as u64);
         match first {
             (Piece::Data { file, offset: host }, bytes)
                 if bytes == len as u64 && self.worker.files.is_plain(file, host, &memory) =>
@@ -136,7 +135,7 @@ impl<S: Storage> Core<S> {
         (token, epoch): (u64, u64),
         offset: u64,
         memory: S::Memory,
-        first: (Piece, u64),
+        first: (Piece<'_>, u64),
     ) {
         let request = self.insert(token, epoch, Some(memory.clone()));
         let mut parts = Parts::new();
@@ -144,7 +143,7 @@ impl<S: Storage> Core<S> {
             self.submit_parts(request, &memory, &parts, Direction::Read);
         } else {
             self.spawn(request, move |core| async move {
-                core.worker.read_guest(0, offset, memory).await
+                core.worker.read_guest(offset, memory).await
             });
         }
     }
@@ -154,7 +153,7 @@ impl<S: Storage> Core<S> {
         &self,
         offset: u64,
         memory: &S::Memory,
-        first: (Piece, u64),
+        first: (Piece<'_>, u64),
         parts: &mut Parts,
     ) -> bool {
         let len = memory.len();
@@ -162,7 +161,7 @@ impl<S: Storage> Core<S> {
         while done < len {
             let (piece, bytes) = next.take().unwrap_or_else(|| {
                 self.worker
-                    .resolve(0, offset + done as u64, (len - done) as u64)
+                    .resolve(offset + done as u64, (len - done) as u64)
             });
             let bytes = to_usize(bytes);
             match piece {
@@ -200,12 +199,12 @@ impl<S: Storage> Core<S> {
             self.reply(token, epoch, Ok(()), Some(memory));
             return None;
         }
-        let is_settled = || !outlives || self.worker.shared.is_settled(offset, len as u64);
-        let at_once = match &self.worker.shared.layers[0].kind {
+        let is_settled = || !outlives || self.worker.image.is_settled(offset, len as u64);
+        let at_once = match &self.worker.image.layer.kind {
             LayerKind::Raw => Some(offset),
             LayerKind::Qcow2(image) => {
                 let within = image.geometry.in_cluster(offset);
-                match self.worker.layer_entry(0, offset) {
+                match self.worker.layer_entry(&self.worker.image.layer, offset) {
                     _ if within + len as u64 > image.geometry.cluster_bytes() => None,
                     LayerEntry::Entry(L2Entry::Data { host, copied })
                         if writable_in_place(copied) =>
@@ -217,10 +216,21 @@ impl<S: Storage> Core<S> {
             }
         };
         match at_once {
-            Some(host) if self.worker.files.is_plain(IMAGE, host, &memory) && is_settled() => {
+            Some(host)
+                if self
+                    .worker
+                    .files
+                    .is_plain(self.worker.image.file(), host, &memory)
+                    && is_settled() =>
+            {
                 self.submit_direct(Direct {
                     owner: Owner::Whole { token, epoch },
-                    transfer: Transfer::new(Direction::Write, IMAGE, host, memory),
+                    transfer: Transfer::new(
+                        Direction::Write,
+                        self.worker.image.file(),
+                        host,
+                        memory,
+                    ),
                 });
                 None
             }
@@ -239,7 +249,7 @@ impl<S: Storage> Core<S> {
 
     /// Whether a write that reaches into several clusters is a hit.
     fn pieces_to_write(&self, offset: u64, memory: &S::Memory, parts: &mut Parts) -> bool {
-        let Some(image) = self.worker.shared.layers[0].qcow2() else {
+        let Some(image) = self.worker.image.layer.qcow2() else {
             return false;
         };
         let len = memory.len();
@@ -248,10 +258,10 @@ impl<S: Storage> Core<S> {
             let at = offset + done as u64;
             let within = image.geometry.in_cluster(at);
             let bytes = to_usize(image.geometry.cluster_bytes() - within).min(len - done);
-            match self.worker.layer_entry(0, at) {
+            match self.worker.layer_entry(&self.worker.image.layer, at) {
                 LayerEntry::Entry(L2Entry::Data { host, copied }) if writable_in_place(copied) => {
                     let part = Part {
-                        file: IMAGE,
+                        file: self.worker.image.file(),
                         host: host.0 + within,
                         start: done,
                         len: bytes,

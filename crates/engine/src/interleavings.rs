@@ -11,6 +11,7 @@ use std::task::{Context, Poll, Wake, Waker};
 use loom::thread;
 use urus_format::{Geometry, GuestCluster, L2Raw};
 
+use crate::chain::Removed;
 use crate::cluster_locks::ClusterLocks;
 use crate::decoded::DecodedCache;
 use crate::frames::Frames;
@@ -18,7 +19,6 @@ use crate::gate::Gate;
 use crate::map::{Lookup, Map, SliceId};
 use crate::pins::{IDLE, Pins, QueuePins};
 use crate::reactor::Inbox;
-use crate::shared::Removed;
 use crate::storage::Notify;
 use crate::sync::{Arc, AtomicBool, AtomicU64, Mutex, Ordering};
 use crate::wake::oneshot;

@@ -26,6 +26,7 @@ pub mod storage;
 pub mod sync;
 
 mod alloc;
+mod chain;
 mod change;
 mod cluster_locks;
 mod commit;
@@ -35,6 +36,7 @@ mod frames;
 mod gate;
 mod header;
 mod hit;
+mod image;
 #[cfg(all(test, feature = "loom"))]
 mod interleavings;
 mod maintenance;
@@ -44,25 +46,22 @@ mod pins;
 mod queue;
 mod ranges;
 mod reactor;
-mod read;
 mod refcounts;
 mod resize;
-mod resolve;
 mod settle;
 mod shared;
-mod skips;
-mod status;
 mod wake;
 mod worker;
 mod write;
 mod zero;
 
+pub use chain::{LayerFormat, LayerSpec};
 pub use counters::Counters;
 pub use error::Error;
 pub use maintenance::Maintenance;
 pub use open::check_image;
 pub use queue::Queue;
-pub use shared::{Control, ControlReply, LayerFormat, LayerSpec, Options, Shared};
+pub use shared::{Control, ControlReply, Options, Shared};
 
 /// A byte count or index as `usize`: lossless, because this is a 64-bit program.
 #[allow(clippy::cast_possible_truncation)]

@@ -10,11 +10,12 @@ use std::time::Duration;
 use urus_format::Header;
 
 use crate::alloc::Allocator;
+use crate::chain::{LayerSpec, Removed};
 use crate::error::{Error, Result};
 use crate::open;
 use crate::pins::IDLE;
 use crate::planted::{self, Bug};
-use crate::shared::{Control, ControlReply, LayerSpec, Mail, Options, Removed, Run, Shared};
+use crate::shared::{Control, ControlReply, Mail, Options, Run, Shared};
 use crate::storage::Storage;
 use crate::sync::{Arc, Ordering};
 use crate::wake::{Sender, Turn, WaitList};

@@ -1,7 +1,6 @@
 //! Opening: from headers and files to a device whose mapping can be looked up. Reads L1 and the refcount table, nothing else of
 //! the metadata: the cost is that of the tables that stay in memory.
 
-use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
 
 use urus_format::{
@@ -9,26 +8,25 @@ use urus_format::{
 };
 
 use crate::alloc::{Allocator, TablePlace};
+use crate::chain::{
+    Chain, Layer, LayerFormat, LayerId, LayerKind, LayerSpec, Meta, Owner, Owners, Qcow2Layer,
+};
 use crate::check::{self, CheckReport, Repair};
-use crate::cluster_locks::ClusterLocks;
 use crate::counters::Stats;
 use crate::decoded::DecodedCache;
 use crate::error::{Error, Result};
 use crate::frames::Frames;
 use crate::gate::Gate;
 use crate::header;
+use crate::image::Image;
 use crate::limits::{self, Sizes};
 use crate::maintenance::ImageState;
 use crate::map::Map;
 use crate::pins::Pins;
 use crate::planted::{self, Bug};
 use crate::refcounts::Refcounts;
-use crate::shared::{
-    Layer, LayerFormat, LayerKind, LayerSpec, Mail, Meta, Options, Owner, Owners, Qcow2Layer,
-    Shared,
-};
-use crate::skips::Skips;
-use crate::storage::{IMAGE, Storage};
+use crate::shared::{Mail, Options, Shared};
+use crate::storage::{FileId, Storage};
 use crate::sync::{Arc, AtomicBool, AtomicU64, Mutex, Ordering};
 use crate::to_usize;
 use crate::worker::Worker;
@@ -41,53 +39,49 @@ pub(crate) fn open<S: Storage>(
     specs: Vec<LayerSpec>,
     options: Options,
 ) -> Result<Opened<S>> {
-    assert!(
-        specs.first().is_some_and(|spec| spec.file == IMAGE),
-        "the first layer is the image"
-    );
     let is_raw = |spec: &LayerSpec| matches!(spec.format, LayerFormat::Raw);
-    if options.hooks.transform.is_some() && specs.first().is_some_and(is_raw) {
+    if options.hooks.transform.is_some()
+        && let Some(image) = specs.first().filter(|spec| is_raw(spec))
+    {
         return Err(Error::Unsupported {
             what: format!(
                 "{}: a raw image has no place that says that its data passes a cipher",
-                specs[0].name
+                image.name
             ),
         });
     }
-    let mut headers = Vec::with_capacity(specs.len());
-    let mut layers = Vec::with_capacity(specs.len());
     // Raw files have no tables to cache.
     let mapped = |spec: &&LayerSpec| matches!(spec.format, LayerFormat::Qcow2(_));
     let sharers = specs.iter().filter(mapped).count().max(1);
     let frame_budget = options.l2_cache_bytes / sharers as u64;
-    let mut frames = Vec::with_capacity(specs.len());
-    for (index, spec) in specs.into_iter().enumerate() {
-        let writable = index == 0 && !options.read_only;
-        let (layer, layer_frames, header) = layer_of(
-            spec,
-            &storage,
-            (index == 0, writable),
-            frame_budget,
-            options.sizes,
-        )?;
-        layers.push(layer);
-        frames.push(layer_frames);
-        headers.push(header);
-    }
-    let shared = share(layers, frames, options);
+    let mut ids = (0..).map(LayerId);
+    let mut make = |spec, image: Option<bool>| {
+        let id = ids.next().expect("chains are short");
+        layer_of(id, spec, &storage, image, frame_budget, options.sizes)
+    };
+    let mut specs = specs.into_iter();
+    let image = specs.next().expect("a chain has a layer");
+    let (image, header) = make(image, Some(!options.read_only))?;
+    let backing = specs.map(|spec| make(spec, None));
+    let backing = backing.collect::<Result<Vec<_>>>()?;
+    let (below, below_headers): (Vec<_>, Vec<_>) = backing.into_iter().unzip();
+    let shared = share(image, below, options);
     let worker = Worker::new(shared, storage);
     let opener = Rc::clone(&worker);
     let image = worker.reactor().block_on(async move {
-        let mut image = None;
-        for (index, header) in headers.into_iter().enumerate() {
-            let Some(header) = header else { continue };
-            if index == 0 {
-                let mut header = *header;
+        let image = match header {
+            None => None,
+            Some(mut header) => {
                 repair_as_told(&opener, &mut header).await?;
-                image = open_image(&opener, header.clone()).await?;
+                let image = open_image(&opener, (*header).clone()).await?;
                 count_leaks(&opener, &header).await;
-            } else {
-                load_l1(&opener, index, &header).await?;
+                image
+            }
+        };
+        let beneath = opener.shared.chain.layers().skip(1);
+        for (layer, header) in beneath.zip(below_headers) {
+            if let Some(header) = header {
+                load_l1(&opener, layer, &header).await?;
             }
         }
         Ok(image)
@@ -95,28 +89,19 @@ pub(crate) fn open<S: Storage>(
     Ok((worker, image))
 }
 
-pub(crate) fn share(layers: Vec<Layer>, frames: Vec<Frames>, options: Options) -> Arc<Shared> {
+/// A device whose image is this, above these layers.
+pub(crate) fn share(image: Layer, below: Vec<Layer>, options: Options) -> Arc<Shared> {
+    let top = Arc::new(image);
+    let below = below.into_iter().map(Arc::new).collect();
     Arc::new(Shared {
-        skips: Skips::of(&layers, options.sizes.skips),
-        layers,
+        image: Arc::new(Image::new(Arc::clone(&top))),
+        chain: Arc::new(Chain::new(top, below, options.sizes.skips)),
         pins: Arc::new(Pins::new()),
-        locks: Arc::new(ClusterLocks::new()),
-        meta: Mutex::new(Meta {
-            frames,
-            new_tables: BTreeMap::new(),
-            dirty_l1: BTreeSet::new(),
-            used: Vec::new(),
-            removed: Vec::new(),
-            owners: Owners::default(),
-        }),
         mail: Mutex::new(Mail::default()),
         decoded: DecodedCache::new(options.sizes.decoded_bytes),
-        poisoned: AtomicBool::new(false),
         gate: Gate::new(),
         closed: AtomicBool::new(false),
         cut_short: AtomicBool::new(false),
-        serialize_writes: AtomicBool::new(false),
-        generation: AtomicU64::new(0),
         stats: Stats::default(),
         found: Mutex::new(None),
         options,
@@ -130,22 +115,23 @@ pub(crate) fn share(layers: Vec<Layer>, frames: Vec<Frames>, options: Options) -
 /// As the module [`check`](mod@crate::check) says: features that the check does not know, failed writes.
 pub fn check_image<S: Storage>(
     storage: S,
+    file: FileId,
     name: String,
     header: Header,
     repair: Repair,
 ) -> Result<CheckReport> {
     // To the check the image is a file of bytes.
     let spec = LayerSpec {
-        file: IMAGE,
+        file,
         name,
         format: LayerFormat::Raw,
     };
-    let (layer, frames, _) = layer_of(spec, &storage, (true, false), 0, Sizes::default())?;
+    let (layer, _) = layer_of(LayerId(0), spec, &storage, None, 0, Sizes::default())?;
     let options = Options {
         read_only: repair == Repair::None,
         ..Options::default()
     };
-    let worker = Worker::new(share(vec![layer], vec![frames], options), storage);
+    let worker = Worker::new(share(layer, Vec::new(), options), storage);
     let checker = Rc::clone(&worker);
     let mut header = header;
     worker
@@ -153,13 +139,15 @@ pub fn check_image<S: Storage>(
         .block_on(async move { check::check(&checker, &mut header, repair).await })
 }
 
+/// `image`: the layer is the chain's top, and whether it is written.
 fn layer_of<S: Storage>(
+    id: LayerId,
     spec: LayerSpec,
     storage: &S,
-    (is_image, writable): (bool, bool),
+    image: Option<bool>,
     frame_budget: u64,
     mut sizes: Sizes,
-) -> Result<(Layer, Frames, Option<Box<Header>>)> {
+) -> Result<(Layer, Option<Box<Header>>)> {
     let LayerSpec { file, name, format } = spec;
     match format {
         LayerFormat::Raw => {
@@ -177,18 +165,20 @@ fn layer_of<S: Storage>(
                 _ => size - size % limits::SECTOR_BYTES,
             };
             let layer = Layer {
+                id,
                 file,
                 name,
                 size: AtomicU64::new(size),
                 kind: LayerKind::Raw,
             };
-            Ok((layer, Frames::new(0, 0), None))
+            Ok((layer, None))
         }
         LayerFormat::Qcow2(header) => {
             let format_error = |source| Error::Format {
                 file: name.clone(),
                 source,
             };
+            let writable = image.unwrap_or(false);
             header.check_supported(writable).map_err(format_error)?;
             let geometry = header.geometry();
             let alignment = u64::from(storage.properties(file).alignment);
@@ -208,7 +198,7 @@ fn layer_of<S: Storage>(
             let max_frames = to_usize(frame_budget / sizes.slice_bytes).max(sizes.min_frames);
             let tables = u64::from(header.l1_entries);
             // The image may grow here, and in a pause by another process, also where it is only read.
-            let max_tables = if is_image {
+            let max_tables = if image.is_some() {
                 limits::L1_TABLE_BYTES / 8
             } else {
                 tables
@@ -217,18 +207,19 @@ fn layer_of<S: Storage>(
                 geometry,
                 compression: header.compression,
                 map: Map::new(geometry, (tables, max_tables), max_frames, &sizes),
+                meta: Mutex::new(Meta {
+                    frames: Frames::new(max_frames, sizes.dirty_slices),
+                    ..Meta::default()
+                }),
             });
-            let size = AtomicU64::new(header.disk_bytes());
-            Ok((
-                Layer {
-                    file,
-                    name,
-                    size,
-                    kind,
-                },
-                Frames::new(max_frames, sizes.dirty_slices),
-                Some(header),
-            ))
+            let layer = Layer {
+                id,
+                file,
+                name,
+                size: AtomicU64::new(header.disk_bytes()),
+                kind,
+            };
+            Ok((layer, Some(header)))
         }
     }
 }
@@ -253,7 +244,7 @@ async fn open_image<S: Storage>(
         // On the heap: few images are dirty, and its future is many times as large as that of the rest.
         Box::pin(check::repair_dirty(worker, &mut header)).await?;
     }
-    load_l1(worker, 0, &header).await?;
+    load_l1(worker, &worker.image.layer, &header).await?;
     if !writable {
         // A snapshot table that cannot be right is refused whether it is needed or not.
         if header.snapshot_count > 0 {
@@ -296,7 +287,7 @@ pub(crate) async fn reload<S: Storage>(
     header: Header,
 ) -> Result<Option<ImageState>> {
     let shared = &worker.shared;
-    let Some(image) = shared.layers[0].qcow2() else {
+    let Some(image) = worker.image.layer.qcow2() else {
         return Ok(None);
     };
     let file = shared.image_name().to_owned();
@@ -314,8 +305,8 @@ pub(crate) async fn reload<S: Storage>(
         });
     }
     {
-        let mut meta = shared.meta.lock();
-        meta.frames[0].forget_clean(&image.map);
+        let mut meta = image.meta.lock();
+        meta.frames.forget_clean(&image.map);
         meta.owners.clear();
         for index in 0..image.map.max_tables() {
             if image.map.l1(index) != 0 {
@@ -327,22 +318,16 @@ pub(crate) async fn reload<S: Storage>(
         shared.decoded.clear();
     }
     if !planted::is(Bug::KeepsReserved) {
-        shared.generation.fetch_add(1, Ordering::SeqCst);
+        worker.image.generation.fetch_add(1, Ordering::SeqCst);
     }
     shared.mail.lock().given_back.clear();
-    shared.layers[0]
-        .size
-        .store(header.disk_bytes(), Ordering::Release);
+    let size = &worker.image.layer.size;
+    size.store(header.disk_bytes(), Ordering::Release);
     open_image(worker, header).await
 }
 
 /// Reads the active L1 table of a layer into its map.
-async fn load_l1<S: Storage>(
-    worker: &Worker<S>,
-    layer_index: usize,
-    header: &Header,
-) -> Result<()> {
-    let layer = &worker.shared.layers[layer_index];
+async fn load_l1<S: Storage>(worker: &Worker<S>, layer: &Layer, header: &Header) -> Result<()> {
     let qcow2 = layer.qcow2().expect("only qcow2 layers have a header");
     let map = &qcow2.map;
     if header.l1_entries == 0 {
@@ -376,7 +361,7 @@ async fn writable_state<S: Storage>(
     let table_bytes = u64::from(header.refcount_table_clusters) << geometry.cluster_bits();
     let bytes = worker
         .files
-        .read_bytes(IMAGE, header.refcount_table.0, table_bytes)
+        .read_bytes(worker.image.file(), header.refcount_table.0, table_bytes)
         .await?;
     let mut table: Vec<u64> = bytes
         .chunks_exact(8)
@@ -386,17 +371,17 @@ async fn writable_state<S: Storage>(
         table.pop();
     }
     let owners = collect_owners(worker, header, &geometry, &table).await?;
-    worker.shared.meta.lock().owners = owners;
+    worker.image.qcow2().meta.lock().owners = owners;
     let options = &worker.shared.options;
-    let alignment = u64::from(worker.files.properties(IMAGE).alignment);
+    let alignment = u64::from(worker.files.properties(worker.image.file()).alignment);
     let slice_bytes = options.sizes.refcount_slice_bytes.max(alignment);
     let refcounts = Refcounts::new(geometry, table, options.refcount_cache_slices, slice_bytes);
     let place = TablePlace {
         offset: header.refcount_table.0,
         clusters: u64::from(header.refcount_table_clusters),
     };
-    let file_bytes = worker.files.length(IMAGE)?;
-    let regular = worker.files.properties(IMAGE).regular;
+    let file_bytes = worker.files.length(worker.image.file())?;
+    let regular = worker.files.properties(worker.image.file()).regular;
     let allocator = Allocator::new(refcounts, place, file_bytes, regular);
     Ok(ImageState {
         header: std::cell::RefCell::new(header.clone()),
@@ -414,7 +399,7 @@ async fn collect_owners<S: Storage>(
 ) -> Result<Owners> {
     let name = worker.shared.image_name();
     let mut owners = Owners::default();
-    let file_bytes = worker.files.length(IMAGE)?;
+    let file_bytes = worker.files.length(worker.image.file())?;
     let mut claim = |offset: u64, bytes: u64, owner: Owner, place: &dyn Fn() -> String| {
         if bytes > 0 && offset >= file_bytes {
             return Err(Error::Corrupt {
@@ -477,7 +462,7 @@ async fn collect_owners<S: Storage>(
             )?;
         }
     }
-    let map = &worker.image().map;
+    let map = &worker.image.qcow2().map;
     for index in 0..u64::from(header.l1_entries) {
         let place = || format!("L1 table entry {index}");
         let entry = L1Entry::decode(map.l1(index), geometry).map_err(|entry| Error::BadEntry {
@@ -545,13 +530,13 @@ pub(crate) async fn read_snapshots<S: Storage>(
         file: file.to_owned(),
         source,
     };
-    let file_bytes = worker.files.length(IMAGE)?;
+    let file_bytes = worker.files.length(worker.image.file())?;
     let rest = file_bytes.saturating_sub(header.snapshot_table.0);
     let mut step = 4096.min(rest);
     loop {
         let bytes = worker
             .files
-            .read_bytes(IMAGE, header.snapshot_table.0, step)
+            .read_bytes(worker.image.file(), header.snapshot_table.0, step)
             .await?;
         match snapshot::table_bytes(&bytes, header.snapshot_count).map_err(format_error)? {
             snapshot::TableBytes::Exactly(table_bytes) => {
@@ -587,7 +572,10 @@ async fn clear_unknown_autoclear<S: Storage>(worker: &Worker<S>, image: &ImageSt
     let changes = [HeaderChange::Autoclear(known)];
     let name = worker.shared.image_name();
     let (after, header) = header::patch(name, &image.header.borrow(), &changes, &before)?;
-    worker.files.write_bytes(IMAGE, 0, &after).await?;
+    worker
+        .files
+        .write_bytes(worker.image.file(), 0, &after)
+        .await?;
     worker.barrier().await?;
     *image.header.borrow_mut() = header;
     Ok(())

@@ -13,7 +13,7 @@ use crate::storage::Storage;
 /// Looks a place of a qcow2 image up in its mapping: the L2 entry as it is on disk, where its slice is cached.
 #[must_use]
 pub fn look_up(shared: &Shared, offset: u64) -> Option<u64> {
-    let image = shared.layers[0].qcow2()?;
+    let image = shared.image.layer.qcow2()?;
     match image
         .map
         .lookup(image.geometry.guest_cluster(GuestOffset(offset)))
@@ -45,10 +45,9 @@ pub fn look_over_caches<S: Storage>(
     maintenance: &Maintenance<S>,
 ) -> std::result::Result<(), String> {
     let shared = maintenance.shared();
-    let meta = shared.meta.lock();
-    for (frames, layer) in meta.frames.iter().zip(&shared.layers) {
+    for layer in shared.chain.layers() {
         let Some(layer) = layer.qcow2() else { continue };
-        let (used, most) = frames.looked_over(&layer.map)?;
+        let (used, most) = layer.meta.lock().frames.looked_over(&layer.map)?;
         if used > most {
             return Err(format!("{used} frames are in use, and {most} may be"));
         }

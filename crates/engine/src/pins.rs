@@ -202,7 +202,7 @@ mod tests {
     use std::task::Wake;
 
     use super::*;
-    use crate::shared::Removed;
+    use crate::chain::Removed;
     use crate::storage::Notify;
 
     struct Silent;

@@ -17,7 +17,7 @@ use crate::pins::QueuePins;
 use crate::planted::{self, Bug};
 use crate::request::{Extent, Reply, Request, RequestKind};
 use crate::shared::Shared;
-use crate::storage::{IMAGE, Memory, Storage};
+use crate::storage::{Memory, Storage};
 use crate::sync::{Arc, Ordering};
 use crate::worker::Worker;
 use crate::zero::Clearing;
@@ -261,7 +261,7 @@ impl<S: Storage> Core<S> {
             RequestKind::BlockStatus { offset, len } => {
                 let request = self.insert(token, epoch, None);
                 self.spawn(request, move |core| async move {
-                    core.worker.shared.check_range(offset, len)?;
+                    core.worker.check_range(offset, len)?;
                     let extents = core.worker.block_status(offset, len).await?;
                     core.pending.borrow_mut()[request].extents = extents;
                     Ok(())
@@ -354,13 +354,13 @@ impl<S: Storage> Core<S> {
         let shared = &self.worker.shared;
         if let Err(error) = shared
             .check_writable()
-            .and_then(|()| shared.check_range(offset, len as u64))
+            .and_then(|()| self.worker.check_range(offset, len as u64))
         {
             return self.reply(token, epoch, Err(Box::new(error)), Some(memory));
         }
         shared.observe(offset, len as u64);
         let outlives = self.outlives();
-        let memory = if fua || shared.serialize_writes.load(Ordering::SeqCst) {
+        let memory = if fua || self.worker.image.serialize_writes.load(Ordering::SeqCst) {
             memory
         } else {
             match self.write_hit((token, epoch), offset, memory, outlives) {
@@ -369,7 +369,7 @@ impl<S: Storage> Core<S> {
             }
         };
         let request = self.insert(token, epoch, Some(memory.clone()));
-        let align = self.worker.files.data_unit(IMAGE);
+        let align = self.worker.files.data_unit(self.worker.image.file());
         let unaligned = !offset.is_multiple_of(align) || !(len as u64).is_multiple_of(align);
         self.spawn(request, move |core| async move {
             if unaligned {
@@ -393,12 +393,12 @@ impl<S: Storage> Core<S> {
         let shared = &self.worker.shared;
         if let Err(error) = shared
             .check_writable()
-            .and_then(|()| shared.check_range(range.0, range.1))
+            .and_then(|()| self.worker.check_range(range.0, range.1))
         {
             return self.part_done(request, Some(Box::new(error)));
         }
         shared.observe(range.0, range.1);
-        let align = self.worker.files.data_unit(IMAGE);
+        let align = self.worker.files.data_unit(self.worker.image.file());
         let unaligned = how != Clearing::Discard
             && (!range.0.is_multiple_of(align) || !range.1.is_multiple_of(align));
         let outlives = self.outlives();
@@ -423,7 +423,7 @@ impl<S: Storage> Core<S> {
     /// What a change that has been made still needs before it completes: a commit for FUA (O16), and for what is to
     /// outlive the process where its mapping is in memory alone (O23).
     async fn secure(&self, offset: u64, len: u64, fua: bool, outlives: bool) -> Result<()> {
-        if fua || outlives && !self.worker.shared.is_settled(offset, len) {
+        if fua || outlives && !self.worker.image.is_settled(offset, len) {
             self.flush().await
         } else {
             Ok(())
@@ -448,7 +448,10 @@ impl<S: Storage> Core<S> {
     /// no lock must end, and no new one may begin.
     async fn serialize_writes(&self, request: usize) -> Result<()> {
         let shared = &self.worker.shared;
-        shared.serialize_writes.store(true, Ordering::SeqCst);
+        self.worker
+            .image
+            .serialize_writes
+            .store(true, Ordering::SeqCst);
         // The pin moves past the mark, without a gap, so that this request does not wait for itself.
         let mark = shared.pins.mark();
         let moved = self.pins.begin();

@@ -11,7 +11,7 @@ use urus_format::{Geometry, refcount};
 use crate::error::{Error, Result};
 use crate::planted::{self, Bug};
 use crate::seen::{Way, note};
-use crate::storage::{IMAGE, Storage};
+use crate::storage::Storage;
 use crate::to_usize;
 use crate::worker::Worker;
 
@@ -242,7 +242,7 @@ impl Refcounts {
             let bytes = worker
                 .files
                 .read_bytes(
-                    IMAGE,
+                    worker.image.file(),
                     block + in_block * self.slice_bytes(),
                     self.slice_bytes(),
                 )

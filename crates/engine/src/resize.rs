@@ -2,13 +2,14 @@
 
 use urus_format::{HeaderChange, HostOffset};
 
+use crate::chain::{Layer, Owner};
 use crate::error::{Error, Result};
 use crate::limits;
 use crate::maintenance::Device;
 use crate::open;
 use crate::planted::{self, Bug};
-use crate::shared::{Owner, Run, Shared};
-use crate::storage::{IMAGE, OpKind, Storage};
+use crate::shared::{Run, Shared};
+use crate::storage::{OpKind, Storage};
 use crate::sync::Ordering;
 
 impl<S: Storage> Device<S> {
@@ -34,27 +35,34 @@ impl<S: Storage> Device<S> {
         self.quiesce().await;
         self.flush().await?;
         if planted::is(Bug::EarlySize) {
-            self.shared().layers[0].size.store(size, Ordering::Release);
+            self.worker.image.layer.size.store(size, Ordering::Release);
         }
         if self.is_raw() {
             self.resize_raw(size).await?;
         } else {
             self.resize_mapped(old, size).await?;
         }
-        self.shared().layers[0].size.store(size, Ordering::Release);
+        self.worker.image.layer.size.store(size, Ordering::Release);
         Ok(())
     }
 
     /// A file becomes longer. A block device has its length from elsewhere: the disk follows it.
     async fn resize_raw(&self, size: u64) -> Result<()> {
-        if self.worker.files.properties(IMAGE).regular {
+        if self
+            .worker
+            .files
+            .properties(self.worker.image.file())
+            .regular
+        {
             self.worker
                 .files
-                .simple("resize", IMAGE, size, 0, || OpKind::SetLen { len: size })
+                .simple("resize", self.worker.image.file(), size, 0, || {
+                    OpKind::SetLen { len: size }
+                })
                 .await?;
             return self.data_barrier().await;
         }
-        let len = self.worker.files.length(IMAGE)?;
+        let len = self.worker.files.length(self.worker.image.file())?;
         if len == size {
             return Ok(());
         }
@@ -68,7 +76,7 @@ impl<S: Storage> Device<S> {
     }
 
     async fn resize_mapped(&self, old: u64, size: u64) -> Result<()> {
-        let geometry = self.worker.image().geometry;
+        let geometry = self.worker.image.qcow2().geometry;
         let entries = geometry.l1_entries_for(size);
         if entries * 8 > limits::L1_TABLE_BYTES || size > i64::MAX as u64 {
             let most = (limits::L1_TABLE_BYTES / 8)
@@ -90,14 +98,8 @@ impl<S: Storage> Device<S> {
             self.grow_l1(entries).await?;
         }
         // O20: what becomes visible is zero, durably, before the size changes.
-        let backing_end = self
-            .shared()
-            .layers
-            .iter()
-            .skip(1)
-            .map(crate::shared::Layer::size)
-            .next()
-            .unwrap_or(0);
+        let beneath = self.worker.beneath();
+        let backing_end = beneath.map_or(0, Layer::size);
         let cluster_end = old.next_multiple_of(geometry.cluster_bytes());
         // What another program left in the tables beyond the old end is cleared too.
         let mapped_end = self
@@ -153,7 +155,7 @@ impl<S: Storage> Device<S> {
     /// Gives the L1 table a larger place: the new table durable, one header write, then the old one is free.
     async fn grow_l1(&self, entries: u64) -> Result<()> {
         let image = self.image();
-        let geometry = self.worker.image().geometry;
+        let geometry = self.worker.image.qcow2().geometry;
         let clusters = geometry.clusters_for(entries * 8);
         let first = image
             .allocator
@@ -208,13 +210,13 @@ impl<S: Storage> Device<S> {
         entries: u64,
         old_entries: u64,
     ) -> Result<()> {
-        let geometry = self.worker.image().geometry;
+        let geometry = self.worker.image.qcow2().geometry;
         let mut bytes: Vec<u8> = (0..old_entries)
-            .flat_map(|index| self.worker.image().map.l1(index).to_be_bytes())
+            .flat_map(|index| self.worker.image.qcow2().map.l1(index).to_be_bytes())
             .collect();
         bytes.resize(crate::to_usize(clusters << geometry.cluster_bits()), 0);
         {
-            let mut meta = self.shared().meta.lock();
+            let mut meta = self.worker.image.qcow2().meta.lock();
             for cluster in first..first + clusters {
                 meta.owners.insert(cluster, Owner::L1Table);
             }

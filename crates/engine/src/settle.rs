@@ -5,11 +5,12 @@ use std::collections::{BTreeMap, VecDeque};
 use std::future::poll_fn;
 use std::task::Poll;
 
+use crate::chain::Removed;
 use crate::error::{Error, Result};
 use crate::maintenance::Device;
 use crate::planted::{self, Bug};
-use crate::shared::{Removed, Shared};
-use crate::storage::{IMAGE, OpKind, Storage};
+use crate::shared::Shared;
+use crate::storage::{OpKind, Storage};
 use crate::wake::Window;
 
 /// What is left of a cluster that lost references.
@@ -72,7 +73,7 @@ impl<S: Storage> Device<S> {
     /// Metadata that nothing on disk refers to any more, durably.
     pub(crate) fn metadata_removed(&self, first: u64, count: u64) {
         let mark = {
-            let mut meta = self.shared().meta.lock();
+            let mut meta = self.worker.image.qcow2().meta.lock();
             for cluster in first..first + count {
                 meta.owners.remove(&cluster);
             }
@@ -237,7 +238,7 @@ impl<S: Storage> Device<S> {
                 Left::Foreign => continue,
                 Left::Nothing | Left::LessThanNothing => {}
             }
-            if let Some(owner) = self.shared().meta.lock().owners.get(cluster) {
+            if let Some(owner) = self.worker.image.qcow2().meta.lock().owners.get(cluster) {
                 // A broken entry referred to it (compressed data is not looked at before). Counted, it stays out of
                 // the allocator's hands.
                 tracing::warn!(
@@ -262,9 +263,11 @@ impl<S: Storage> Device<S> {
         for ((first, count), punched) in free.iter().zip(punched) {
             // O19: what was decoded from here is forgotten before anybody else writes here. O5: the punch is over
             // before the allocator sees the clusters.
-            self.shared()
-                .decoded
-                .invalidate(0, first << bits, (first + count) << bits);
+            self.shared().decoded.invalidate(
+                self.worker.image.layer.id,
+                first << bits,
+                (first + count) << bits,
+            );
             for cluster in *first..first + count {
                 if let Err(error) = refcounts.load(&self.worker, cluster).await {
                     keep(cluster);
@@ -285,7 +288,7 @@ impl<S: Storage> Device<S> {
 
     /// Gives ranges back to the file system; says of each whether that worked.
     async fn punch(&self, ranges: &[(u64, u64)]) -> Vec<bool> {
-        let properties = self.worker.files.properties(IMAGE);
+        let properties = self.worker.files.properties(self.worker.image.file());
         let possible = properties.can_punch && !self.no_punch.get();
         if !self.shared().options.discard || !possible {
             return vec![false; ranges.len()];
@@ -300,9 +303,8 @@ impl<S: Storage> Device<S> {
                 match self
                     .worker
                     .files
-                    .simple("punch", IMAGE, offset, len, || OpKind::Punch {
-                        offset,
-                        len,
+                    .simple("punch", self.worker.image.file(), offset, len, || {
+                        OpKind::Punch { offset, len }
                     })
                     .await
                 {

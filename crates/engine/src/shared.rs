@@ -1,48 +1,25 @@
 //! What all queues of a device and its maintenance executor share.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
+use std::collections::VecDeque;
 use std::future::poll_fn;
-use std::hash::{BuildHasherDefault, Hasher};
 use std::task::Poll;
 
-use urus_format::{Compression, Geometry, GuestOffset, Header, L1Entry};
+use urus_format::{Geometry, Header};
 
+use crate::chain::{Chain, Layer};
 use crate::check::{CheckReport, Repair};
-use crate::cluster_locks::ClusterLocks;
 use crate::counters::Stats;
 use crate::decoded::DecodedCache;
 use crate::error::{Error, Result};
 use crate::file::Facts;
 use crate::file::hooks::Hooks;
-use crate::frames::Frames;
 use crate::gate::Gate;
+use crate::image::Image;
 use crate::limits;
-use crate::map::{Map, SliceId};
 use crate::pins::Pins;
-use crate::skips::Skips;
-use crate::storage::{FileId, IMAGE};
-use crate::sync::{Arc, AtomicBool, AtomicU64, Mutex, Ordering};
+use crate::storage::FileId;
+use crate::sync::{Arc, AtomicBool, Mutex, Ordering};
 use crate::wake::{Receiver, Sender, WaitList, oneshot};
-
-/// A file of the chain, opened by the caller, and what it is.
-#[derive(Debug)]
-pub struct LayerSpec {
-    /// The open file.
-    pub file: FileId,
-    /// Its name, for messages.
-    pub name: String,
-    /// Its format: stated by the caller, never guessed.
-    pub format: LayerFormat,
-}
-
-/// The format of a layer.
-#[derive(Debug)]
-pub enum LayerFormat {
-    /// The file is the disk.
-    Raw,
-    /// QCOW2 with this header.
-    Qcow2(Box<Header>),
-}
 
 /// How a device works.
 #[derive(Clone, Debug)]
@@ -79,132 +56,6 @@ impl Default for Options {
             count_leaks: false,
             hooks: Hooks::default(),
         }
-    }
-}
-
-/// One file of the chain, as the engine sees it.
-pub(crate) struct Layer {
-    pub(crate) file: FileId,
-    pub(crate) name: String,
-    /// Bytes of its virtual disk; past it, it reads as zeroes.
-    pub(crate) size: AtomicU64,
-    pub(crate) kind: LayerKind,
-}
-
-pub(crate) enum LayerKind {
-    Raw,
-    Qcow2(Qcow2Layer),
-}
-
-pub(crate) struct Qcow2Layer {
-    pub(crate) geometry: Geometry,
-    pub(crate) compression: Compression,
-    pub(crate) map: Map,
-}
-
-impl Layer {
-    #[inline]
-    pub(crate) fn size(&self) -> u64 {
-        self.size.load(Ordering::Acquire)
-    }
-
-    #[inline]
-    pub(crate) fn qcow2(&self) -> Option<&Qcow2Layer> {
-        match &self.kind {
-            LayerKind::Raw => None,
-            LayerKind::Qcow2(layer) => Some(layer),
-        }
-    }
-}
-
-/// What a host cluster of metadata holds (the overlap check: one look-up before every metadata write).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Owner {
-    Header,
-    L1Table,
-    L2Table,
-    RefcountTable,
-    RefcountBlock,
-    Snapshots,
-}
-
-#[derive(Default)]
-pub(crate) struct ClusterHasher(u64);
-
-impl Hasher for ClusterHasher {
-    fn finish(&self) -> u64 {
-        self.0
-    }
-    fn write(&mut self, bytes: &[u8]) {
-        for byte in bytes {
-            self.write_u64(u64::from(*byte));
-        }
-    }
-    fn write_u64(&mut self, value: u64) {
-        // Fibonacci hashing, folded: cluster numbers are dense, and this never has to resist anybody (a
-        // hostile image chooses few and distinct clusters, each backed by a table of its own).
-        let product = (self.0 ^ value).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-        self.0 = product ^ (product >> 32);
-    }
-}
-
-/// Owners of metadata clusters, by cluster. Never iterated: its order is nobody's business.
-pub(crate) type Owners = HashMap<u64, Owner, BuildHasherDefault<ClusterHasher>>;
-
-/// An L2 table that is not on disk where its L1 entry (in memory) says.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct NewTable {
-    /// What it starts from: a table shared with a snapshot, or nothing.
-    pub(crate) copy_from: Option<u64>,
-}
-
-/// References taken out of the live mapping: host clusters `[first, first + count)`, each loses one.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Removed {
-    pub(crate) first: u64,
-    pub(crate) count: u64,
-    /// O7: requests that began before this epoch mark may still use them.
-    pub(crate) mark: u64,
-}
-
-impl Removed {
-    /// Adds what was removed last. Where it is adjacent to what was removed just before, both become one, which is over with the newer
-    /// mark: a request that began between the two may still use the second.
-    pub(crate) fn add_to(self, list: &mut Vec<Self>) {
-        match list.last_mut() {
-            Some(last)
-                if last.first + last.count == self.first
-                    && (last.mark == self.mark || last.mark + 1 == self.mark) =>
-            {
-                last.count += self.count;
-                // O7
-                last.mark = self.mark;
-            }
-            _ => list.push(self),
-        }
-    }
-}
-
-/// The live metadata that differs from the disk, and the bookkeeping of caches.
-pub(crate) struct Meta {
-    /// By layer.
-    pub(crate) frames: Vec<Frames>,
-    /// By L1 index.
-    pub(crate) new_tables: BTreeMap<u64, NewTable>,
-    /// L1 entries that changed since the last seal.
-    pub(crate) dirty_l1: BTreeSet<u64>,
-    /// Host clusters that got their first reference since the last seal (first, count).
-    pub(crate) used: Vec<(u64, u64)>,
-    /// References removed since the last seal.
-    pub(crate) removed: Vec<Removed>,
-    /// Metadata of the image itself.
-    pub(crate) owners: Owners,
-}
-
-impl Meta {
-    /// Changes that the next commit has to know of: they are kept in memory until it does.
-    pub(crate) fn pending_changes(&self) -> usize {
-        self.used.len() + self.removed.len()
     }
 }
 
@@ -270,24 +121,17 @@ impl Mail {
 
 /// Shared by all queues and the maintenance executor of one device.
 pub struct Shared {
-    pub(crate) layers: Vec<Layer>,
-    /// Of a chain of three or more.
-    pub(crate) skips: Option<Skips>,
+    pub(crate) chain: Arc<Chain>,
+    /// The chain's top, as what is written to.
+    pub(crate) image: Arc<Image>,
     pub(crate) options: Options,
     pub(crate) pins: Arc<Pins>,
-    pub(crate) locks: Arc<ClusterLocks>,
-    pub(crate) meta: Mutex<Meta>,
     pub(crate) mail: Mutex<Mail>,
     pub(crate) decoded: DecodedCache,
-    pub(crate) poisoned: AtomicBool,
     pub(crate) gate: Gate,
     pub(crate) closed: AtomicBool,
     /// Requests that go on for long end at their next step.
     pub(crate) cut_short: AtomicBool,
-    /// O18: every write takes its cluster's lock, since one smaller than the file's alignment was seen.
-    pub(crate) serialize_writes: AtomicBool,
-    /// Moves on when the metadata is read again: what was reserved before is nobody's.
-    pub(crate) generation: AtomicU64,
     pub(crate) stats: Stats,
     /// What a check at opening has found.
     pub(crate) found: Mutex<Option<CheckReport>>,
@@ -305,7 +149,7 @@ impl Shared {
     #[must_use]
     #[inline]
     pub fn size(&self) -> u64 {
-        self.layers[0].size()
+        self.image.layer.size()
     }
 
     /// Whether writes are refused.
@@ -317,19 +161,19 @@ impl Shared {
     /// Whether an earlier sync failed, so that writes are refused.
     #[must_use]
     pub fn is_poisoned(&self) -> bool {
-        self.poisoned.load(Ordering::SeqCst)
+        self.image.poisoned.load(Ordering::SeqCst)
     }
 
     /// Sizes of the image; `None` for raw.
     #[must_use]
     pub fn geometry(&self) -> Option<Geometry> {
-        self.layers[0].qcow2().map(|layer| layer.geometry)
+        self.image.layer.qcow2().map(|layer| layer.geometry)
     }
 
     /// Files in the chain: 1 without a backing file.
     #[must_use]
     pub fn chain_depth(&self) -> usize {
-        self.layers.len()
+        self.chain.depth()
     }
 
     /// Asks something of the maintenance executor.
@@ -374,9 +218,9 @@ impl Shared {
                 .hooks
                 .transform
                 .clone()
-                .filter(|_| layer.file == IMAGE),
+                .filter(|_| layer.id == self.image.layer.id),
         };
-        let mut layers: Vec<&Layer> = self.layers.iter().collect();
+        let mut layers: Vec<&Layer> = self.chain.layers().collect();
         layers.sort_unstable_by_key(|layer| layer.file);
         debug_assert!(
             (0..)
@@ -395,7 +239,7 @@ impl Shared {
     }
 
     pub(crate) fn image_name(&self) -> &str {
-        &self.layers[0].name
+        &self.image.layer.name
     }
 
     fn post(&self, put: impl FnOnce(&mut Mail) -> VecDeque<std::task::Waker>) {
@@ -482,43 +326,5 @@ impl Shared {
             });
         }
         Ok(())
-    }
-
-    /// O23: whether the mapping of a range is durable as it is. Then what lies behind it needs no commit to be found again.
-    pub(crate) fn is_settled(&self, offset: u64, len: u64) -> bool {
-        let Some(image) = self.layers[0].qcow2() else {
-            return true;
-        };
-        if len == 0 {
-            return true;
-        }
-        let slice_at = |offset| {
-            let cluster = image.geometry.guest_cluster(GuestOffset(offset));
-            image.map.slice_of(cluster).0
-        };
-        let frames = &self.meta.lock().frames[0];
-        (slice_at(offset)..=slice_at(offset + len - 1))
-            .all(|slice| frames.is_settled(&image.map, SliceId(slice)))
-    }
-
-    #[inline]
-    pub(crate) fn check_range(&self, offset: u64, len: u64) -> Result<()> {
-        let size = self.size();
-        match offset.checked_add(len) {
-            Some(end) if end <= size => Ok(()),
-            _ => Err(Error::OutOfRange { offset, len, size }),
-        }
-    }
-
-    /// The L1 entry of a layer's table.
-    pub(crate) fn l1_entry(&self, layer: usize, l1_index: u64) -> Result<Option<L1Entry>> {
-        let layer = &self.layers[layer];
-        let qcow2 = layer.qcow2().expect("only qcow2 layers have tables");
-        L1Entry::decode(qcow2.map.l1(l1_index), &qcow2.geometry).map_err(|entry| Error::BadEntry {
-            file: layer.name.clone(),
-            table: "L1 table, entry",
-            index: l1_index,
-            entry,
-        })
     }
 }

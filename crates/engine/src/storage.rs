@@ -15,9 +15,6 @@ use crate::sync::Arc;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct FileId(pub u16);
 
-/// The image itself.
-pub const IMAGE: FileId = FileId(0);
-
 /// Names an operation in flight: chosen by the engine, returned with the completion. Small and dense
 /// (a slab index), so that a driver can use it as an index too. Never reused before its completion was seen.
 pub type Slot = usize;

@@ -6,17 +6,19 @@ use std::future::poll_fn;
 use std::rc::Rc;
 use std::task::Poll;
 
+use crate::chain::{Chain, Layer, LayerId, Owners};
 use crate::counters::HitCount;
 use crate::error::{Error, Result};
 use crate::file::{Ends, Files};
 use crate::frames::{Install, NoCleanFrame};
 use crate::hit::Direct;
+use crate::image::Image;
 use crate::map::SliceId;
 use crate::planted::{self, Bug};
 use crate::reactor::Reactor;
 use crate::seen::{Way, note};
-use crate::shared::{Owner, Run, Shared};
-use crate::storage::{IMAGE, OpKind, Storage};
+use crate::shared::{Run, Shared};
+use crate::storage::{OpKind, Storage};
 use crate::sync::{Arc, Ordering};
 use crate::to_usize;
 use crate::wake::{Flights, WaitList};
@@ -24,6 +26,8 @@ use crate::wake::{Flights, WaitList};
 /// One thread's way to do the engine's work.
 pub(crate) struct Worker<S: Storage> {
     pub(crate) shared: Arc<Shared>,
+    pub(crate) chain: Arc<Chain>,
+    pub(crate) image: Arc<Image>,
     pub(crate) hits: HitCount,
     pub(crate) files: Files<S, Direct<S::Memory>>,
     /// Clusters reserved for this worker, and not used yet.
@@ -32,9 +36,9 @@ pub(crate) struct Worker<S: Storage> {
     runs_generation: Cell<u64>,
     reserving: RefCell<Option<WaitList>>,
     /// Slices that a task of this worker reads just now: the others wait for it.
-    loading: Flights<(usize, SliceId)>,
+    loading: Flights<(LayerId, SliceId)>,
     /// Compressed clusters (layer, host offset) that a task of this worker decodes just now.
-    pub(crate) decoding: Flights<(usize, u64)>,
+    pub(crate) decoding: Flights<(LayerId, u64)>,
 }
 
 impl<S: Storage> Worker<S> {
@@ -48,6 +52,8 @@ impl<S: Storage> Worker<S> {
         Rc::new(Self {
             files: Files::new(storage, shared.file_facts()),
             hits: HitCount::new(Arc::clone(&shared)),
+            chain: Arc::clone(&shared.chain),
+            image: Arc::clone(&shared.image),
             shared,
             runs: RefCell::new(Vec::new()),
             runs_generation: Cell::new(0),
@@ -61,14 +67,14 @@ impl<S: Storage> Worker<S> {
     pub(crate) async fn allocate(&self, offset: u64, len: u64) -> Result<()> {
         let kind = || OpKind::Allocate { offset, len };
         self.files
-            .simple("allocate", IMAGE, offset, len, kind)
+            .simple("allocate", self.image.file(), offset, len, kind)
             .await
     }
 
     /// Takes the room that metadata will need once a commit writes it. A full disk then refuses the request that needs it, and not the
     /// commit, which would let nobody go on: neither flushes nor the discards that could give room back.
     pub(crate) async fn take_room(&self, offset: u64, len: u64) -> Result<()> {
-        if !self.files.properties(IMAGE).regular {
+        if !self.files.properties(self.image.file()).regular {
             return Ok(());
         }
         match self.allocate(offset, len).await {
@@ -83,15 +89,14 @@ impl<S: Storage> Worker<S> {
     }
 
     /// Brings a slice into the cache. It may be gone again when this returns: the caller looks it up again.
-    pub(crate) async fn load(&self, layer: usize, slice: SliceId) -> Result<()> {
-        match self.loading.join((layer, slice)).await {
+    pub(crate) async fn load(&self, layer: &Layer, slice: SliceId) -> Result<()> {
+        match self.loading.join((layer.id, slice)).await {
             None => Ok(()),
             Some(_flight) => self.load_alone(layer, slice).await,
         }
     }
 
-    async fn load_alone(&self, layer_index: usize, slice: SliceId) -> Result<()> {
-        let layer = &self.shared.layers[layer_index];
+    async fn load_alone(&self, layer: &Layer, slice: SliceId) -> Result<()> {
         let qcow2 = layer.qcow2().expect("only qcow2 layers have slices");
         let map = &qcow2.map;
         let table = map.table_of(slice);
@@ -99,32 +104,30 @@ impl<S: Storage> Worker<S> {
             // Where the slice lies, and the announcement of the read, belong together: a table that moves
             // between them would make the read one of another table.
             let (ticket, source) = {
-                let mut meta = self.shared.meta.lock();
+                let mut meta = qcow2.meta.lock();
                 if map.frame_of(slice).is_some() {
                     return Ok(());
                 }
-                let source = match self.shared.l1_entry(layer_index, table)? {
+                let source = match layer.l1_entry(table)? {
                     None => return Ok(()),
-                    Some(entry) => match meta.new_tables.get(&table).filter(|_| layer_index == 0) {
+                    Some(entry) => match meta.new_tables.get(&table) {
                         Some(new) => new.copy_from,
                         None => Some(entry.table.0),
                     },
                 };
-                (meta.frames[layer_index].begin_load(slice), source)
+                (meta.frames.begin_load(slice), source)
             };
             let words = match source {
                 None => Ok(vec![0; to_usize(map.slice_bytes() / 8)]),
-                Some(offset) => self.read_slice(layer_index, slice, offset).await,
+                Some(offset) => self.read_slice(layer, slice, offset).await,
             };
             let outcome = {
-                let mut meta = self.shared.meta.lock();
+                let mut meta = qcow2.meta.lock();
                 let words = words.and_then(|words: Vec<u64>| {
-                    if layer_index == 0 && !self.shared.options.read_only {
-                        self.check_slice(&meta.owners, slice, &words)?;
-                    }
+                    check_slice(layer, &meta.owners, slice, &words)?;
                     Ok(words)
                 });
-                let outcome = meta.frames[layer_index].end_load(
+                let outcome = meta.frames.end_load(
                     map,
                     slice,
                     ticket,
@@ -135,15 +138,14 @@ impl<S: Storage> Worker<S> {
             };
             match outcome {
                 Ok(Install::Cached | Install::Superseded) => return Ok(()),
-                Err(NoCleanFrame) => self.wait_for_frame(layer_index).await?,
+                Err(NoCleanFrame) => self.wait_for_frame().await?,
             }
         }
     }
 
     /// Reads a slice of the L2 table at a host offset.
-    async fn read_slice(&self, layer: usize, slice: SliceId, offset: u64) -> Result<Vec<u64>> {
+    async fn read_slice(&self, layer: &Layer, slice: SliceId, offset: u64) -> Result<Vec<u64>> {
         Shared::count(&self.shared.stats.slice_loads, 1);
-        let layer = &self.shared.layers[layer];
         let map = &layer.qcow2().expect("only qcow2 layers have slices").map;
         let place = offset + map.offset_in_table(slice);
         note(Way::LaterSliceRead, || map.is_later_slice(slice));
@@ -167,61 +169,17 @@ impl<S: Storage> Worker<S> {
     }
 
     /// Waits until a commit has cleaned some frames.
-    async fn wait_for_frame(&self, layer: usize) -> Result<()> {
+    async fn wait_for_frame(&self) -> Result<()> {
         if self.shared.is_poisoned() {
             return Err(Error::Poisoned {
                 file: self.shared.image_name().to_owned(),
             });
         }
-        let _ = layer;
         self.shared
             .request_flush()
             .receive()
             .await
             .unwrap_or(Err(Error::Closed))
-    }
-
-    /// Data entries must not lead into metadata, or a guest's write would land there.
-    fn check_slice(
-        &self,
-        owners: &crate::shared::Owners,
-        slice: SliceId,
-        words: &[u64],
-    ) -> Result<()> {
-        let layer = &self.shared.layers[0];
-        let qcow2 = layer.qcow2().expect("a slice belongs to a qcow2 layer");
-        let step = to_usize(qcow2.geometry.l2_entry_bytes() / 8);
-        for (index, word) in words.iter().step_by(step).enumerate() {
-            let raw = urus_format::L2Raw {
-                entry: *word,
-                subclusters: 0,
-            };
-            let host = match urus_format::L2Entry::decode(raw, &qcow2.geometry) {
-                Ok(
-                    urus_format::L2Entry::Data { host, .. }
-                    | urus_format::L2Entry::ZeroAllocated { host, .. },
-                ) => host,
-                // Compressed data is never written in place, and freeing it gives no metadata back (`Device::settle`);
-                // invalid entries fail when they are used.
-                _ => continue,
-            };
-            if let Some(owner) = owners.get(&qcow2.geometry.host_cluster(host).0) {
-                return Err(Error::Corrupt {
-                    file: layer.name.clone(),
-                    what: format!(
-                        "a guest cluster is mapped to {host}, which holds {}",
-                        owner.describe()
-                    ),
-                    place: format!(
-                        "L2 table {}, entry {}",
-                        qcow2.map.table_of(slice),
-                        qcow2.map.offset_in_table(slice) / qcow2.geometry.l2_entry_bytes()
-                            + index as u64
-                    ),
-                });
-            }
-        }
-        Ok(())
     }
 
     /// Takes up to `count` adjacent clusters to write into.
@@ -307,7 +265,7 @@ impl<S: Storage> Worker<S> {
     /// The reserved runs, less those of a generation that has passed.
     fn current_runs(&self) -> RefMut<'_, Vec<Run>> {
         let mut runs = self.runs.borrow_mut();
-        let generation = self.shared.generation.load(Ordering::SeqCst);
+        let generation = self.image.generation.load(Ordering::SeqCst);
         if self.runs_generation.replace(generation) != generation {
             runs.clear();
         }
@@ -318,27 +276,56 @@ impl<S: Storage> Worker<S> {
     pub(crate) async fn barrier(&self) -> Result<()> {
         Shared::count(&self.shared.stats.barriers, 1);
         // A failed sync is not tried again: what it covered is unknown (ordering.md, assumptions).
-        match self.files.sync(IMAGE).await {
+        match self.files.sync(self.image.file()).await {
             Ok(_) => Ok(()),
             Err(error) => {
                 if !planted::is(Bug::NoPoison) {
-                    self.shared.poisoned.store(true, Ordering::SeqCst);
+                    self.image.poisoned.store(true, Ordering::SeqCst);
                 }
-                Err(self.files.error("fdatasync", IMAGE, 0, 0, &error))
+                Err(self
+                    .files
+                    .error("fdatasync", self.image.file(), 0, 0, &error))
             }
         }
     }
 }
 
-impl Owner {
-    pub(crate) fn describe(self) -> &'static str {
-        match self {
-            Self::Header => "the header",
-            Self::L1Table => "an L1 table",
-            Self::L2Table => "an L2 table",
-            Self::RefcountTable => "the refcount table",
-            Self::RefcountBlock => "a refcount block",
-            Self::Snapshots => "the snapshot table",
+/// Data entries of an image that is written must not lead into its metadata, or a guest's write would land there.
+fn check_slice(layer: &Layer, owners: &Owners, slice: SliceId, words: &[u64]) -> Result<()> {
+    if owners.is_empty() {
+        return Ok(());
+    }
+    let qcow2 = layer.qcow2().expect("a slice belongs to a qcow2 layer");
+    let step = to_usize(qcow2.geometry.l2_entry_bytes() / 8);
+    for (index, word) in words.iter().step_by(step).enumerate() {
+        let raw = urus_format::L2Raw {
+            entry: *word,
+            subclusters: 0,
+        };
+        let host = match urus_format::L2Entry::decode(raw, &qcow2.geometry) {
+            Ok(
+                urus_format::L2Entry::Data { host, .. }
+                | urus_format::L2Entry::ZeroAllocated { host, .. },
+            ) => host,
+            // Compressed data is never written in place, and freeing it gives no metadata back (`Device::settle`);
+            // invalid entries fail when they are used.
+            _ => continue,
+        };
+        if let Some(owner) = owners.get(&qcow2.geometry.host_cluster(host).0) {
+            return Err(Error::Corrupt {
+                file: layer.name.clone(),
+                what: format!(
+                    "a guest cluster is mapped to {host}, which holds {}",
+                    owner.describe()
+                ),
+                place: format!(
+                    "L2 table {}, entry {}",
+                    qcow2.map.table_of(slice),
+                    qcow2.map.offset_in_table(slice) / qcow2.geometry.l2_entry_bytes()
+                        + index as u64
+                ),
+            });
         }
     }
+    Ok(())
 }

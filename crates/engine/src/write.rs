@@ -6,10 +6,11 @@ use crate::change::Outcome;
 use crate::cluster_locks::ClusterGuard;
 use crate::error::Result;
 use crate::planted::{self, Bug};
-use crate::resolve::LayerEntry;
+
+use crate::chain::{LayerEntry, LayerKind};
 use crate::seen::{Way, note};
-use crate::shared::{LayerKind, Run, Shared};
-use crate::storage::{IMAGE, Memory, OpKind, Storage};
+use crate::shared::{Run, Shared};
+use crate::storage::{Memory, OpKind, Storage};
 use crate::to_usize;
 use crate::wake::Window;
 use crate::worker::Worker;
@@ -33,7 +34,7 @@ impl<S: Storage> Worker<S> {
     /// Writes a range, whatever its clusters are.
     pub(crate) async fn write_guest(&self, offset: u64, memory: S::Memory) -> Result<()> {
         self.shared.check_writable()?;
-        match &self.shared.layers[0].kind {
+        match &self.image.layer.kind {
             LayerKind::Raw => {
                 let lock_bits = self.shared.options.sizes.raw_lock_bits;
                 self.write_locked_in_place(lock_bits, offset, offset, memory)
@@ -44,7 +45,7 @@ impl<S: Storage> Worker<S> {
     }
 
     async fn write_mapped(&self, offset: u64, memory: S::Memory) -> Result<()> {
-        let geometry = self.image().geometry;
+        let geometry = self.image.qcow2().geometry;
         let total = memory.len() as u64;
         let mut running = Window::new(self.shared.options.sizes.parts_at_once);
         let mut done = 0;
@@ -52,13 +53,13 @@ impl<S: Storage> Worker<S> {
         while done < total {
             let at = offset + done;
             let in_cluster = (geometry.cluster_bytes() - geometry.in_cluster(at)).min(total - done);
-            match self.layer_entry(0, at) {
+            match self.layer_entry(&self.image.layer, at) {
                 LayerEntry::Bad(error) => {
                     failed = Some(*error);
                     break;
                 }
                 LayerEntry::Miss(slice) => {
-                    if let Err(error) = running.during(self.load(0, slice)).await {
+                    if let Err(error) = running.during(self.load(&self.image.layer, slice)).await {
                         failed = Some(error);
                         break;
                     }
@@ -86,12 +87,12 @@ impl<S: Storage> Worker<S> {
 
     /// Bytes from `at` on whose clusters all look as if they had to change.
     fn changing_bytes(&self, at: u64, len: u64) -> u64 {
-        let geometry = self.image().geometry;
+        let geometry = self.image.qcow2().geometry;
         let mut bytes = (geometry.cluster_bytes() - geometry.in_cluster(at)).min(len);
         let most = self.shared.options.sizes.write_step_clusters;
         let limit = len.min(most << geometry.cluster_bits());
         while bytes < limit {
-            match self.layer_entry(0, at + bytes) {
+            match self.layer_entry(&self.image.layer, at + bytes) {
                 LayerEntry::Entry(L2Entry::Data { copied, .. }) if writable_in_place(copied) => {
                     break;
                 }
@@ -113,7 +114,7 @@ impl<S: Storage> Worker<S> {
         memory: S::Memory,
     ) -> Result<()> {
         let _guard = if self
-            .shared
+            .image
             .serialize_writes
             .load(crate::sync::Ordering::SeqCst)
             && !planted::is(Bug::NoBlockLocks)
@@ -122,24 +123,24 @@ impl<S: Storage> Worker<S> {
         } else {
             None
         };
-        self.files.write_data(IMAGE, host, memory).await
+        self.files.write_data(self.image.file(), host, memory).await
     }
 
     /// Locks the ranges of 2 to the power of `lock_bits` bytes that bytes lie in.
     pub(crate) async fn lock_range(&self, lock_bits: u32, at: u64, len: u64) -> ClusterGuard {
         let (first, last) = (at >> lock_bits, (at + len - 1) >> lock_bits);
         let count = last - first + 1;
-        self.shared.locks.lock(GuestCluster(first), count).await
+        self.image.locks.lock(GuestCluster(first), count).await
     }
 
     /// Writes a range whose clusters change, a group of like ones at a time.
     async fn write_changing(&self, offset: u64, memory: S::Memory) -> Result<()> {
-        let geometry = self.image().geometry;
+        let geometry = self.image.qcow2().geometry;
         let total = memory.len() as u64;
         let first = geometry.guest_cluster(GuestOffset(offset));
         let last = geometry.guest_cluster(GuestOffset(offset + total - 1));
         // O14: from reading the old state to publishing the new.
-        let _guard = self.shared.locks.lock(first, last.0 - first.0 + 1).await;
+        let _guard = self.image.locks.lock(first, last.0 - first.0 + 1).await;
         let mut done = 0;
         while done < total {
             let at = offset + done;
@@ -148,7 +149,11 @@ impl<S: Storage> Worker<S> {
             match self.loaded_entry(at).await? {
                 L2Entry::Data { host, copied } if writable_in_place(copied) => {
                     self.files
-                        .write_data(IMAGE, host.0 + geometry.in_cluster(at), part(in_cluster))
+                        .write_data(
+                            self.image.file(),
+                            host.0 + geometry.in_cluster(at),
+                            part(in_cluster),
+                        )
                         .await?;
                     done += in_cluster;
                 }
@@ -165,9 +170,9 @@ impl<S: Storage> Worker<S> {
     /// The image's own entry of the cluster at `offset`, loaded if need be.
     pub(crate) async fn loaded_entry(&self, offset: u64) -> Result<L2Entry> {
         loop {
-            match self.layer_entry(0, offset) {
+            match self.layer_entry(&self.image.layer, offset) {
                 LayerEntry::Entry(entry) => return Ok(entry),
-                LayerEntry::Miss(slice) => self.load(0, slice).await?,
+                LayerEntry::Miss(slice) => self.load(&self.image.layer, slice).await?,
                 LayerEntry::Bad(error) => return Err(*error),
             }
         }
@@ -175,7 +180,7 @@ impl<S: Storage> Worker<S> {
 
     /// Writes into a preallocated zero cluster: whole, because what it holds is anybody's guess.
     async fn write_preallocated(&self, at: u64, host: HostOffset, memory: S::Memory) -> Result<()> {
-        let geometry = self.image().geometry;
+        let geometry = self.image.qcow2().geometry;
         let within = geometry.in_cluster(at);
         let after = geometry.cluster_bytes() - within - memory.len() as u64;
         self.write_clusters(
@@ -194,7 +199,7 @@ impl<S: Storage> Worker<S> {
 
     /// Gives clusters from `at` on new host clusters, as many as are adjacent there; returns the bytes written.
     async fn write_fresh(&self, at: u64, memory: S::Memory) -> Result<u64> {
-        let geometry = self.image().geometry;
+        let geometry = self.image.qcow2().geometry;
         let want = self.fresh_clusters(at, memory.len() as u64).await?;
         let run = self.take_clusters(want).await?;
         note(Way::ShortRun, || run.count < want);
@@ -220,7 +225,7 @@ impl<S: Storage> Worker<S> {
 
     /// How many clusters from `at` on need a new host cluster, without a gap.
     async fn fresh_clusters(&self, at: u64, len: u64) -> Result<u64> {
-        let geometry = self.image().geometry;
+        let geometry = self.image.qcow2().geometry;
         let first = geometry.guest_cluster(GuestOffset(at)).0;
         let last = geometry.guest_cluster(GuestOffset(at + len - 1)).0;
         let mut count = 1;
@@ -239,7 +244,7 @@ impl<S: Storage> Worker<S> {
 
     /// Writes data, and what has to stand around it, into new clusters.
     async fn write_run(&self, at: u64, run: Run, memory: S::Memory) -> Result<()> {
-        let geometry = self.image().geometry;
+        let geometry = self.image.qcow2().geometry;
         let within = geometry.in_cluster(at);
         let end = at + memory.len() as u64;
         let after = (run.count << geometry.cluster_bits()) - within - memory.len() as u64;
@@ -249,7 +254,7 @@ impl<S: Storage> Worker<S> {
             None
         };
         // What reads as zeroes in the file need not be zeroes of the data.
-        let zero = run.zero && self.files.keeps_zeroes(IMAGE);
+        let zero = run.zero && self.files.keeps_zeroes(self.image.file());
         let (head, tail) = match around {
             Some(around) => around,
             None => (
@@ -272,13 +277,13 @@ impl<S: Storage> Worker<S> {
         at: u64,
         len: u64,
     ) -> Result<Option<(Filler<S::Memory>, Filler<S::Memory>)>> {
-        let geometry = self.image().geometry;
+        let geometry = self.image.qcow2().geometry;
         let (within, bytes) = (geometry.in_cluster(at), geometry.cluster_bytes());
         let start = at - within;
         let after = bytes - within - len;
         if len > bytes / 2
-            || self.reads_zero(0, start, within).await?
-            || self.reads_zero(0, at + len, after).await?
+            || self.reads_zero(start, within).await?
+            || self.reads_zero(at + len, after).await?
         {
             return Ok(None);
         }
@@ -287,7 +292,7 @@ impl<S: Storage> Worker<S> {
             return Ok(None);
         };
         // What the guest writes over need not be readable.
-        if self.read_guest(0, start, old.clone()).await.is_err() {
+        if self.read_guest(start, old.clone()).await.is_err() {
             return Ok(None);
         }
         Shared::count(&self.shared.stats.copied_bytes, within + after);
@@ -300,7 +305,7 @@ impl<S: Storage> Worker<S> {
         if len == 0 {
             return Ok(Filler::None);
         }
-        if self.reads_zero(0, offset, len).await? {
+        if self.reads_zero(offset, len).await? {
             return Ok(if already_zero {
                 Filler::None
             } else {
@@ -308,14 +313,14 @@ impl<S: Storage> Worker<S> {
             });
         }
         let bytes = self.files.allocate(len)?;
-        self.read_guest(0, offset, bytes.clone()).await?;
+        self.read_guest(offset, bytes.clone()).await?;
         Shared::count(&self.shared.stats.copied_bytes, len);
         Ok(Filler::Bytes(bytes))
     }
 
     /// Publishes new clusters, slice by slice. Those that could not be published are given back.
     async fn publish_run(&self, first: GuestCluster, run: Run) -> Result<()> {
-        let image = self.image();
+        let image = self.image.qcow2();
         let mut done = 0;
         while done < run.count {
             let cluster = GuestCluster(first.0 + done);
@@ -353,13 +358,13 @@ impl<S: Storage> Worker<S> {
         memory: S::Memory,
         tail: Filler<S::Memory>,
     ) -> Result<()> {
-        let properties = self.files.properties(IMAGE);
+        let properties = self.files.properties(self.image.file());
         let align = u64::from(properties.alignment);
         let data_end = data_host + memory.len() as u64;
         let apart = |bytes: u64| {
             bytes >= self.shared.options.sizes.zero_range_from_bytes
                 && properties.can_zero_range
-                && self.files.keeps_zeroes(IMAGE)
+                && self.files.keeps_zeroes(self.image.file())
                 && data_host.is_multiple_of(align)
                 && data_end.is_multiple_of(align)
         };
@@ -401,7 +406,7 @@ impl<S: Storage> Worker<S> {
             running.start(self.zero_range(offset, bytes)).await;
         }
         running
-            .start(self.files.write_data(IMAGE, first, all))
+            .start(self.files.write_data(self.image.file(), first, all))
             .await;
         running.end().await
     }
@@ -409,9 +414,8 @@ impl<S: Storage> Worker<S> {
     async fn zero_range(&self, offset: u64, len: u64) -> Result<()> {
         note(Way::ZeroRange, || true);
         self.files
-            .simple("zero range", IMAGE, offset, len, || OpKind::ZeroRange {
-                offset,
-                len,
+            .simple("zero range", self.image.file(), offset, len, || {
+                OpKind::ZeroRange { offset, len }
             })
             .await
     }

@@ -2,13 +2,12 @@
 
 use urus_format::{GuestCluster, GuestOffset, L2Entry};
 
+use crate::chain::{LayerEntry, LayerKind};
 use crate::change::Outcome;
 use crate::error::{Error, Result};
 use crate::planted::{self, Bug};
-use crate::resolve::LayerEntry;
 use crate::seen::{Way, note};
-use crate::shared::LayerKind;
-use crate::storage::{IMAGE, OpKind, Storage};
+use crate::storage::{OpKind, Storage};
 use crate::sync::Ordering;
 use crate::worker::Worker;
 
@@ -35,14 +34,14 @@ impl<S: Storage> Worker<S> {
         } else {
             how
         };
-        match &self.shared.layers[0].kind {
+        match &self.image.layer.kind {
             LayerKind::Raw => self.clear_raw(offset, len, how).await,
             LayerKind::Qcow2(_) => self.clear_mapped(offset, len, how).await,
         }
     }
 
     async fn clear_raw(&self, offset: u64, len: u64, how: Clearing) -> Result<()> {
-        let properties = self.files.properties(IMAGE);
+        let properties = self.files.properties(self.image.file());
         if how != Clearing::Keep && properties.can_punch {
             let punch = |offset, len| OpKind::Punch { offset, len };
             match self.clear_raw_by("punch", offset, len, punch).await {
@@ -73,7 +72,7 @@ impl<S: Storage> Worker<S> {
         len: u64,
         kind: impl Fn(u64, u64) -> OpKind<S::Memory>,
     ) -> Result<()> {
-        let locked = self.shared.serialize_writes.load(Ordering::SeqCst);
+        let locked = self.image.serialize_writes.load(Ordering::SeqCst);
         let lock_bits = self.shared.options.sizes.raw_lock_bits;
         let most = self.shared.options.sizes.zero_step_clusters << lock_bits;
         let mut done = 0;
@@ -90,7 +89,7 @@ impl<S: Storage> Worker<S> {
                 None
             };
             self.files
-                .simple(operation, IMAGE, at, step, || kind(at, step))
+                .simple(operation, self.image.file(), at, step, || kind(at, step))
                 .await?;
             done += step;
         }
@@ -113,7 +112,7 @@ impl<S: Storage> Worker<S> {
     }
 
     async fn clear_mapped(&self, offset: u64, len: u64, how: Clearing) -> Result<()> {
-        let geometry = self.image().geometry;
+        let geometry = self.image.qcow2().geometry;
         let cluster_bytes = geometry.cluster_bytes();
         let end = offset + len;
         let first = offset.div_ceil(cluster_bytes);
@@ -140,7 +139,7 @@ impl<S: Storage> Worker<S> {
             self.clear_part(tail_start.min(end), end.saturating_sub(tail_start))
                 .await?;
         }
-        let backed = self.shared.layers.len() > 1;
+        let backed = self.beneath().is_some();
         if !geometry.has_zero_flag() && (backed || how == Clearing::Keep) {
             // Version 2 cannot say "zero" over a backing file: a discard may as well not happen, zeroes are data.
             return match how {
@@ -153,14 +152,14 @@ impl<S: Storage> Worker<S> {
 
     /// Zeroes in part of a cluster: nothing to do where it reads so, else data.
     async fn clear_part(&self, offset: u64, len: u64) -> Result<()> {
-        if len == 0 || self.reads_zero(0, offset, len).await? {
+        if len == 0 || self.reads_zero(offset, len).await? {
             return Ok(());
         }
         self.write_zeroes(offset, len).await
     }
 
     async fn clear_as_data(&self, first: u64, last: u64, end: u64) -> Result<()> {
-        let cluster_bytes = self.image().geometry.cluster_bytes();
+        let cluster_bytes = self.image.qcow2().geometry.cluster_bytes();
         for cluster in first..last {
             let start = cluster * cluster_bytes;
             self.clear_part(start, cluster_bytes.min(end - start))
@@ -177,7 +176,7 @@ impl<S: Storage> Worker<S> {
         how: Clearing,
         backed: bool,
     ) -> Result<()> {
-        let image = self.image();
+        let image = self.image.qcow2();
         let geometry = &image.geometry;
         let mut next = first;
         while next < last {
@@ -207,7 +206,7 @@ impl<S: Storage> Worker<S> {
         how: Clearing,
         backed: bool,
     ) -> Result<()> {
-        let geometry = &self.image().geometry;
+        let geometry = &self.image.qcow2().geometry;
         let decide = |old: L2Entry| cleared(old, how, backed, geometry.has_zero_flag());
         let mut index = 0;
         while index < count {
@@ -215,18 +214,18 @@ impl<S: Storage> Worker<S> {
             // The longest range of clusters that change.
             while index < count {
                 let at = geometry.guest_offset(GuestCluster(first.0 + index));
-                match self.layer_entry(0, at.0) {
+                match self.layer_entry(&self.image.layer, at.0) {
                     LayerEntry::Entry(entry) if matches!(decide(entry), Outcome::Set(_)) => {
                         index += 1
                     }
                     LayerEntry::Entry(_) => break,
-                    LayerEntry::Miss(slice) => self.load(0, slice).await?,
+                    LayerEntry::Miss(slice) => self.load(&self.image.layer, slice).await?,
                     LayerEntry::Bad(error) => return Err(*error),
                 }
             }
             if index > start {
                 let from = GuestCluster(first.0 + start);
-                let _guard = self.shared.locks.lock(from, index - start).await;
+                let _guard = self.image.locks.lock(from, index - start).await;
                 self.change(from, index - start, None, &|_, old| decide(old))
                     .await?;
             } else {
@@ -238,7 +237,7 @@ impl<S: Storage> Worker<S> {
 
     /// Makes clusters from `offset` to `end` that nothing shines through read as zeroes, past the current size (O20).
     pub(crate) async fn clear_unbacked(&self, offset: u64, end: u64) -> Result<()> {
-        let cluster_bytes = self.image().geometry.cluster_bytes();
+        let cluster_bytes = self.image.qcow2().geometry.cluster_bytes();
         let (first, last) = (offset.div_ceil(cluster_bytes), end.div_ceil(cluster_bytes));
         self.clear_clusters(first, last, Clearing::Unmap, false)
             .await
@@ -247,7 +246,7 @@ impl<S: Storage> Worker<S> {
     /// Makes `[offset, end)` read as zeroes although it lies past the current size (O20).
     pub(crate) async fn clear_beyond_size(&self, offset: u64, end: u64) -> Result<()> {
         let len = end - offset;
-        let geometry = self.image().geometry;
+        let geometry = self.image.qcow2().geometry;
         let within = geometry.in_cluster(offset);
         if within != 0 && !planted::is(Bug::PartialClusterTakenWhole) {
             let part = len.min(geometry.cluster_bytes() - within);
@@ -257,7 +256,7 @@ impl<S: Storage> Worker<S> {
                 L2Entry::Unallocated | L2Entry::Zero | L2Entry::ZeroAllocated { .. }
             ) {
                 self.write_guest(offset, self.files.allocate(part)?).await?;
-            } else if matches!(entry, L2Entry::Unallocated) && self.shared.layers.len() > 1 {
+            } else if matches!(entry, L2Entry::Unallocated) && self.beneath().is_some() {
                 // The old last cluster shows the backing file up to the old end: it becomes data.
                 self.write_guest(offset, self.files.allocate(part)?).await?;
             }
@@ -265,7 +264,7 @@ impl<S: Storage> Worker<S> {
         let first = offset.div_ceil(geometry.cluster_bytes());
         let last = end.div_ceil(geometry.cluster_bytes());
         if first < last {
-            let backed = self.shared.layers.len() > 1;
+            let backed = self.beneath().is_some();
             if geometry.has_zero_flag() || !backed {
                 self.clear_clusters(first, last, Clearing::Unmap, backed)
                     .await?;

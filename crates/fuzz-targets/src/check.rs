@@ -2,7 +2,7 @@
 
 use urus_engine::check::{CheckReport, Repair};
 use urus_engine::check_image;
-use urus_engine::storage::IMAGE;
+use urus_engine::storage::FileId;
 use urus_format::Header;
 use urus_sim::checker::{Owner, Report, Table, Violation};
 use urus_sim::rng::Rng;
@@ -85,12 +85,19 @@ fn run(
     file.capacity = bytes.len() as u64 + ROOM;
     let config = SimConfig::random(&mut Rng::new(seed));
     let world = SimWorld::new(seed, config, vec![file]);
-    let report = check_image(world.handle(), "image".to_owned(), header.clone(), repair).ok();
+    let report = check_image(
+        world.handle(),
+        FileId(0),
+        "image".to_owned(),
+        header.clone(),
+        repair,
+    )
+    .ok();
     world.settle();
     if let Some(complaint) = world.complaints().first() {
         return Err(format!("the storage complains: {complaint}"));
     }
-    let after = world.contents(IMAGE).bytes().to_vec();
+    let after = world.contents(FileId(0)).bytes().to_vec();
     Ok((after, report))
 }
 

@@ -265,7 +265,7 @@ mod tests {
     /// Every rung of the ladder of flags, as an older kernel would have it: reads, waiting, waking, watching, leaving.
     #[test]
     fn rings_of_older_kernels_work() {
-        use urus_engine::storage::{IMAGE, Memory, OpKind};
+        use urus_engine::storage::{FileId, Memory, OpKind};
         let path = std::env::current_exe().unwrap();
         let builds: [fn(u32) -> io::Result<IoUring>; 4] = [
             |entries| setup::build_step(0, entries),
@@ -294,7 +294,17 @@ mod tests {
                         offset: 4096 * (round % 20),
                         memory,
                     };
-                    assert!(driver.submit(Op { file: IMAGE, kind }, slot).is_ok());
+                    assert!(
+                        driver
+                            .submit(
+                                Op {
+                                    file: FileId(0),
+                                    kind
+                                },
+                                slot
+                            )
+                            .is_ok()
+                    );
                 }
                 if round == 199 {
                     driver.kick();

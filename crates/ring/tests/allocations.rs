@@ -4,7 +4,7 @@ use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 use std::time::Duration;
 
-use urus_engine::storage::{IMAGE, Memory, Op, OpKind, Storage};
+use urus_engine::storage::{FileId, Memory, Op, OpKind, Storage};
 use urus_ring::{Buffer, Driver, DriverKind, FileSet, OpenFile, RingMemory};
 
 struct Counting;
@@ -63,7 +63,17 @@ fn allocations(kind: DriverKind) -> usize {
                     memory,
                 },
             };
-            assert!(driver.submit(Op { file: IMAGE, kind }, slot).is_ok());
+            assert!(
+                driver
+                    .submit(
+                        Op {
+                            file: FileId(0),
+                            kind
+                        },
+                        slot
+                    )
+                    .is_ok()
+            );
         }
         driver.kick();
         let mut done = 0;

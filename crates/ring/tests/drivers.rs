@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use common::{
     Bench, DEPTH, LONG, bytes, directory, for_both_drivers, memory, next, pattern, submit,
 };
-use urus_engine::storage::{FileId, IMAGE, Memory, Op, OpKind, Storage};
+use urus_engine::storage::{FileId, Memory, Op, OpKind, Storage};
 use urus_ring::{Driver, DriverKind, FileSet, OpenFile, RingMemory};
 
 for_both_drivers![
@@ -167,7 +167,8 @@ fn punch_and_zero_range(kind: DriverKind) {
     let data = pattern(64 << 10, 5);
     let mut bench = Bench::with(kind, DEPTH, false, &data);
     assert!(
-        bench.driver.properties(IMAGE).can_punch && bench.driver.properties(IMAGE).can_zero_range
+        bench.driver.properties(FileId(0)).can_punch
+            && bench.driver.properties(FileId(0)).can_zero_range
     );
     assert_eq!(
         bench
@@ -224,9 +225,9 @@ fn punch_and_zero_range(kind: DriverKind) {
 fn set_len_and_allocate(kind: DriverKind) {
     let mut bench = Bench::new(kind);
     assert_eq!(bench.run(OpKind::SetLen { len: 123_456 }).unwrap(), 0);
-    assert_eq!(bench.driver.file_len(IMAGE).unwrap(), 123_456);
+    assert_eq!(bench.driver.file_len(FileId(0)).unwrap(), 123_456);
     assert_eq!(bench.run(OpKind::SetLen { len: 100 }).unwrap(), 0);
-    assert_eq!(bench.driver.file_len(IMAGE).unwrap(), 100);
+    assert_eq!(bench.driver.file_len(FileId(0)).unwrap(), 100);
     assert_eq!(
         bench
             .run(OpKind::Allocate {
@@ -236,7 +237,7 @@ fn set_len_and_allocate(kind: DriverKind) {
             .unwrap(),
         0
     );
-    assert_eq!(bench.driver.file_len(IMAGE).unwrap(), 1 << 20);
+    assert_eq!(bench.driver.file_len(FileId(0)).unwrap(), 1 << 20);
     let blocks = std::os::unix::fs::MetadataExt::blocks(&std::fs::metadata(&bench.path).unwrap());
     assert!(blocks * 512 >= 1 << 20, "space is reserved");
 }
@@ -255,7 +256,7 @@ fn an_unsupported_zero_range_is_passed_on(kind: DriverKind) {
     let mut driver = Driver::open(FileSet::new(vec![file]), kind, DEPTH).unwrap();
     submit(
         &mut driver,
-        IMAGE,
+        FileId(0),
         OpKind::ZeroRange {
             offset: 0,
             len: 4096,
@@ -266,7 +267,7 @@ fn an_unsupported_zero_range_is_passed_on(kind: DriverKind) {
     assert_eq!(error.raw_os_error(), Some(95), "EOPNOTSUPP");
     submit(
         &mut driver,
-        IMAGE,
+        FileId(0),
         OpKind::Punch {
             offset: 0,
             len: 4096,
@@ -274,7 +275,7 @@ fn an_unsupported_zero_range_is_passed_on(kind: DriverKind) {
         0,
     );
     next(&mut driver).result.unwrap();
-    assert!(driver.properties(IMAGE).can_punch && !driver.properties(IMAGE).can_zero_range);
+    assert!(driver.properties(FileId(0)).can_punch && !driver.properties(FileId(0)).can_zero_range);
     assert_eq!(std::fs::read(&path).unwrap()[..4096], [0; 4096]);
 }
 
@@ -288,7 +289,7 @@ fn many_operations_in_one_kick(kind: DriverKind) {
             let offset = u64::try_from((slot + round) % 256 * 512).unwrap();
             submit(
                 &mut bench.driver,
-                IMAGE,
+                FileId(0),
                 OpKind::Read {
                     offset,
                     memory: target.clone(),
@@ -319,7 +320,7 @@ fn a_full_driver_gives_the_operation_back(kind: DriverKind) {
     let mut bench = Bench::with(kind, 5, false, &pattern(4096, 7));
     let target = bench.driver.allocate(512).unwrap();
     let read = |offset| Op {
-        file: IMAGE,
+        file: FileId(0),
         kind: OpKind::Read {
             offset,
             memory: target.clone(),
@@ -355,7 +356,7 @@ fn dropping_with_operations_in_flight(kind: DriverKind) {
             let offset = u64::try_from(slot * (256 << 10)).unwrap();
             submit(
                 &mut bench.driver,
-                IMAGE,
+                FileId(0),
                 OpKind::Read {
                     offset,
                     memory: part,
@@ -363,7 +364,7 @@ fn dropping_with_operations_in_flight(kind: DriverKind) {
                 slot,
             );
         }
-        submit(&mut bench.driver, IMAGE, OpKind::SyncData, 63);
+        submit(&mut bench.driver, FileId(0), OpKind::SyncData, 63);
         if kicked {
             bench.driver.kick();
         }
@@ -392,7 +393,7 @@ fn jobs_run_elsewhere(kind: DriverKind) {
             assert!(slot != 7, "job 7 panics, on purpose");
             ran.lock().unwrap().push(thread::current().id());
         });
-        submit(&mut bench.driver, IMAGE, OpKind::Job(job), slot);
+        submit(&mut bench.driver, FileId(0), OpKind::Job(job), slot);
     }
     let mut seen = [false; 32];
     for _ in 0..32 {
@@ -407,7 +408,7 @@ fn jobs_run_elsewhere(kind: DriverKind) {
 
 fn direct_io(kind: DriverKind) {
     let mut bench = Bench::with(kind, DEPTH, true, &[]);
-    let properties = bench.driver.properties(IMAGE);
+    let properties = bench.driver.properties(FileId(0));
     assert!(
         [512, 4096].contains(&properties.alignment),
         "{properties:?}"
@@ -447,7 +448,7 @@ fn direct_io(kind: DriverKind) {
     );
     assert_eq!(bytes(&chain), data[..4 * unit]);
     // The helper sees to the alignment itself.
-    let file = bench.driver.files().file(IMAGE);
+    let file = bench.driver.files().file(FileId(0));
     assert_eq!(file.read_exact_at(1001, 5000).unwrap(), data[1001..6001]);
 }
 
@@ -477,7 +478,7 @@ fn direct_reads_start_before_the_kick() {
             offset: 4096 * slot as u64,
             memory: memory.clone(),
         };
-        submit(driver, IMAGE, kind, slot);
+        submit(driver, FileId(0), kind, slot);
         memory
     };
     let mut memories = Vec::new();
@@ -556,7 +557,7 @@ fn errors_reach_their_slot(kind: DriverKind) {
     let memory = driver.allocate(512).unwrap();
     submit(
         &mut driver,
-        IMAGE,
+        FileId(0),
         OpKind::Read {
             offset: u64::MAX - 511,
             memory,
@@ -568,7 +569,7 @@ fn errors_reach_their_slot(kind: DriverKind) {
 
 fn properties_and_lengths(kind: DriverKind) {
     let bench = Bench::with(kind, DEPTH, false, &pattern(1234, 14));
-    let properties = bench.driver.properties(IMAGE);
+    let properties = bench.driver.properties(FileId(0));
     assert_eq!(
         (
             properties.alignment,
@@ -577,9 +578,9 @@ fn properties_and_lengths(kind: DriverKind) {
         ),
         (1, 1, true)
     );
-    assert_eq!(bench.driver.file_len(IMAGE).unwrap(), 1234);
+    assert_eq!(bench.driver.file_len(FileId(0)).unwrap(), 1234);
     assert_eq!(
-        bench.driver.files().file(IMAGE).name(),
+        bench.driver.files().file(FileId(0)).name(),
         bench.path.display().to_string()
     );
 }
@@ -590,7 +591,7 @@ fn slots_may_be_sparse(kind: DriverKind) {
         let memory = bench.driver.allocate(10).unwrap();
         submit(
             &mut bench.driver,
-            IMAGE,
+            FileId(0),
             OpKind::Read { offset: 0, memory },
             slot,
         );
@@ -613,7 +614,7 @@ fn a_slot_in_flight_twice_panics(kind: DriverKind) {
             let memory = bench.driver.allocate(10).unwrap();
             submit(
                 &mut bench.driver,
-                IMAGE,
+                FileId(0),
                 OpKind::Read { offset: 0, memory },
                 1,
             );

@@ -243,7 +243,7 @@ fn two_of_our_own() {
 /// A ring that is going away must not keep the image locked.
 #[test]
 fn a_closed_driver_frees_the_image_at_once() {
-    use urus_engine::storage::{IMAGE, Op, OpKind, Storage};
+    use urus_engine::storage::{FileId, Op, OpKind, Storage};
     let Some(image) = image() else { return };
     for _ in 0..50 {
         let file = open(&image.path, LockMode::Write);
@@ -255,7 +255,7 @@ fn a_closed_driver_frees_the_image_at_once() {
             driver
                 .submit(
                     Op {
-                        file: IMAGE,
+                        file: FileId(0),
                         kind: OpKind::Read { offset: 0, memory }
                     },
                     0

@@ -3,7 +3,7 @@
 mod common;
 
 use common::{Bench, DEPTH, next, submit};
-use urus_engine::storage::{IMAGE, Memory, OpKind, Storage};
+use urus_engine::storage::{FileId, Memory, OpKind, Storage};
 use urus_ring::{Buffer, DriverKind, RingMemory};
 
 /// What lies in registered memory, partly in it, and outside: the same bytes arrive; and memory that is let go of, or replaced, is
@@ -24,7 +24,7 @@ fn registered_memory_is_read_and_written_by(kind: DriverKind) {
                 let memory = memory.slice(4096, 8192);
                 submit(
                     &mut bench.driver,
-                    IMAGE,
+                    FileId(0),
                     OpKind::Read { offset, memory },
                     slot,
                 );

@@ -7,7 +7,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use urus_engine::storage::{IMAGE, Op, OpKind, Storage};
+use urus_engine::storage::{FileId, Op, OpKind, Storage};
 use urus_ring::{
     Buffer, Driver, DriverKind, FileSet, OpenFile, Parts, RingMemory, SocketCompletion,
 };
@@ -203,7 +203,17 @@ fn many_sockets_leave_room_for_files() {
             use urus_engine::storage::Memory;
             let memory = memory.slice(slot * 512, 512);
             let kind = OpKind::Read { offset: 0, memory };
-            assert!(driver.submit(Op { file: IMAGE, kind }, slot).is_ok());
+            assert!(
+                driver
+                    .submit(
+                        Op {
+                            file: FileId(0),
+                            kind
+                        },
+                        slot
+                    )
+                    .is_ok()
+            );
         }
         driver.kick();
         for (_, theirs) in &pairs {

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use common::{Bench, DEPTH, LONG, for_both_drivers, pattern, submit};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use urus_engine::storage::{IMAGE, Memory, OpKind, Slot, Storage};
+use urus_engine::storage::{FileId, Memory, OpKind, Slot, Storage};
 use urus_ring::{Driver, DriverKind};
 
 for_both_drivers![
@@ -133,7 +133,7 @@ fn event_fd_announces(kind: DriverKind) {
 
     // A read, in one system call or later.
     let memory = driver.allocate(512).unwrap();
-    submit(driver, IMAGE, OpKind::Read { offset: 0, memory }, 0);
+    submit(driver, FileId(0), OpKind::Read { offset: 0, memory }, 0);
     driver.kick();
     assert!(is_readable(driver, true));
     driver.consume_event();
@@ -143,7 +143,7 @@ fn event_fd_announces(kind: DriverKind) {
     // A job.
     submit(
         driver,
-        IMAGE,
+        FileId(0),
         OpKind::Job(Box::new(|| thread::sleep(Duration::from_millis(20)))),
         0,
     );
@@ -200,7 +200,7 @@ fn event_fd_loses_nothing(kind: DriverKind) {
                     memory: target.slice(slot * 4096, 4096),
                 },
             };
-            submit(driver, IMAGE, kind, slot);
+            submit(driver, FileId(0), kind, slot);
             started += 1;
         }
         driver.kick();

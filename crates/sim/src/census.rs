@@ -4,12 +4,13 @@
 use std::collections::BTreeSet;
 use std::fmt;
 
-use urus_engine::storage::{FileId, IMAGE, OpKind};
+use urus_engine::storage::{FileId, OpKind};
 
 use crate::checker::Owners;
 use crate::crash::Class;
 use crate::fault::{ACTIONS, Action, OpClass};
 use crate::memory::SimMemory;
+use crate::world::IMAGE;
 
 /// What an operation does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]

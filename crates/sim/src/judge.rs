@@ -277,8 +277,14 @@ impl Scene {
             parsed.map_err(|error| error.to_string())
         };
         let run = |world: &SimWorld, repair| {
-            check_image(world.handle(), "image".to_owned(), header()?, repair)
-                .map_err(|error| format!("check: {error}"))
+            check_image(
+                world.handle(),
+                FileId(0),
+                "image".to_owned(),
+                header()?,
+                repair,
+            )
+            .map_err(|error| format!("check: {error}"))
         };
         let before = run(&world, Repair::None)?;
         let miscounted = self.config.miscounted && found.dirty;

@@ -7,7 +7,7 @@ use std::ops::Range;
 use std::sync::Arc as Bytes;
 
 use urus_engine::request::{Extent, Reply, Request, RequestKind};
-use urus_engine::storage::{FileId, IMAGE};
+use urus_engine::storage::FileId;
 use urus_engine::sync::{Arc, Mutex};
 use urus_engine::{
     Control, ControlReply, Error, LayerFormat, LayerSpec, Maintenance, Options, Queue, Shared,
@@ -23,7 +23,7 @@ use crate::rng::{Rng, mix};
 use crate::stamp::stamped;
 use crate::storage::SimStorage;
 use crate::workload::{Ask, Workload};
-use crate::world::SimWorld;
+use crate::world::{IMAGE, SimWorld};
 
 /// A request in flight.
 #[derive(Clone, Debug)]

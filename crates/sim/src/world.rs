@@ -8,7 +8,7 @@
 use std::cell::{Ref, RefCell};
 use std::rc::Rc;
 
-use urus_engine::storage::{FileId, FileProperties, IMAGE};
+use urus_engine::storage::{FileId, FileProperties};
 use urus_engine::sync::{Arc, Ordering};
 
 use crate::callers::Asked;
@@ -21,6 +21,9 @@ use crate::op::{Landed, Outcome, Running};
 use crate::rng::{Rng, TraceHash};
 use crate::space::Space;
 use crate::storage::{Flag, SimStorage};
+
+/// The image: the first file of a machine.
+pub const IMAGE: FileId = FileId(0);
 
 /// What a simulated file is.
 #[derive(Clone, Debug)]

@@ -7,7 +7,7 @@
 use std::collections::{BTreeSet, HashSet};
 use std::ops::ControlFlow;
 
-use urus_engine::storage::{FileId, IMAGE, Op, OpKind, Storage};
+use urus_engine::storage::{FileId, Op, OpKind, Storage};
 use urus_sim::contents::{Change, Contents, Keep};
 use urus_sim::crash::{Choice, Class, CrashCursor, Limits};
 use urus_sim::fault::{Action, Fault, Trigger};
@@ -15,6 +15,7 @@ use urus_sim::log::{Event, Log, OpId};
 use urus_sim::memory::SimMemory;
 use urus_sim::rng::Rng;
 use urus_sim::storage::SimStorage;
+use urus_sim::world::IMAGE;
 use urus_sim::world::{FileSpec, SimConfig, SimWorld};
 
 fn calm() -> SimConfig {

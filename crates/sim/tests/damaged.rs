@@ -1,7 +1,6 @@
 //! Devices over damaged images. Found by fuzzing (crates/fuzz-targets).
 
 use urus_engine::request::RequestKind;
-use urus_engine::storage::IMAGE;
 use urus_engine::{Control, Options};
 use urus_format::{CompressedExtent, Header, HostOffset, L2Entry, refcount};
 use urus_sim::checker::{self, Owner, Violation};
@@ -11,6 +10,7 @@ use urus_sim::machine::{Driving, Machine};
 use urus_sim::memory::SimMemory;
 use urus_sim::model::Model;
 use urus_sim::rng::Rng;
+use urus_sim::world::IMAGE;
 use urus_sim::world::{FileSpec, SimConfig, SimWorld};
 
 const DISK: u64 = 128 << 10;

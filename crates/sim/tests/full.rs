@@ -1,7 +1,6 @@
 //! A disk without room: what has no room is refused, and nothing else is.
 
 use urus_engine::request::RequestKind;
-use urus_engine::storage::IMAGE;
 use urus_engine::{Control, Options};
 use urus_sim::checker;
 use urus_sim::config::layers;
@@ -11,6 +10,7 @@ use urus_sim::model::Model;
 use urus_sim::rng::Rng;
 use urus_sim::stamp::Content;
 use urus_sim::workload::Ask;
+use urus_sim::world::IMAGE;
 use urus_sim::world::{FileSpec, SimConfig, SimWorld};
 
 /// Sectors of one request.

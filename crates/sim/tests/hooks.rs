@@ -93,7 +93,7 @@ fn every_change_is_told_and_no_data_goes_past_a_cipher() {
         machine.close().unwrap();
         assert_eq!(world.complaints(), Vec::<String>::new());
         // The naive reader has the same cipher, and nothing else in common with the engine.
-        let contents = world.contents(urus_engine::storage::IMAGE).clone();
+        let contents = world.contents(urus_sim::world::IMAGE).clone();
         let reader = GuestReader::open(contents.bytes(), None).unwrap();
         let plain = reader.clone().read(0, 1 << 20).unwrap();
         let deciphered = reader.ciphered(true).read(0, 1 << 20).unwrap();

@@ -1,7 +1,6 @@
 //! What becomes of a device while another process has its image: each as a test by its name.
 
 use urus_engine::request::RequestKind;
-use urus_engine::storage::IMAGE;
 use urus_engine::{Control, Options};
 use urus_format::Header;
 use urus_sim::config::layers;
@@ -11,6 +10,7 @@ use urus_sim::machine::{Driving, Machine};
 use urus_sim::memory::SimMemory;
 use urus_sim::model::Model;
 use urus_sim::rng::Rng;
+use urus_sim::world::IMAGE;
 use urus_sim::world::{FileSpec, SimConfig, SimWorld};
 
 fn built(sectors: u64, seed: u64) -> Built {

@@ -3,7 +3,6 @@
 
 use urus_engine::Options;
 use urus_engine::request::RequestKind;
-use urus_engine::storage::IMAGE;
 use urus_format::Header;
 use urus_sim::config::layers;
 use urus_sim::image;
@@ -11,6 +10,7 @@ use urus_sim::machine::{Driving, Machine};
 use urus_sim::memory::SimMemory;
 use urus_sim::model::Model;
 use urus_sim::rng::Rng;
+use urus_sim::world::IMAGE;
 use urus_sim::world::{FileSpec, SimConfig, SimWorld};
 
 const DISK: u64 = 128 << 10;

@@ -7,12 +7,13 @@
 
 use std::io;
 
-use urus_engine::storage::{Completion, IMAGE, Memory, Op, OpKind, Storage};
+use urus_engine::storage::{Completion, Memory, Op, OpKind, Storage};
 use urus_engine::sync::{Arc, AtomicBool, Ordering};
 use urus_sim::fault::{ACTIONS, Action, Fault, Trigger};
 use urus_sim::memory::SimMemory;
 use urus_sim::rng::Rng;
 use urus_sim::storage::SimStorage;
+use urus_sim::world::IMAGE;
 use urus_sim::world::{FileSpec, SimConfig, SimWorld};
 
 fn calm() -> SimConfig {

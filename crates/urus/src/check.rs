@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use urus_engine::check::{CheckReport, Repair};
+use urus_engine::storage::FileId;
 use urus_format::FaultKind;
 use urus_ring::{Driver, DriverKind, FileSet, LockMode, OpenFile};
 
@@ -93,5 +94,11 @@ pub fn check_with(path: impl AsRef<Path>, options: &CheckOptions) -> Result<Chec
     let name = path.display().to_string();
     let driver = Driver::open(FileSet::new(vec![file]), DriverKind::Auto, DEPTH)
         .map_err(Error::io("open a driver for", path))?;
-    Ok(urus_engine::check_image(driver, name, header, repair)?)
+    Ok(urus_engine::check_image(
+        driver,
+        FileId(0),
+        name,
+        header,
+        repair,
+    )?)
 }

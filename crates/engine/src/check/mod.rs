@@ -34,7 +34,7 @@ mod walk;
 use urus_format::{Error as FormatError, Header, incompatible};
 
 use crate::error::{Error, Result};
-use crate::storage::{IMAGE, Storage};
+use crate::storage::Storage;
 use crate::worker::Worker;
 
 pub use report::{CheckReport, Finding, Severity};
@@ -98,24 +98,29 @@ pub(crate) trait CheckIo {
 
 impl<S: Storage> CheckIo for Worker<S> {
     async fn read(&self, offset: u64, len: u64) -> Result<Vec<u8>> {
-        self.files.read_bytes(IMAGE, offset, len).await
+        self.files.read_bytes(self.image.file(), offset, len).await
     }
 
     async fn write(&self, offset: u64, bytes: &[u8]) -> Result<()> {
         // O18: sectors smaller than the file's alignment are written with their neighbours. Nobody else writes.
-        let align = u64::from(self.files.properties(IMAGE).alignment);
+        let align = u64::from(self.files.properties(self.image.file()).alignment);
         let end = offset + bytes.len() as u64;
         let (start, padded_end) = (offset - offset % align, end.next_multiple_of(align));
         if (start, padded_end) == (offset, end) {
-            return self.files.write_bytes(IMAGE, offset, bytes).await;
+            return self
+                .files
+                .write_bytes(self.image.file(), offset, bytes)
+                .await;
         }
         let mut block = self
             .files
-            .read_bytes(IMAGE, start, padded_end - start)
+            .read_bytes(self.image.file(), start, padded_end - start)
             .await?;
         let from = crate::to_usize(offset - start);
         block[from..from + bytes.len()].copy_from_slice(bytes);
-        self.files.write_bytes(IMAGE, start, &block).await
+        self.files
+            .write_bytes(self.image.file(), start, &block)
+            .await
     }
 
     async fn barrier(&self) -> Result<()> {
@@ -123,7 +128,7 @@ impl<S: Storage> CheckIo for Worker<S> {
     }
 
     fn file_len(&self) -> Result<u64> {
-        self.files.length(IMAGE)
+        self.files.length(self.image.file())
     }
 
     fn name(&self) -> &str {

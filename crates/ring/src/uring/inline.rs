@@ -347,7 +347,7 @@ mod tests {
     use super::*;
     use crate::files::OpenFile;
     use std::sync::Arc;
-    use urus_engine::storage::IMAGE;
+    use urus_engine::storage::FileId;
 
     fn files(can: Option<bool>) -> (tempfile::NamedTempFile, Arc<FileSet>) {
         let file = tempfile::NamedTempFile::new().unwrap();
@@ -363,7 +363,7 @@ mod tests {
         let memory = RingMemory::new(len);
         memory.write(0, &vec![7; len]);
         Op {
-            file: IMAGE,
+            file: FileId(0),
             kind: OpKind::Write {
                 offset,
                 memory,
@@ -375,7 +375,7 @@ mod tests {
     fn read(len: usize) -> Op<RingMemory> {
         let memory = RingMemory::new(len);
         Op {
-            file: IMAGE,
+            file: FileId(0),
             kind: OpKind::Read { offset: 0, memory },
         }
     }
@@ -421,21 +421,21 @@ mod tests {
         let whole = RingMemory::new(4096);
         for _ in 0..3 {
             whole.write(0, &[0; 4096]);
-            assert!(inline.read_now(IMAGE, 4096, &whole, &files));
+            assert!(inline.read_now(FileId(0), 4096, &whole, &files));
             let mut bytes = [0; 4096];
             whole.read(0, &mut bytes);
             assert_eq!(bytes, [9; 4096]);
         }
         let scattered = RingMemory::chain(vec![whole.slice(0, 512), RingMemory::new(512)]);
-        assert!(inline.read_now(IMAGE, 0, &scattered, &files));
+        assert!(inline.read_now(FileId(0), 0, &scattered, &files));
         let long = RingMemory::new(READ_BYTES_MAX + 1);
-        assert!(!inline.read_now(IMAGE, 0, &long, &files) && inline.untried == 0);
+        assert!(!inline.read_now(FileId(0), 0, &long, &files) && inline.untried == 0);
         // Past the end of the file, so each try misses.
         let part = RingMemory::new(12_288);
         let mut tried = Vec::new();
         for number in 0..100 {
             let misses = inline.misses;
-            assert!(!inline.read_now(IMAGE, 0, &part, &files));
+            assert!(!inline.read_now(FileId(0), 0, &part, &files));
             if inline.misses != misses || inline.untried == MISSES_MAX + 1 {
                 tried.push(number);
             }
@@ -511,7 +511,7 @@ mod tests {
                 assert!(content[at..at + 4096].iter().all(|byte| *byte == 7));
             }
             assert_ne!(
-                files.file(IMAGE).writes_without_blocking(),
+                files.file(FileId(0)).writes_without_blocking(),
                 WritesWithoutBlocking::Unknown
             );
         }

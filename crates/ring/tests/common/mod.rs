@@ -10,7 +10,7 @@ use std::io;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use urus_engine::storage::{Completion, FileId, IMAGE, Memory, Op, OpKind, Slot, Storage};
+use urus_engine::storage::{Completion, FileId, Memory, Op, OpKind, Slot, Storage};
 use urus_ring::{Buffer, Driver, DriverKind, FileSet, OpenFile, RingMemory};
 
 pub(crate) const DEPTH: u32 = 64;
@@ -49,7 +49,7 @@ impl Bench {
 
     /// Does one operation on the image.
     pub(crate) fn run(&mut self, kind: OpKind<RingMemory>) -> io::Result<usize> {
-        submit(&mut self.driver, IMAGE, kind, 3);
+        submit(&mut self.driver, FileId(0), kind, 3);
         let completion = next(&mut self.driver);
         assert_eq!(completion.slot, 3);
         completion.result

@@ -10,9 +10,10 @@ use shuttle::rand::{Rng as _, thread_rng};
 use shuttle::sync::atomic::AtomicUsize;
 use shuttle::sync::{Condvar, Mutex};
 use urus_engine::storage::{
-    Completion, FileId, FileProperties, IMAGE, Memory, Notify, Op, OpKind, Slot, Storage,
+    Completion, FileId, FileProperties, Memory, Notify, Op, OpKind, Slot, Storage,
 };
 use urus_sim::memory::SimMemory;
+use urus_sim::world::IMAGE;
 
 /// What wakes a thread out of its sleep.
 #[derive(Default)]

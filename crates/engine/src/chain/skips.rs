@@ -4,9 +4,9 @@
 //! begin there. Nothing else is remembered: the layer itself is looked at each time. The table is bounded, and an entry makes room
 //! for a younger one of the same place; each is one word, so that a reader sees all of it or none.
 
+use crate::chain::Layer;
 use crate::seen::{Way, note};
-use crate::shared::Layer;
-use crate::sync::{AtomicU64, OnceLock, Ordering};
+use crate::sync::{Arc, AtomicU64, OnceLock, Ordering};
 use crate::to_usize;
 
 /// Entries made at a time.
@@ -24,14 +24,14 @@ pub(crate) struct Skips {
 }
 
 impl Skips {
-    /// For these layers, the image first; none where there is nothing to skip.
-    pub(crate) fn of(layers: &[Layer], most: u64) -> Option<Self> {
-        if layers.len() < 3 || layers.len() >> LAYER_BITS != 0 {
+    /// For a chain; none where there is nothing to skip. The layers below the top have the numbers from 0 on.
+    pub(crate) fn of(top: &Layer, backing: &[Arc<Layer>], most: u64) -> Option<Self> {
+        if backing.len() < 2 || backing.len() >= 1 << LAYER_BITS {
             return None;
         }
-        let backing = layers[1..].iter().filter_map(Layer::qcow2);
+        let backing = backing.iter().filter_map(|layer| layer.qcow2());
         let unit_bits = backing.map(|layer| layer.geometry.cluster_bits()).min();
-        unit_bits.map(|bits| Self::new(bits, layers[0].size(), most))
+        unit_bits.map(|bits| Self::new(bits, top.size(), most))
     }
 
     /// At most `most` entries, a power of two.
@@ -56,21 +56,21 @@ impl Skips {
         (to_usize(unit & ((1 << bits) - 1)), (unit >> bits) + 1)
     }
 
-    /// The first layer, from 1 on, that is not known to have nothing for this part.
+    /// The first layer below the top, from 0 on, that is not known to have nothing for this part.
     pub(crate) fn first(&self, offset: u64) -> usize {
         let (place, tag) = self.place(offset);
         let Some(chunk) = self.chunks[place / CHUNK].get() else {
-            return 1;
+            return 0;
         };
         let word = chunk[place % CHUNK].load(Ordering::Relaxed);
         if word >> LAYER_BITS == tag {
             to_usize(word & ((1 << LAYER_BITS) - 1))
         } else {
-            1
+            0
         }
     }
 
-    /// All layers from 1 up to this one have nothing for any byte of this part, and none of them ends before the part does.
+    /// All layers below the top, up to this one, have nothing for any byte of this part, and none of them ends before the part does.
     pub(crate) fn learn(&self, offset: u64, layer: usize) {
         let (place, tag) = self.place(offset);
         let chunk = self.chunks[place / CHUNK]
@@ -108,23 +108,23 @@ mod tests {
             for at in parts {
                 skips.learn(at, 7);
                 assert_eq!(skips.first(at), 7);
-                assert_eq!(skips.first(at ^ 1 << 40), 1);
+                assert_eq!(skips.first(at ^ 1 << 40), 0);
             }
             return;
         }
         for at in parts {
-            assert_eq!(skips.first(at), 1);
+            assert_eq!(skips.first(at), 0);
             skips.learn(at, 7);
             assert_eq!(skips.first(at), 7);
             // The same place, another part.
-            assert_eq!(skips.first(at + around), 1);
-            assert_eq!(skips.first(at + 5 * around), 1);
+            assert_eq!(skips.first(at + around), 0);
+            assert_eq!(skips.first(at + 5 * around), 0);
         }
         skips.learn((1 << 16) + around, 3);
         assert_eq!(skips.first((1 << 16) + around), 3);
-        assert_eq!(skips.first(1 << 16), 1);
+        assert_eq!(skips.first(1 << 16), 0);
         assert_eq!(skips.first((1 << 16) - 1), 7);
-        assert_eq!(skips.first((2 << 16) - 1), 1);
+        assert_eq!(skips.first((2 << 16) - 1), 0);
         // The last byte that any disk can have.
         let last = i64::MAX as u64;
         skips.learn(last, 65535);
@@ -143,7 +143,7 @@ mod tests {
     #[test]
     fn the_table_is_bounded() {
         let chunks = |bits, size| Skips::new(bits, size, limits::SKIPS_MAX).chunks.len();
-        assert_eq!(chunks(16, 0), 1);
+        assert_eq!(chunks(16, 0), 0);
         assert_eq!(chunks(16, 1 << 30), 4);
         assert_eq!(chunks(9, 1 << 62) * CHUNK, to_usize(limits::SKIPS_MAX));
     }

@@ -2,12 +2,11 @@
 
 use urus_format::L2Entry;
 
+use crate::chain::{LayerEntry, LayerKind};
 use crate::error::Result;
 use crate::planted::{self, Bug};
 use crate::request::Extent;
-use crate::resolve::LayerEntry;
 use crate::seen::{Way, note};
-use crate::shared::LayerKind;
 use crate::storage::Storage;
 use crate::worker::Worker;
 
@@ -43,8 +42,8 @@ impl<S: Storage> Worker<S> {
             compressed: false,
             host: None,
         };
-        for (index, layer) in self.shared.layers.iter().enumerate() {
-            extent.depth = u32::try_from(index).expect("chains are short");
+        for (depth, layer) in self.chain.layers().enumerate() {
+            extent.depth = u32::try_from(depth).expect("chains are short");
             let size = layer.size();
             if offset >= size {
                 // Past the end of a backing file. As QEMU counts, the layer above has these zeroes, without saying so.
@@ -82,9 +81,9 @@ impl<S: Storage> Worker<S> {
             let within = geometry.in_cluster(offset);
             extent.len = extent.len.min(geometry.cluster_bytes() - within);
             let entry = loop {
-                match self.layer_entry(index, offset) {
+                match self.layer_entry(layer, offset) {
                     LayerEntry::Entry(entry) => break entry,
-                    LayerEntry::Miss(slice) => self.load(index, slice).await?,
+                    LayerEntry::Miss(slice) => self.load(layer, slice).await?,
                     LayerEntry::Bad(error) => return Err(*error),
                 }
             };

@@ -2,29 +2,29 @@
 
 use urus_format::{CompressedExtent, EntryError, GuestCluster, GuestOffset, L2Entry};
 
-use crate::error::Error;
+use crate::chain::{Layer, LayerKind, Qcow2Layer};
+use crate::error::{Error, Result};
 use crate::map::{Lookup, SliceId};
 use crate::planted::{self, Bug};
-use crate::shared::{Layer, LayerKind, Qcow2Layer};
+
 use crate::storage::{FileId, Storage};
 use crate::worker::Worker;
 
 /// The source of a range.
-#[derive(Debug)]
-pub(crate) enum Piece {
+pub(crate) enum Piece<'a> {
     /// Bytes of a file, from here.
     Data { file: FileId, offset: u64 },
     /// Zeroes.
     Zero,
     /// Part of a compressed cluster.
     Compressed {
-        layer: usize,
+        layer: &'a Layer,
         extent: CompressedExtent,
         /// Bytes from the start of the cluster to the range.
         within: u64,
     },
     /// Not known until this slice is cached.
-    Miss { layer: usize, slice: SliceId },
+    Miss { layer: &'a Layer, slice: SliceId },
     /// The metadata is invalid here. (Apart, as this is moved with each look-up.)
     Bad(Box<Error>),
 }
@@ -48,8 +48,7 @@ fn bad_entry(layer: &Layer, cluster: GuestCluster, entry: EntryError) -> LayerEn
 
 impl<S: Storage> Worker<S> {
     /// The entry of the cluster that holds `offset` in a qcow2 layer.
-    pub(crate) fn layer_entry(&self, layer_index: usize, offset: u64) -> LayerEntry {
-        let layer = &self.shared.layers[layer_index];
+    pub(crate) fn layer_entry(&self, layer: &Layer, offset: u64) -> LayerEntry {
         let qcow2 = layer.qcow2().expect("only qcow2 layers have entries");
         self.entry(layer, qcow2, offset)
     }
@@ -71,34 +70,45 @@ impl<S: Storage> Worker<S> {
         }
     }
 
-    /// Resolves the start of `[offset, offset + len)`, from a layer downwards. The answer holds for the returned
-    /// number of bytes, at least 1, at most one cluster of any layer that was asked.
     #[inline]
-    pub(crate) fn resolve(&self, from_layer: usize, offset: u64, len: u64) -> (Piece, u64) {
-        let mut len = len;
-        if from_layer > 0 {
-            return self.resolve_backing(from_layer, offset, len);
+    pub(crate) fn check_range(&self, offset: u64, len: u64) -> Result<()> {
+        let size = self.chain.top().size();
+        match offset.checked_add(len) {
+            Some(end) if end <= size => Ok(()),
+            _ => Err(Error::OutOfRange { offset, len, size }),
         }
-        match self.look(0, &self.shared.layers[0], offset, &mut len) {
+    }
+
+    /// What lies below the image.
+    pub(crate) fn beneath(&self) -> Option<&Layer> {
+        self.chain.beneath(self.image.layer.id)
+    }
+
+    /// Resolves the start of `[offset, offset + len)`, as the guest sees it. The answer holds for the returned number of
+    /// bytes, at least 1, at most one cluster of any layer that was asked.
+    #[inline]
+    pub(crate) fn resolve(&self, offset: u64, len: u64) -> (Piece<'_>, u64) {
+        let mut len = len;
+        match self.look(self.chain.top(), offset, &mut len) {
             Some(piece) => (piece, len),
-            None => self.resolve_backing(1, offset, len),
+            None => self.resolve_backing(offset, len),
         }
     }
 
     /// The same among the backing files.
-    fn resolve_backing(&self, from_layer: usize, offset: u64, len: u64) -> (Piece, u64) {
+    fn resolve_backing(&self, offset: u64, len: u64) -> (Piece<'_>, u64) {
         let mut len = len;
-        let (mut index, mut end) = (from_layer, 0);
-        let skips = self.shared.skips.as_ref().filter(|_| from_layer == 1);
+        let (mut index, mut end) = (0, 0);
+        let skips = self.chain.skips.as_ref();
         if let Some(skips) = skips {
             (index, end) = (skips.first(offset), skips.end_of(offset));
             len = len.min(end - offset);
         }
-        // All layers from 1 up to this one have nothing for the whole part.
+        // All layers below the top, up to this one, have nothing for the whole part.
         let (first, mut known) = (index, index);
         let mut piece = Piece::Zero;
-        while let Some(layer) = self.shared.layers.get(index) {
-            if let Some(found) = self.look(index, layer, offset, &mut len) {
+        while let Some(layer) = self.chain.below().get(index) {
+            if let Some(found) = self.look(layer, offset, &mut len) {
                 piece = found;
                 break;
             }
@@ -116,7 +126,7 @@ impl<S: Storage> Worker<S> {
     /// What one layer has for the start of a range; `None` where that is for the layer below it to say. Makes the range shorter, to what the
     /// answer holds for.
     #[inline(always)]
-    fn look(&self, index: usize, layer: &Layer, offset: u64, len: &mut u64) -> Option<Piece> {
+    fn look<'a>(&self, layer: &'a Layer, offset: u64, len: &mut u64) -> Option<Piece<'a>> {
         let size = layer.size();
         if offset >= size {
             // A shorter backing file reads as zeroes past its end, whatever lies beneath it.
@@ -135,10 +145,7 @@ impl<S: Storage> Worker<S> {
         let within = qcow2.geometry.in_cluster(offset);
         *len = (*len).min(qcow2.geometry.cluster_bytes() - within);
         match self.entry(layer, qcow2, offset) {
-            LayerEntry::Miss(slice) => Some(Piece::Miss {
-                layer: index,
-                slice,
-            }),
+            LayerEntry::Miss(slice) => Some(Piece::Miss { layer, slice }),
             LayerEntry::Bad(error) => Some(Piece::Bad(error)),
             LayerEntry::Entry(L2Entry::Unallocated) => None,
             LayerEntry::Entry(L2Entry::Zero | L2Entry::ZeroAllocated { .. }) => Some(Piece::Zero),
@@ -147,7 +154,7 @@ impl<S: Storage> Worker<S> {
                 offset: host.0 + within,
             }),
             LayerEntry::Entry(L2Entry::Compressed(extent)) => Some(Piece::Compressed {
-                layer: index,
+                layer,
                 extent,
                 within,
             }),

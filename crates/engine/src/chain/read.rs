@@ -2,9 +2,9 @@
 
 use urus_format::CompressedExtent;
 
+use crate::chain::{Layer, Piece};
 use crate::error::{Error, Result};
 use crate::file::zeroed;
-use crate::resolve::Piece;
 use crate::shared::Shared;
 use crate::storage::{FileId, Memory, Op, OpKind, Storage};
 use crate::sync::{Arc, Mutex};
@@ -13,14 +13,9 @@ use crate::wake::Window;
 use crate::worker::Worker;
 
 impl<S: Storage> Worker<S> {
-    /// Reads a range as the chain from `layer` downwards shows it. Neighbouring host ranges become one operation, separate
+    /// Reads a range as the guest sees it. Neighbouring host ranges become one operation, separate
     /// ones run side by side.
-    pub(crate) async fn read_guest(
-        &self,
-        layer: usize,
-        offset: u64,
-        memory: S::Memory,
-    ) -> Result<()> {
+    pub(crate) async fn read_guest(&self, offset: u64, memory: S::Memory) -> Result<()> {
         let total = memory.len() as u64;
         let mut running = Window::new(self.shared.options.sizes.parts_at_once);
         // (file, host offset, start in memory, bytes) that may still grow.
@@ -28,7 +23,7 @@ impl<S: Storage> Worker<S> {
         let mut done = 0;
         let mut failed = None;
         while done < total {
-            let (piece, len) = self.resolve(layer, offset + done, total - done);
+            let (piece, len) = self.resolve(offset + done, total - done);
             match piece {
                 Piece::Data { file, offset: host } => {
                     open = match open {
@@ -90,7 +85,7 @@ impl<S: Storage> Worker<S> {
     /// Reads part of a compressed cluster.
     async fn read_compressed(
         &self,
-        layer: usize,
+        layer: &Layer,
         extent: CompressedExtent,
         within: u64,
         target: S::Memory,
@@ -105,14 +100,14 @@ impl<S: Storage> Worker<S> {
     /// them pin the old mapping (O7), so what one of them put into the cache is right for the others.
     async fn cluster_content(
         &self,
-        layer: usize,
+        layer: &Layer,
         extent: CompressedExtent,
     ) -> Result<Arc<Vec<u8>>> {
         loop {
-            if let Some(cluster) = self.shared.decoded.get(layer, extent.offset.0) {
+            if let Some(cluster) = self.shared.decoded.get(layer.id, extent.offset.0) {
                 return Ok(cluster);
             }
-            if let Some(_flight) = self.decoding.join((layer, extent.offset.0)).await {
+            if let Some(_flight) = self.decoding.join((layer.id, extent.offset.0)).await {
                 return self.decode_cluster(layer, extent).await;
             }
         }
@@ -121,10 +116,9 @@ impl<S: Storage> Worker<S> {
     /// Decodes a compressed cluster on another thread, and puts it into the cache.
     async fn decode_cluster(
         &self,
-        layer_index: usize,
+        layer: &Layer,
         extent: CompressedExtent,
     ) -> Result<Arc<Vec<u8>>> {
-        let layer = &self.shared.layers[layer_index];
         let qcow2 = layer
             .qcow2()
             .expect("only qcow2 layers have compressed clusters");
@@ -158,15 +152,15 @@ impl<S: Storage> Worker<S> {
         })?;
         self.shared
             .decoded
-            .insert(layer_index, extent.offset.0, Arc::clone(&cluster));
+            .insert(layer.id, extent.offset.0, Arc::clone(&cluster));
         Ok(cluster)
     }
 
     /// Whether a range is known to read as zeroes without reading data.
-    pub(crate) async fn reads_zero(&self, layer: usize, offset: u64, len: u64) -> Result<bool> {
+    pub(crate) async fn reads_zero(&self, offset: u64, len: u64) -> Result<bool> {
         let mut done = 0;
         while done < len {
-            let (piece, bytes) = self.resolve(layer, offset + done, len - done);
+            let (piece, bytes) = self.resolve(offset + done, len - done);
             match piece {
                 Piece::Zero => done += bytes,
                 Piece::Data { .. } | Piece::Compressed { .. } => return Ok(false),
