@@ -11,7 +11,7 @@ use std::task::{Context, Poll, Wake, Waker};
 use loom::thread;
 use urus_format::{Geometry, GuestCluster, L2Raw};
 
-use crate::chain::Removed;
+use crate::chain::{LayerId, Removed};
 use crate::cluster_locks::ClusterLocks;
 use crate::decoded::DecodedCache;
 use crate::frames::Frames;
@@ -503,7 +503,7 @@ fn decoded_and_reused() {
                 let mark = pins.mark();
                 let free = pins.passed(mark);
                 if free {
-                    cache.invalidate(0, 512, 1024);
+                    cache.invalidate(LayerId(0), 512, 1024);
                     disk.store(2, Ordering::SeqCst);
                 }
                 free
@@ -511,17 +511,17 @@ fn decoded_and_reused() {
         };
         let epoch = queue.begin();
         if map.lookup(GuestCluster(0)) == Lookup::Entry(raw(10, 0)) {
-            let data = cache.get(0, 600).unwrap_or_else(|| {
+            let data = cache.get(LayerId(0), 600).unwrap_or_else(|| {
                 let value = u8::try_from(disk.load(Ordering::SeqCst)).expect("a small one");
                 let data = Arc::new(vec![value]);
-                cache.insert(0, 600, Arc::clone(&data));
+                cache.insert(LayerId(0), 600, Arc::clone(&data));
                 data
             });
             assert_eq!(*data, [1], "somebody else's");
         }
         queue.end(epoch);
         if settler.join().expect("the settler does not panic") {
-            assert!(cache.get(0, 600).is_none(), "it came late");
+            assert!(cache.get(LayerId(0), 600).is_none(), "it came late");
         }
     });
 }
