@@ -77,12 +77,13 @@ impl DecodedCache {
         }
     }
 
-    /// Bytes that are kept, and those that count as kept; the budget, and the clusters.
-    pub(crate) fn kept(&self) -> [u64; 4] {
+    /// Bytes that are kept, and those that count as kept; the budget; the clusters, and their ages.
+    pub(crate) fn kept(&self) -> [u64; 5] {
         let inner = self.inner.lock();
         let lengths = inner.clusters.values().map(|(_, data)| data.len() as u64);
         let clusters = inner.clusters.len() as u64;
-        [lengths.sum(), inner.bytes, self.most_bytes, clusters]
+        let ages = inner.ages.len() as u64;
+        [lengths.sum(), inner.bytes, self.most_bytes, clusters, ages]
     }
 
     /// Forgets what starts in `[start, end)` of a layer's file.
@@ -108,5 +109,48 @@ impl DecodedCache {
             hits: inner.hits,
             ..Inner::default()
         };
+    }
+}
+
+#[cfg(all(test, not(feature = "loom")))]
+mod tests {
+    use super::*;
+
+    fn cluster() -> Arc<Vec<u8>> {
+        Arc::new(vec![0; 512])
+    }
+
+    /// Guards against ages that outlive their use: they would pile up for ever, and let a cluster go that was used just now.
+    #[test]
+    fn what_was_not_used_for_longest_goes_and_leaves_nothing_behind() {
+        let cache = DecodedCache::new(4 * 512);
+        for offset in 0..4 {
+            cache.insert(0, offset, cluster());
+        }
+        for _ in 0..100 {
+            assert!(cache.get(0, 0).is_some());
+            // Decoded by two queues at once.
+            cache.insert(0, 2, cluster());
+        }
+        assert_eq!(cache.kept(), [2048, 2048, 2048, 4, 4]);
+        cache.insert(0, 4, cluster());
+        cache.insert(1, 0, cluster());
+        let left = [(0, 0), (0, 2), (0, 4), (1, 0)];
+        let gone = [(0, 1), (0, 3)];
+        assert!(
+            left.iter()
+                .all(|(layer, at)| cache.get(*layer, *at).is_some())
+        );
+        assert!(
+            gone.iter()
+                .all(|(layer, at)| cache.get(*layer, *at).is_none())
+        );
+        assert_eq!(cache.kept(), [2048, 2048, 2048, 4, 4]);
+        // O19: of that layer, all that begins in the range and nothing else.
+        cache.invalidate(0, 2, 4);
+        assert!(cache.get(0, 2).is_none() && cache.get(0, 4).is_some());
+        assert_eq!(cache.kept(), [1536, 1536, 2048, 3, 3]);
+        cache.clear();
+        assert_eq!(cache.kept(), [0, 0, 2048, 0, 0]);
     }
 }

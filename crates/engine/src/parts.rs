@@ -52,10 +52,10 @@ pub fn look_over_caches<S: Storage>(
             return Err(format!("{used} frames are in use, and {most} may be"));
         }
     }
-    let [bytes, counted, most, clusters] = shared.decoded.kept();
-    if bytes != counted || bytes > most && clusters > 1 {
+    let [bytes, counted, most, clusters, ages] = shared.decoded.kept();
+    if bytes != counted || clusters != ages || bytes > most && clusters > 1 {
         return Err(format!(
-            "{clusters} decoded clusters of {bytes} bytes count {counted}, and {most} may be kept"
+            "{clusters} decoded clusters of {bytes} bytes, with {ages} ages, count {counted}, and {most} may be kept"
         ));
     }
     if maintenance.device().is_raw() {

@@ -40,6 +40,19 @@ fn left(refcount: u64, lost: u64) -> Left {
     }
 }
 
+/// Takes what is over off the front: each removal waits for its own mark (O7), and for those before it.
+fn take_passed(settling: &mut VecDeque<Removed>, passed: impl Fn(u64) -> bool) -> Vec<Removed> {
+    let mut ready = Vec::new();
+    while let Some(removed) = settling.front().copied() {
+        if !passed(removed.mark) {
+            break;
+        }
+        settling.pop_front();
+        ready.push(removed);
+    }
+    ready
+}
+
 /// Takes clusters of one step off the front of `todo`: how many references each has lost.
 fn take_step(todo: &mut VecDeque<(u64, u64)>, mut room: u64) -> BTreeMap<u64, u64> {
     let mut lost = BTreeMap::new();
@@ -125,14 +138,9 @@ impl<S: Storage> Device<S> {
                 sender.send(());
             }
             let mut settling = self.settling.borrow_mut();
-            let mut ready = Vec::new();
-            while let Some(removed) = settling.front().copied() {
-                if !pins.passed(removed.mark) && !planted::is(Bug::NoInFlightPins) {
-                    break;
-                }
-                settling.pop_front();
-                ready.push(removed);
-            }
+            let ready = take_passed(&mut settling, |mark| {
+                pins.passed(mark) || planted::is(Bug::NoInFlightPins)
+            });
             if ready.is_empty() {
                 let idle = settling.is_empty() && self.shared().mail.lock().pins.is_empty();
                 pins.set_waiting(!idle);
@@ -361,6 +369,27 @@ mod tests {
         let last = take_step(&mut todo, step);
         assert_eq!((last.len(), last[&(96 + 2 * step)]), (4, 1));
         assert!(todo.is_empty() && take_step(&mut todo, step).is_empty());
+    }
+
+    /// O7: a request that began between two removals may use what the second took away, though the first is over.
+    #[test]
+    fn each_removal_waits_for_its_own_mark() {
+        let removed = |mark| Removed {
+            first: mark * 10,
+            count: 1,
+            mark,
+        };
+        let mut settling: VecDeque<_> = [1, 2, 2, 4, 3].map(removed).into();
+        let mut take = |passed: u64| -> Vec<u64> {
+            let ready = take_passed(&mut settling, |mark| mark <= passed);
+            ready.iter().map(|removed| removed.mark).collect()
+        };
+        assert_eq!(take(0), []);
+        assert_eq!(take(1), [1]);
+        assert_eq!(take(2), [2, 2]);
+        assert_eq!(take(3), [], "in order");
+        assert_eq!(take(4), [4, 3]);
+        assert_eq!(take(9), []);
     }
 
     #[test]

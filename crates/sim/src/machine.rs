@@ -796,7 +796,11 @@ impl Machine {
     /// As [`step`](Self::step); what closing says.
     pub fn close(&mut self) -> Result<(), String> {
         self.drain()?;
+        // A close promises what a flush does: what lies in the file then is all that was ever completed.
+        let flush = self.model.flush(self.world.tick());
         let result = self.control(Control::Close);
+        let now = self.world.tick();
+        self.model.complete(flush, now, result.is_ok());
         self.look_over_caches()?;
         self.seats.clear();
         self.maintenance = None;

@@ -352,3 +352,37 @@ fn open_without_punch(bits: u32, sectors: u64, spare: u64, rng: &mut Rng) -> (Si
     );
     (world, machine.expect("it opens"))
 }
+
+/// Guards against clusters that come back twice, or that were never this write's: on a full disk a write that reaches into a second L2 table gets its
+/// clusters, is mapped in the first table, and finds no room for the second.
+#[test]
+fn a_write_that_finds_no_room_for_its_second_table_gives_back_what_is_left() {
+    let sectors = 1 << 12;
+    let mut refused = 0;
+    for blocks in 0..60 {
+        let mut rng = Rng::new(blocks);
+        let (world, mut machine) = open(9, sectors, blocks, None, &mut rng);
+        let what = format!("{blocks} blocks of room");
+        for table in (1..sectors / 64).rev() {
+            // Twelve clusters of one table, twelve of the next.
+            machine
+                .ask(Ask::Write {
+                    lba: table * 64 - 12,
+                    count: 24,
+                    fua: false,
+                })
+                .expect(&what);
+            if rng.chance(64) {
+                machine.ask(Ask::Flush).expect(&what);
+            }
+        }
+        machine.drain().expect(&what);
+        refused += machine.failed;
+        machine.read_all().expect(&what);
+        must(&mut machine, Ask::Flush, &what);
+        machine.close().expect(&what);
+        let report = checker::check(world.contents(IMAGE).bytes());
+        assert!(report.is_clean(), "{what}: {:?}", report.violations);
+    }
+    assert!(refused > 100, "only {refused} writes found no room");
+}

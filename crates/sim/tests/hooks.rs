@@ -1,5 +1,7 @@
 //! What is done to data on its way, and who is told of changes.
 
+use std::cell::RefCell;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
 use urus_engine::Options;
@@ -118,4 +120,83 @@ fn a_raw_image_takes_no_cipher() {
     let opened = urus_engine::Maintenance::open(world.handle(), layers, options);
     let error = opened.err().expect("it is refused");
     assert!(error.to_string().contains("cipher"), "{error}");
+}
+
+thread_local! {
+    /// The machine of this test's thread.
+    static WORLD: RefCell<Option<SimWorld>> = const { RefCell::new(None) };
+}
+
+/// Counts what it is told, and notes how many operations had gone to storage by then.
+#[derive(Default)]
+struct Early(AtomicU64, AtomicU64);
+
+impl Observer for Early {
+    fn changes(&self, _offset: u64, _len: u64) {
+        let ops = WORLD.with_borrow(|world| world.as_ref().map_or(0, SimWorld::op_count));
+        self.0.fetch_add(1, Ordering::SeqCst);
+        self.1.store(ops, Ordering::SeqCst);
+    }
+}
+
+/// Guards against an observer that is told too late (what copies the old data before it changes would copy the new): it is told before any
+/// operation of the request is given to storage, of hits as of all others.
+#[test]
+fn whoever_observes_is_told_before_anything_is_changed() {
+    let mut hits = 0;
+    for (seed, raw) in [(1, false), (2, false), (3, true), (4, true)] {
+        let mut rng = Rng::new(seed);
+        let mut plan = image::plan(1 << 18, 12, 3, 4);
+        plan.fill = 200;
+        let built = image::build(&plan, &mut rng);
+        let bytes = if raw {
+            image::bytes_of(&built.active)
+        } else {
+            built.bytes
+        };
+        let file = FileSpec::new(bytes.clone());
+        let world = SimWorld::new(rng.next_u64(), SimConfig::random(&mut rng), vec![file]);
+        WORLD.set(Some(world.clone()));
+        let told = Arc::new(Early::default());
+        let mut options = Options::default();
+        options.hooks.observer = Some(Arc::clone(&told) as Arc<dyn Observer>);
+        let driving = Driving {
+            queues: 1,
+            depth: 8,
+            spurious: false,
+            errors: false,
+            outlives: false,
+        };
+        let layers = layers(&[&bytes], &[raw]).unwrap();
+        let model = Model::new(built.active, 1);
+        let mut machine =
+            Machine::open(&world, layers, options, model, driving, rng.clone()).unwrap();
+        for number in 1..=200 {
+            let (lba, count) = (rng.below(500), 1 + rng.below(12));
+            let ask = match rng.index(4) {
+                0 => Ask::Discard { lba, count },
+                1 => Ask::Zero {
+                    lba,
+                    count,
+                    unmap: rng.chance(128),
+                    fua: rng.chance(64),
+                },
+                _ => Ask::Write {
+                    lba,
+                    count,
+                    fua: rng.chance(64),
+                },
+            };
+            let before = world.op_count();
+            assert!(machine.submit(ask), "there is room");
+            let what = format!("seed {seed}, request {number}: {ask:?}");
+            assert_eq!(told.0.load(Ordering::SeqCst), number, "{what}");
+            assert_eq!(told.1.load(Ordering::SeqCst), before, "{what}");
+            hits += u64::from(world.op_count() > before);
+            machine.drain().unwrap();
+        }
+        machine.close().unwrap();
+        WORLD.set(None);
+    }
+    assert!(hits > 100, "only {hits} went to storage at once");
 }

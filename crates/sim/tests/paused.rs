@@ -125,3 +125,21 @@ fn a_device_does_not_go_on_with_half_of_its_metadata() {
     }
     assert!(failed > 1, "only {failed} failed");
 }
+
+/// Guards against clusters that are decoded as what they are not: another image is taken only where it is compressed as the one before.
+#[test]
+fn an_image_that_is_compressed_otherwise_is_not_taken() {
+    let old = built(256, 1);
+    let mut plan = image::plan(256 * 512, 9, 3, 4);
+    plan.fill = 128;
+    plan.options.compression = urus_format::Compression::Zstd;
+    let new = image::build(&plan, &mut Rng::new(2));
+    let mut machine = open(&old.bytes, false);
+    machine.control(Control::Pause).expect("it pauses");
+    machine.world.replace(IMAGE, new.bytes.clone());
+    let header = Box::new(header(&new.bytes));
+    let told = machine
+        .control(|reply| Control::Resume(Some(header), reply))
+        .expect_err("it is another image");
+    assert!(told.contains("became another image"), "{told}");
+}

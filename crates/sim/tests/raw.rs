@@ -1,7 +1,8 @@
 //! Raw images under O_DIRECT: what is smaller than a block is read, changed and written as a whole block (O18).
 
 use urus_engine::planted::{Bug, plant};
-use urus_sim::config::Config;
+use urus_sim::config::{Behaviour, Config, TINY};
+use urus_sim::rng::Rng;
 use urus_sim::runner::{Effort, run_list};
 use urus_sim::workload::Ask;
 
@@ -51,4 +52,77 @@ fn without_locks_they_do_not() {
     let found = (0..400).any(|seed| violation(seed, true, 1).is_some());
     plant(Bug::None);
     assert!(found);
+}
+
+/// Of one sort in a run: so that none of another sort has made writes take locks before.
+fn small_ask(seed: u64, lba: u64, count: u64) -> Ask {
+    let fua = false;
+    match seed % 4 {
+        0 => Ask::Zero {
+            lba,
+            count,
+            unmap: true,
+            fua,
+        },
+        1 => Ask::Zero {
+            lba,
+            count,
+            unmap: false,
+            fua,
+        },
+        _ => Ask::Write { lba, count, fua },
+    }
+}
+
+/// Small writes, and while they are under way whole blocks over each: several of them, and locks no larger than a block.
+fn violation_of_wide_requests(seed: u64, raw: bool) -> Option<String> {
+    let config = Config {
+        raw,
+        cluster_bits: 12,
+        sectors: 256,
+        fill: 256,
+        alignment: 4096,
+        queues: 3,
+        depth: 16,
+        behaviour: Behaviour::Slow,
+        sizes: TINY,
+        ..Config::small("blocks of 4096 bytes, wide requests")
+    };
+    let effort = Effort {
+        cuts: 0,
+        ..Effort::QUICK
+    };
+    let mut rng = Rng::new(seed);
+    let mut asks = Vec::new();
+    // Each in a part of the disk of its own: four blocks.
+    for part in (0..config.sectors).step_by(32) {
+        // Smaller ones wait for one another; whole blocks do not wait for them.
+        let (small, fua) = (1 + rng.below(30), false);
+        let few = 1 + rng.below((31 - small).min(12));
+        asks.push(small_ask(seed, part + small, few));
+        let first = rng.below((small + few - 1) / 8 + 1) * 8;
+        let (lba, count) = (part + first, ((small + few - 1) / 8 + 1) * 8 - first);
+        asks.push(match rng.index(2) {
+            0 => Ask::Zero {
+                lba,
+                count,
+                unmap: rng.chance(128),
+                fua,
+            },
+            _ => Ask::Write { lba, count, fua },
+        });
+    }
+    run_list(&config, seed, &effort, &asks).violation
+}
+
+/// Guards against a request of several blocks that locks some of them only: a smaller one reads such a block, changes it and writes what it has read
+/// over what the wider one wrote (O18). Each is told by the sectors beside the small write, which are the wider one's.
+#[test]
+fn a_wide_request_locks_every_block_of_its_range() {
+    for seed in 0..1500 {
+        for raw in [true, false] {
+            let found = violation_of_wide_requests(seed, raw);
+            assert_eq!(found, None, "{seed}, raw: {raw}");
+        }
+    }
 }

@@ -164,12 +164,16 @@ fn write(machine: &mut Machine, cluster: u64) -> Result<(), String> {
 
 #[test]
 fn entries_that_contradict_the_tables_are_not_followed() {
-    let cases: [(&str, Damage); 4] = [
+    let cases: [(&str, Damage); 5] = [
         ("reserved bits set", |image| {
             image.put(image.l2(70), image.get(image.l2(70)) | 2);
         }),
         ("which holds an L1 table", |image| {
             image.put(image.l2(70), COPIED | image.header.l1_table.0);
+        }),
+        // Zeroes, whose cluster a write would take.
+        ("which holds an L1 table", |image| {
+            image.put(image.l2(70), COPIED | image.header.l1_table.0 | 1);
         }),
         ("which holds a refcount block", |image| {
             let block = image.get(image.header.refcount_table.0);
@@ -202,4 +206,120 @@ fn entries_that_contradict_the_tables_are_not_followed() {
             "{what}: the guest wrote there"
         );
     }
+}
+
+/// Guards against a range whose end passes the largest number, and which is taken for one inside the disk.
+#[test]
+fn ranges_that_end_nowhere_are_refused() {
+    let image = Image::new(false);
+    let world = image.world();
+    let mut machine = image.open(&world).expect("it is sound");
+    for (offset, len) in [
+        (u64::MAX - 511, 1024),
+        (u64::MAX - 511, 512),
+        (DISK - 512, 1024),
+        (DISK, 512),
+        (512, u64::MAX - 511),
+        (512, u64::MAX),
+    ] {
+        let memory = || SimMemory::from_vec(vec![0xd1; place(len.min(1024))]);
+        let mut kinds = vec![
+            RequestKind::Discard { offset, len },
+            RequestKind::WriteZeroes {
+                offset,
+                len,
+                unmap: true,
+                fua: false,
+            },
+            RequestKind::BlockStatus { offset, len },
+        ];
+        if len <= 1024 {
+            let fua = false;
+            let read = memory();
+            let memory = memory();
+            kinds.push(RequestKind::Read {
+                offset,
+                memory: read,
+            });
+            kinds.push(RequestKind::Write {
+                offset,
+                memory,
+                fua,
+            });
+        }
+        for kind in kinds {
+            machine.submit_kind(kind);
+            machine.drain().expect("no hang");
+            let (_, result, _) = machine.replies.pop().expect("one reply");
+            assert!(result.is_err(), "{offset}, {len}");
+        }
+    }
+    machine.close().expect("it closes");
+    assert!(
+        world.contents(IMAGE).bytes() == image.bytes,
+        "something changed"
+    );
+}
+
+/// An autoclear bit that is not known says that something beside the disk agrees with it: whoever writes the disk takes it away first.
+#[test]
+fn autoclear_bits_that_are_not_known_go_before_the_first_write() {
+    let mut image = Image::new(false);
+    image.put(88, 1 << 40 | 1 << 9);
+    let world = image.world();
+    let machine = image.open(&world).expect("it opens");
+    let header = world.contents(IMAGE).bytes()[..512].to_vec();
+    assert_eq!(header[88..96], [0; 8]);
+    assert!(world.sync_count() > 0, "durably so");
+    let untouched = (0..512).filter(|at| !(88..96).contains(at));
+    assert!(
+        untouched
+            .into_iter()
+            .all(|at| header[at] == image.bytes[at])
+    );
+    drop(machine);
+}
+
+/// Guards against space that a device without discard gives away: what is allocated stays so, whatever is asked of it.
+#[test]
+fn without_discard_what_is_allocated_stays_so() {
+    let image = Image::new(false);
+    let world = image.world();
+    let driving = Driving {
+        queues: 1,
+        depth: 8,
+        spurious: false,
+        errors: true,
+        outlives: false,
+    };
+    let mut options = Options::default();
+    options.discard = false;
+    let layers = layers(&[&image.bytes], &[false]).expect("its header parses");
+    let model = Model::new(Vec::new(), 1);
+    let mut machine =
+        Machine::open(&world, layers, options, model, driving, Rng::new(1)).expect("it opens");
+    for unmap in [true, false] {
+        machine.submit_kind(RequestKind::WriteZeroes {
+            offset: 0,
+            len: DISK,
+            unmap,
+            fua: true,
+        });
+        let len = DISK;
+        machine.submit_kind(RequestKind::Discard { offset: 0, len });
+        machine.drain().expect("no hang");
+    }
+    machine.close().expect("it closes");
+    let after = Image {
+        bytes: world.contents(IMAGE).bytes().to_vec(),
+        header: image.header.clone(),
+    };
+    let entries = (0..DISK / 512).map(|cluster| (cluster, image.get(image.l2(cluster))));
+    let allocated = entries.filter(|(_, entry)| entry & !COPIED & !511 != 0);
+    let mut kept = 0;
+    for (cluster, entry) in allocated {
+        assert_eq!(after.get(image.l2(cluster)), entry | 1, "cluster {cluster}");
+        kept += 1;
+    }
+    assert!(kept > 50, "only {kept}");
 }
