@@ -125,30 +125,30 @@ mod tests {
     fn what_was_not_used_for_longest_goes_and_leaves_nothing_behind() {
         let cache = DecodedCache::new(4 * 512);
         for offset in 0..4 {
-            cache.insert(0, offset, cluster());
+            cache.insert(LayerId(0), offset, cluster());
         }
         for _ in 0..100 {
-            assert!(cache.get(0, 0).is_some());
+            assert!(cache.get(LayerId(0), 0).is_some());
             // Decoded by two queues at once.
-            cache.insert(0, 2, cluster());
+            cache.insert(LayerId(0), 2, cluster());
         }
         assert_eq!(cache.kept(), [2048, 2048, 2048, 4, 4]);
-        cache.insert(0, 4, cluster());
-        cache.insert(1, 0, cluster());
+        cache.insert(LayerId(0), 4, cluster());
+        cache.insert(LayerId(1), 0, cluster());
         let left = [(0, 0), (0, 2), (0, 4), (1, 0)];
         let gone = [(0, 1), (0, 3)];
         assert!(
             left.iter()
-                .all(|(layer, at)| cache.get(*layer, *at).is_some())
+                .all(|(layer, at)| cache.get(LayerId(*layer), *at).is_some())
         );
         assert!(
             gone.iter()
-                .all(|(layer, at)| cache.get(*layer, *at).is_none())
+                .all(|(layer, at)| cache.get(LayerId(*layer), *at).is_none())
         );
         assert_eq!(cache.kept(), [2048, 2048, 2048, 4, 4]);
         // O19: of that layer, all that begins in the range and nothing else.
-        cache.invalidate(0, 2, 4);
-        assert!(cache.get(0, 2).is_none() && cache.get(0, 4).is_some());
+        cache.invalidate(LayerId(0), 2, 4);
+        assert!(cache.get(LayerId(0), 2).is_none() && cache.get(LayerId(0), 4).is_some());
         assert_eq!(cache.kept(), [1536, 1536, 2048, 3, 3]);
         cache.clear();
         assert_eq!(cache.kept(), [0, 0, 2048, 0, 0]);

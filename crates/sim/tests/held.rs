@@ -1,7 +1,7 @@
 //! Queues side by side, each polled when the test says so: what one holds back, and what one leaves behind.
 
 use urus_engine::request::{Request, RequestKind};
-use urus_engine::storage::{FileId, IMAGE};
+use urus_engine::storage::FileId;
 use urus_engine::{Maintenance, Options, Queue};
 use urus_sim::config::layers;
 use urus_sim::fault::{Action, Fault, Trigger};
@@ -10,7 +10,7 @@ use urus_sim::memory::SimMemory;
 use urus_sim::rng::Rng;
 use urus_sim::stamp::{content, stamped};
 use urus_sim::storage::SimStorage;
-use urus_sim::world::{FileSpec, SimConfig, SimWorld};
+use urus_sim::world::{FileSpec, IMAGE, SimConfig, SimWorld};
 
 /// Sectors.
 const DISK: u64 = 256;

@@ -1,7 +1,6 @@
 //! Files that are longer than the image in them: a program that made room ahead, a partition, a copy with something behind it.
 
 use urus_engine::Options;
-use urus_engine::storage::IMAGE;
 use urus_sim::checker;
 use urus_sim::config::{TINY, layers};
 use urus_sim::image;
@@ -9,6 +8,7 @@ use urus_sim::machine::{Driving, Machine};
 use urus_sim::model::Model;
 use urus_sim::rng::Rng;
 use urus_sim::workload::Ask;
+use urus_sim::world::IMAGE;
 use urus_sim::world::{FileSpec, SimConfig, SimWorld};
 
 /// Guards against clusters behind the image that count as zeroes, though the file has something there: a write of a part of one would show it
