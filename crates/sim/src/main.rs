@@ -150,7 +150,7 @@ fn main() -> ExitCode {
             &bugs,
             arguments.seed,
             arguments.hunts,
-            2000,
+            6000,
             arguments.threads,
         );
         lines.iter().for_each(|line| println!("{line}"));

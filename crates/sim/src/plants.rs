@@ -2,8 +2,10 @@
 
 use urus_engine::planted::{Bug, plant};
 
+use crate::census::{Does, Place};
 use crate::config::{self, Config};
 use crate::contents::index;
+use crate::crash::Class;
 use crate::errors::{self, Injection};
 use crate::fault::Action;
 use crate::rng::{Rng, mix};
@@ -86,6 +88,18 @@ fn with_errors(bug: Bug) -> u64 {
 
 /// A workload with errors.
 fn with_errors_in(bug: Bug, config: &Config, rng: &mut Rng, seed: u64) -> Outcome {
+    if bug == Bug::ForgetsLaterSteps {
+        // Shows where a refcount cannot be read.
+        let measured = errors::measure(config, seed, &Effort::ERRORS);
+        let reads = measured
+            .iter()
+            .flat_map(|measured| measured.operations(Does::Read, Place::On(Class::RefcountBlock)));
+        let reads: Vec<u64> = reads.collect();
+        if !reads.is_empty() {
+            let injection = Injection::Once(reads[rng.index(reads.len())], Action::Eio);
+            return runner::run_with(config, seed, &Effort::ERRORS, Some(injection));
+        }
+    }
     if bug != Bug::RewrittenTable {
         return errors::run_random(config, seed, &Effort::ERRORS);
     }
