@@ -13,6 +13,7 @@
 compile_error!("urus is for 64-bit machines");
 
 pub mod check;
+pub mod create;
 pub mod error;
 pub mod file;
 pub mod limits;

@@ -140,7 +140,7 @@ pub fn check_image<S: Storage>(
 }
 
 /// `image`: the layer is the chain's top, and whether it is written.
-fn layer_of<S: Storage>(
+pub(crate) fn layer_of<S: Storage>(
     id: LayerId,
     spec: LayerSpec,
     storage: &S,

@@ -108,6 +108,10 @@ pub enum Bug {
     ZeroesPastCipher = 80,
     /// O29: what a process that was killed has written counts as durable for the next one, since it can be read.
     TrustsThePageCache = 81,
+    /// O30: the header of a new image is written before the rest of it is durable.
+    EarlyNewHeader = 82,
+    /// O30: what was in a file stays an image while a new one is written over it.
+    KeepsOldHeader = 83,
     /// O28: a change of the header writes it as this engine would lay it out.
     WholeHeader = 60,
     /// O28: a change of the header is put into bytes that were read before another change.

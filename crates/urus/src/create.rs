@@ -5,11 +5,12 @@ mod naming;
 use std::fs;
 use std::io;
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
+use urus_engine::create::{Found, New};
+use urus_engine::storage::FileId;
 use urus_format::{BackingName, names};
-use urus_ring::{LockMode, OpenFile};
+use urus_ring::{Driver, DriverKind, FileSet, LockMode, OpenFile};
 
 use self::naming::{Staged, Staging};
 use crate::place::directory_of;
@@ -17,6 +18,8 @@ use crate::{Compression, Error, Format, Result, chain};
 
 /// Sizes of disks are multiples of this.
 const SECTOR_BYTES: u64 = 512;
+/// Operations in flight while an image is written.
+const DEPTH: u32 = 8;
 
 /// What [`create`] makes. The defaults are qemu-img's: qcow2 version 3, 64 KiB clusters, 16-bit refcounts, zlib.
 #[derive(Clone, Debug)]
@@ -220,12 +223,8 @@ fn replace(path: &Path, old: &OpenFile, plan: &Plan, options: &CreateOptions) ->
     if !old.is_block_device() && replace_at_once(path, old, plan)? {
         return Ok(true);
     }
-    write(
-        &old.try_clone_file().map_err(Error::io("write", path))?,
-        path,
-        plan,
-        Some(old),
-    )?;
+    let file = old.try_clone_file().map_err(Error::io("write", path))?;
+    write(file, path, plan, Some(old))?;
     Ok(true)
 }
 
@@ -257,7 +256,7 @@ fn staged(
     let unsupported = |error: &io::Error| error.kind() == io::ErrorKind::Unsupported;
     match Staged::new(directory_of(to), Staging::Nameless) {
         Ok(staged) => {
-            write(staged.file(), path, plan, None)?;
+            write_staged(&staged, path, plan)?;
             match name(staged) {
                 Err(error) if unsupported(&error) => {}
                 named => return Ok(named),
@@ -268,19 +267,21 @@ fn staged(
     }
     match Staged::new(directory_of(to), Staging::Hidden) {
         Ok(staged) => {
-            write(staged.file(), path, plan, None)?;
+            write_staged(&staged, path, plan)?;
             Ok(name(staged))
         }
         Err(error) => Ok(Err(error)),
     }
 }
 
-/// What a new image consists of.
+fn write_staged(staged: &Staged, path: &Path, plan: &Plan) -> Result<()> {
+    let file = staged.file().try_clone();
+    write(file.map_err(Error::io("write", path))?, path, plan, None)
+}
+
+/// What a new image is, and how much room it needs.
 struct Plan {
-    /// Offsets and bytes, in the order in which they are to be written.
-    writes: Vec<(u64, Vec<u8>)>,
-    /// Offset and bytes of what must read as zeroes.
-    zeroes: (u64, u64),
+    new: New,
     file_bytes: u64,
 }
 
@@ -318,8 +319,7 @@ fn plan_raw(path: &Path, options: &CreateOptions, size: u64) -> Result<Plan> {
             ))
         })?;
     Ok(Plan {
-        writes: Vec::new(),
-        zeroes: (0, file_bytes),
+        new: New::Raw(file_bytes),
         file_bytes,
     })
 }
@@ -349,9 +349,8 @@ fn plan_qcow2(path: &Path, options: &CreateOptions, size: u64) -> Result<Plan> {
     })
     .map_err(Error::format(path))?;
     Ok(Plan {
-        writes: layout.writes,
-        zeroes: layout.zeroes,
         file_bytes: layout.file_bytes,
+        new: New::Qcow2(Box::new(layout)),
     })
 }
 
@@ -388,11 +387,10 @@ fn check_backing(image: &Path, name: &Path, format: Format, open: bool) -> Resul
     }))
 }
 
-/// Writes the image into a file: an empty one, or `old`, which may be a device.
-fn write(target: &fs::File, path: &Path, plan: &Plan, old: Option<&OpenFile>) -> Result<()> {
-    if old.is_some_and(OpenFile::is_block_device) {
-        let there = old.map_or(Ok(0), OpenFile::file_len);
-        let there = there.map_err(Error::io("measure", path))?;
+/// Writes the image into a file: an empty one that nobody can find, or `old`, which may be a device.
+fn write(target: fs::File, path: &Path, plan: &Plan, old: Option<&OpenFile>) -> Result<()> {
+    if let Some(device) = old.filter(|old| old.is_block_device()) {
+        let there = device.file_len().map_err(Error::io("measure", path))?;
         if there < plan.file_bytes {
             return Err(Error::invalid(format!(
                 "{}: the device has {there} bytes, and the new image needs {}",
@@ -400,42 +398,21 @@ fn write(target: &fs::File, path: &Path, plan: &Plan, old: Option<&OpenFile>) ->
                 plan.file_bytes
             )));
         }
-        clear(target, plan).map_err(Error::io("clear", path))?;
+    }
+    let name = path.display().to_string();
+    let file = OpenFile::from_fd(target.into(), name.clone()).map_err(Error::io("open", path))?;
+    let driver = Driver::open(FileSet::new(vec![file]), DriverKind::Blocking, DEPTH)
+        .map_err(Error::io("open a driver for", path))?;
+    let found = if old.is_some() {
+        Found::Now
     } else {
-        // Through zero, so that nothing of a file that is overwritten stays.
-        target.set_len(0).map_err(Error::io("truncate", path))?;
-        target
-            .set_len(plan.file_bytes)
-            .map_err(Error::io("set the length of", path))?;
-    }
-    let sync = || target.sync_all().map_err(Error::io("sync", path));
-    for (index, (offset, bytes)) in plan.writes.iter().enumerate() {
-        if old.is_some() && index + 1 == plan.writes.len() {
-            // Whatever a crash leaves of this is no image until its header, the last of them, is there.
-            sync()?;
-        }
-        target
-            .write_all_at(bytes, *offset)
-            .map_err(Error::io("write", path))?;
-    }
-    sync()
-}
-
-/// Zeroes what must read as zeroes. Of a raw image on a device that is nothing: its content stays, as with qemu-img.
-fn clear(target: &fs::File, plan: &Plan) -> io::Result<()> {
-    if plan.writes.is_empty() {
-        return Ok(());
-    }
-    let zeroes = vec![0; 1 << 20];
-    let (mut offset, mut left) = plan.zeroes;
-    while left > 0 {
-        let step = left.min(zeroes.len() as u64);
-        target.write_all_at(
-            &zeroes[..usize::try_from(step).expect("at most a MiB")],
-            offset,
-        )?;
-        offset += step;
-        left -= step;
-    }
-    Ok(())
+        Found::Later
+    };
+    Ok(urus_engine::create::create(
+        driver,
+        FileId(0),
+        name,
+        plan.new.clone(),
+        found,
+    )?)
 }
