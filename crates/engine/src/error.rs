@@ -4,11 +4,7 @@ use std::io;
 
 use urus_format::EntryError;
 
-/// What says that no space is left: the file system's, or the user's share of it.
-pub(crate) const ENOSPC: i32 = 28;
-pub(crate) const EDQUOT: i32 = 122;
-/// An operation failed, and nothing more is known.
-pub(crate) const EIO: i32 = 5;
+use crate::errno::{EDQUOT, EINVAL, EIO, ENOMEM, ENOSPC, EOPNOTSUPP, EPERM, ESHUTDOWN};
 
 /// The engine's result.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -143,11 +139,11 @@ impl Error {
         match self {
             Self::Io { errno, .. } => *errno,
             Self::OutOfSpace { .. } => ENOSPC,
-            Self::OutOfMemory { .. } => 12,
-            Self::ReadOnly => 1,
-            Self::OutOfRange { .. } => 22,
-            Self::Unsupported { .. } => 95,
-            Self::Closed => 108,
+            Self::OutOfMemory { .. } => ENOMEM,
+            Self::ReadOnly => EPERM,
+            Self::OutOfRange { .. } => EINVAL,
+            Self::Unsupported { .. } => EOPNOTSUPP,
+            Self::Closed => ESHUTDOWN,
             // Also for want of space: a client that waits for space and tries again would wait in vain.
             Self::SyncFailed { .. }
             | Self::Poisoned { .. }

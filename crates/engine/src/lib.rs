@@ -33,6 +33,7 @@ mod cluster_locks;
 mod commit;
 mod counters;
 mod decoded;
+mod errno;
 mod frames;
 mod gate;
 mod header;

@@ -14,6 +14,7 @@ use crate::chain::{
 use crate::check::{self, CheckReport, Repair};
 use crate::counters::Stats;
 use crate::decoded::DecodedCache;
+use crate::errno::EIO;
 use crate::error::{Error, Result};
 use crate::frames::Frames;
 use crate::gate::Gate;
@@ -156,7 +157,7 @@ pub(crate) fn layer_of<S: Storage>(
                 file: name.clone(),
                 offset: 0,
                 bytes: 0,
-                errno: error.raw_os_error().unwrap_or(5),
+                errno: error.raw_os_error().unwrap_or(EIO),
             })?;
             // Whole sectors, as QEMU has it: what the file does not have of the last one reads as
             // zeroes.

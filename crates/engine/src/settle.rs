@@ -6,6 +6,7 @@ use std::future::poll_fn;
 use std::task::Poll;
 
 use crate::chain::Removed;
+use crate::errno::EOPNOTSUPP;
 use crate::error::{Error, Result};
 use crate::maintenance::Device;
 use crate::planted::{self, Bug};
@@ -320,7 +321,7 @@ impl<S: Storage> Device<S> {
                     Err(error) => {
                         // Not punched is no harm: the cluster is free all the same, and not taken for zero.
                         tracing::debug!(image = self.shared().image_name(), %error, "punch failed");
-                        if error.errno() == 95 {
+                        if error.errno() == EOPNOTSUPP {
                             outcomes.borrow_mut()[index] = planted::is(Bug::PunchTakenForDone);
                             self.no_punch.set(true);
                         }

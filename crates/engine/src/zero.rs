@@ -4,6 +4,7 @@ use urus_format::{GuestCluster, GuestOffset, L2Entry};
 
 use crate::chain::{LayerEntry, LayerKind};
 use crate::change::Outcome;
+use crate::errno::{EINVAL, EOPNOTSUPP};
 use crate::error::{Error, Result};
 use crate::planted::{self, Bug};
 use crate::seen::{Way, note};
@@ -302,8 +303,6 @@ fn cleared(old: L2Entry, how: Clearing, backed: bool, zero_flag: bool) -> Outcom
 }
 
 fn unsupported(error: &Error) -> bool {
-    const EOPNOTSUPP: i32 = 95;
-    const EINVAL: i32 = 22;
     matches!(
         error,
         Error::Io {

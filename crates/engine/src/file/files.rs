@@ -4,7 +4,8 @@ use std::io;
 
 use super::hooks::Transform;
 use super::transfer::{Direction, Ends, Next, Transfer, is_transient};
-use crate::error::{EDQUOT, EIO, ENOSPC, Error, Result};
+use crate::errno::{EDQUOT, EIO, ENOSPC};
+use crate::error::{Error, Result};
 use crate::limits;
 use crate::planted::{self, Bug};
 use crate::reactor::Reactor;

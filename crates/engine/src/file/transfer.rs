@@ -3,7 +3,7 @@
 
 use std::io;
 
-use crate::error::{EIO, ENOSPC};
+use crate::errno::{EIO, ENOSPC};
 use crate::limits;
 use crate::storage::{FileId, Memory, Op, OpKind};
 use crate::to_usize;
