@@ -96,6 +96,15 @@ fn violation_of_wide_requests(seed: u64, raw: bool) -> Option<String> {
     let mut asks = Vec::new();
     // Each in a part of the disk of its own: four blocks.
     for part in (0..config.sectors).step_by(32) {
+        if rng.chance(64) {
+            // A wider one that ends inside a block, and a smaller one behind it there.
+            let (start, end) = (rng.below(8), 25 + rng.below(5));
+            let (count, few, fua) = (end - start, 1 + rng.below(31 - end), false);
+            let lba = part + start;
+            asks.push(Ask::Write { lba, count, fua });
+            asks.push(small_ask(seed, part + end, few));
+            continue;
+        }
         // Smaller ones wait for one another; whole blocks do not wait for them.
         let (small, fua) = (1 + rng.below(30), false);
         let few = 1 + rng.below((31 - small).min(12));
