@@ -7,9 +7,7 @@ use std::rc::Rc;
 
 use urus_format::create::NewImage;
 
-use crate::chain::{LayerFormat, LayerId, LayerSpec};
 use crate::error::Result;
-use crate::limits;
 use crate::open;
 use crate::planted::{self, Bug};
 use crate::shared::Options;
@@ -29,7 +27,7 @@ pub enum Found {
 #[derive(Clone, Debug)]
 pub enum New {
     /// A qcow2 image.
-    Qcow2(Box<NewImage>),
+    Qcow2(Rc<NewImage>),
     /// A raw image of so many bytes: zeroes in a file. On a block device its content stays.
     Raw(u64),
 }
@@ -45,27 +43,8 @@ pub fn create<S: Storage>(
     new: New,
     found: Found,
 ) -> Result<()> {
-    // To this the file is bytes.
-    let spec = LayerSpec {
-        file,
-        name,
-        format: LayerFormat::Raw,
-    };
-    let layer = open::layer_of(
-        LayerId(0),
-        spec,
-        &storage,
-        None,
-        0,
-        limits::Sizes::default(),
-    )?
-    .0;
-    let shared = open::share(layer, Vec::new(), Options::default());
-    let worker = Worker::new(shared, storage);
-    let writer = Writer {
-        worker: Rc::clone(&worker),
-        file,
-    };
+    let worker = open::file_of_bytes(storage, file, name, Options::default())?;
+    let writer = Writer(Rc::clone(&worker));
     worker.reactor().block_on(async move {
         match new {
             New::Qcow2(image) => writer.write(&image, found).await,
@@ -74,10 +53,8 @@ pub fn create<S: Storage>(
     })
 }
 
-struct Writer<S: Storage> {
-    worker: Rc<Worker<S>>,
-    file: FileId,
-}
+/// The file is the worker's image.
+struct Writer<S: Storage>(Rc<Worker<S>>);
 
 impl<S: Storage> Writer<S> {
     async fn write(&self, image: &NewImage, found: Found) -> Result<()> {
@@ -85,7 +62,7 @@ impl<S: Storage> Writer<S> {
         if found == Found::Now {
             self.remove_old().await?;
         }
-        if self.worker.files.properties(self.file).regular {
+        if self.is_regular() {
             self.set_length(image.file_bytes).await?;
         } else {
             let (offset, bytes) = image.zeroes;
@@ -95,21 +72,25 @@ impl<S: Storage> Writer<S> {
             self.write_units(*offset, bytes).await?;
         }
         if found == Found::Now && !planted::is(Bug::EarlyNewHeader) {
-            self.worker.barrier().await?;
+            self.0.barrier().await?;
         }
         let (offset, bytes) = header;
         self.write_units(*offset, bytes).await?;
-        self.worker.barrier().await
+        self.0.barrier().await
     }
 
     async fn write_raw(&self, bytes: u64, found: Found) -> Result<()> {
-        if self.worker.files.properties(self.file).regular {
+        if self.is_regular() {
             if found == Found::Now {
                 self.remove_old().await?;
             }
             self.set_length(bytes).await?;
         }
-        self.worker.barrier().await
+        self.0.barrier().await
+    }
+
+    fn is_regular(&self) -> bool {
+        self.0.files.properties(self.0.image.file()).regular
     }
 
     /// What the file held is no image any more.
@@ -117,27 +98,27 @@ impl<S: Storage> Writer<S> {
         if planted::is(Bug::KeepsOldHeader) {
             return Ok(());
         }
-        if self.worker.files.properties(self.file).regular {
+        if self.is_regular() {
             // Through nothing, so that nothing of it stays.
             self.set_length(0).await?;
         } else {
-            self.clear(0, self.unit()).await?;
+            self.clear(0, self.0.sector_bytes()).await?;
         }
-        self.worker.barrier().await
+        self.0.barrier().await
     }
 
     async fn set_length(&self, len: u64) -> Result<()> {
-        self.worker
+        self.0
             .files
-            .simple("set the length", self.file, len, 0, || OpKind::SetLen {
-                len,
+            .simple("set the length", self.0.image.file(), len, 0, || {
+                OpKind::SetLen { len }
             })
             .await
     }
 
     /// Zeroes as data: on a device nothing else is sure to read so.
     async fn clear(&self, offset: u64, len: u64) -> Result<()> {
-        let most = self.worker.shared.options.sizes.zero_buffer_bytes;
+        let most = self.0.shared.options.sizes.zero_buffer_bytes;
         let mut done = 0;
         while done < len {
             let zeroes = crate::file::zeroed((len - done).min(most))?;
@@ -149,17 +130,12 @@ impl<S: Storage> Writer<S> {
 
     /// Writes whole units: what follows the bytes in the last of them is nobody's yet.
     async fn write_units(&self, offset: u64, bytes: &[u8]) -> Result<()> {
-        let len = (bytes.len() as u64).next_multiple_of(self.unit());
+        let len = (bytes.len() as u64).next_multiple_of(self.0.sector_bytes());
         let mut units = crate::file::zeroed(len)?;
         units[..bytes.len()].copy_from_slice(bytes);
-        self.worker
+        self.0
             .files
-            .write_bytes(self.file, offset, &units)
+            .write_bytes(self.0.image.file(), offset, &units)
             .await
-    }
-
-    /// Bytes that the file takes, and writes whole or not at all.
-    fn unit(&self) -> u64 {
-        u64::from(self.worker.files.properties(self.file).alignment).max(limits::SECTOR_BYTES)
     }
 }

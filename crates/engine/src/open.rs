@@ -121,18 +121,11 @@ pub fn check_image<S: Storage>(
     header: Header,
     repair: Repair,
 ) -> Result<CheckReport> {
-    // To the check the image is a file of bytes.
-    let spec = LayerSpec {
-        file,
-        name,
-        format: LayerFormat::Raw,
-    };
-    let (layer, _) = layer_of(LayerId(0), spec, &storage, None, 0, Sizes::default())?;
     let options = Options {
         read_only: repair == Repair::None,
         ..Options::default()
     };
-    let worker = Worker::new(share(layer, Vec::new(), options), storage);
+    let worker = file_of_bytes(storage, file, name, options)?;
     let checker = Rc::clone(&worker);
     let mut header = header;
     worker
@@ -140,8 +133,24 @@ pub fn check_image<S: Storage>(
         .block_on(async move { check::check(&checker, &mut header, repair).await })
 }
 
+/// A file as it is, whatever it holds, for whoever knows better than a device what its bytes mean.
+pub(crate) fn file_of_bytes<S: Storage>(
+    storage: S,
+    file: FileId,
+    name: String,
+    options: Options,
+) -> Result<Rc<Worker<S>>> {
+    let spec = LayerSpec {
+        file,
+        name,
+        format: LayerFormat::Raw,
+    };
+    let (layer, _) = layer_of(LayerId(0), spec, &storage, None, 0, options.sizes)?;
+    Ok(Worker::new(share(layer, Vec::new(), options), storage))
+}
+
 /// `image`: the layer is the chain's top, and whether it is written.
-pub(crate) fn layer_of<S: Storage>(
+fn layer_of<S: Storage>(
     id: LayerId,
     spec: LayerSpec,
     storage: &S,

@@ -6,11 +6,10 @@ use std::rc::Rc;
 
 use urus_engine::check::Repair;
 use urus_engine::check_image;
-use urus_engine::storage::FileId;
 use urus_format::{Compression, Header, create};
 use urus_sim::config::{self, Backing, Config, Fixture};
 use urus_sim::rng::Rng;
-use urus_sim::world::{FileSpec, SimConfig, SimWorld};
+use urus_sim::world::{FileSpec, IMAGE, SimConfig, SimWorld};
 use urus_sim::{checker, image};
 
 /// A valid image, and what lies behind it.
@@ -156,15 +155,9 @@ fn with_bitmaps() -> Base {
     bytes[..encoded.len()].copy_from_slice(&encoded);
     // The refcounts of the new clusters: what a repair is for.
     let world = SimWorld::new(1, SimConfig::default(), vec![FileSpec::new(bytes)]);
-    check_image(
-        world.handle(),
-        FileId(0),
-        "bitmaps".into(),
-        header,
-        Repair::All,
-    )
-    .expect("it is repaired");
+    check_image(world.handle(), IMAGE, "bitmaps".into(), header, Repair::All)
+        .expect("it is repaired");
     world.settle();
-    let bytes = world.contents(FileId(0)).bytes().to_vec();
+    let bytes = world.contents(IMAGE).bytes().to_vec();
     alone("bitmaps", bytes)
 }

@@ -2,11 +2,10 @@
 
 use urus_engine::check::{CheckReport, Repair};
 use urus_engine::check_image;
-use urus_engine::storage::FileId;
 use urus_format::Header;
 use urus_sim::checker::{Owner, Report, Table, Violation};
 use urus_sim::rng::Rng;
-use urus_sim::world::{FileSpec, SimConfig, SimWorld};
+use urus_sim::world::{FileSpec, IMAGE, SimConfig, SimWorld};
 
 use crate::Verdict;
 use crate::input::Input;
@@ -87,7 +86,7 @@ fn run(
     let world = SimWorld::new(seed, config, vec![file]);
     let report = check_image(
         world.handle(),
-        FileId(0),
+        IMAGE,
         "image".to_owned(),
         header.clone(),
         repair,
@@ -97,7 +96,7 @@ fn run(
     if let Some(complaint) = world.complaints().first() {
         return Err(format!("the storage complains: {complaint}"));
     }
-    let after = world.contents(FileId(0)).bytes().to_vec();
+    let after = world.contents(IMAGE).bytes().to_vec();
     Ok((after, report))
 }
 

@@ -10,7 +10,7 @@ use urus_sim::machine::{Driving, Machine};
 use urus_sim::model::Model;
 use urus_sim::rng::Rng;
 use urus_sim::stamp::{foreign_stamp, stamped};
-use urus_sim::world::{FileSpec, SimConfig, SimWorld};
+use urus_sim::world::{FileSpec, IMAGE, SimConfig, SimWorld};
 
 use crate::Verdict;
 use crate::bases::Base;
@@ -358,7 +358,7 @@ impl Session<'_> {
         drop(machine);
         world.settle();
         complaints(&world)?;
-        let after = world.contents(FileId(0)).bytes().to_vec();
+        let after = world.contents(IMAGE).bytes().to_vec();
         if self.options.read_only {
             require!(after == initial, "a read-only device has changed its image");
             return Ok(());
@@ -384,7 +384,7 @@ impl Session<'_> {
         let supported = header.check_supported(!self.options.read_only).is_ok();
         let cluster = header.geometry().cluster_bytes();
         let aligned = {
-            let alignment = world.contents(FileId(0)).is_fixed();
+            let alignment = world.contents(IMAGE).is_fixed();
             !alignment || cluster >= 4096
         };
         require!(
@@ -392,7 +392,7 @@ impl Session<'_> {
             "{}: a valid image is refused: {error}",
             self.name
         );
-        let after = world.contents(FileId(0)).bytes().to_vec();
+        let after = world.contents(IMAGE).bytes().to_vec();
         let repaired = header.incompatible & incompatible::DIRTY != 0 && !self.options.read_only;
         if !repaired {
             require!(after == initial, "refused ({error}), and changed");

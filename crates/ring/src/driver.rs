@@ -294,17 +294,8 @@ mod tests {
                         offset: 4096 * (round % 20),
                         memory,
                     };
-                    assert!(
-                        driver
-                            .submit(
-                                Op {
-                                    file: FileId(0),
-                                    kind
-                                },
-                                slot
-                            )
-                            .is_ok()
-                    );
+                    let file = FileId(0);
+                    assert!(driver.submit(Op { file, kind }, slot).is_ok());
                 }
                 if round == 199 {
                     driver.kick();

@@ -63,17 +63,8 @@ fn allocations(kind: DriverKind) -> usize {
                     memory,
                 },
             };
-            assert!(
-                driver
-                    .submit(
-                        Op {
-                            file: FileId(0),
-                            kind
-                        },
-                        slot
-                    )
-                    .is_ok()
-            );
+            let file = FileId(0);
+            assert!(driver.submit(Op { file, kind }, slot).is_ok());
         }
         driver.kick();
         let mut done = 0;

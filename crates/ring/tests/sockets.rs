@@ -203,17 +203,8 @@ fn many_sockets_leave_room_for_files() {
             use urus_engine::storage::Memory;
             let memory = memory.slice(slot * 512, 512);
             let kind = OpKind::Read { offset: 0, memory };
-            assert!(
-                driver
-                    .submit(
-                        Op {
-                            file: FileId(0),
-                            kind
-                        },
-                        slot
-                    )
-                    .is_ok()
-            );
+            let file = FileId(0);
+            assert!(driver.submit(Op { file, kind }, slot).is_ok());
         }
         driver.kick();
         for (_, theirs) in &pairs {

@@ -13,6 +13,7 @@ use crate::memory::SimMemory;
 use crate::model::Model;
 use crate::rng::{Rng, mix};
 use crate::runner::{Outcome, guarded};
+use crate::world::IMAGE;
 use urus_format::{Compression, Header};
 
 /// Cluster sizes times refcount widths.
@@ -369,7 +370,7 @@ impl Flat {
         self.bytes = crate::image::bytes_of(&built.active);
         let header = Header::parse(&built.bytes, built.bytes.len() as u64);
         let header = header.map_err(|error| error.to_string())?;
-        machine.world.replace(FileId(0), built.bytes);
+        machine.world.replace(IMAGE, built.bytes);
         let resumed = machine.resume(Some(header))?;
         resumed.then_some(()).ok_or_else(|| "not resumed".into())
     }

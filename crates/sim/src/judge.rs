@@ -18,7 +18,7 @@ use crate::machine::{Driving, Machine};
 use crate::model::{Model, View};
 use crate::rng::Rng;
 use crate::workload::Workload;
-use crate::world::{FileSpec, SimConfig, SimWorld};
+use crate::world::{FileSpec, IMAGE, SimConfig, SimWorld};
 
 /// What stays the same over a whole run.
 #[derive(Clone, Debug)]
@@ -277,14 +277,8 @@ impl Scene {
             parsed.map_err(|error| error.to_string())
         };
         let run = |world: &SimWorld, repair| {
-            check_image(
-                world.handle(),
-                FileId(0),
-                "image".to_owned(),
-                header()?,
-                repair,
-            )
-            .map_err(|error| format!("check: {error}"))
+            check_image(world.handle(), IMAGE, "image".to_owned(), header()?, repair)
+                .map_err(|error| format!("check: {error}"))
         };
         let before = run(&world, Repair::None)?;
         let miscounted = self.config.miscounted && found.dirty;

@@ -69,6 +69,20 @@ pub struct Driving {
     pub outlives: bool,
 }
 
+impl Driving {
+    /// Eight requests at once on each of so many queues, which are polled when they are woken; none may fail, and nothing outlives the process.
+    #[must_use]
+    pub const fn plain(queues: usize) -> Self {
+        Self {
+            queues,
+            depth: 8,
+            spurious: false,
+            errors: false,
+            outlives: false,
+        }
+    }
+}
+
 /// The device.
 pub struct Machine {
     /// The machine's files.

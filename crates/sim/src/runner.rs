@@ -23,7 +23,7 @@ use crate::model::Model;
 use crate::qemu;
 use crate::rng::Rng;
 use crate::workload::{Ask, Workload};
-use crate::world::SimWorld;
+use crate::world::{IMAGE, SimWorld};
 
 /// What one workload gave.
 #[derive(Clone, Debug, Default)]
@@ -393,7 +393,7 @@ impl Run<'_> {
             again = true;
         }
         let header = |machine: &Machine| {
-            let file = machine.world.contents(FileId(0));
+            let file = machine.world.contents(IMAGE);
             let header = again.then(|| Header::parse(file.bytes(), file.len()));
             header.transpose().map_err(|error| error.to_string())
         };
@@ -443,7 +443,7 @@ impl Run<'_> {
         // It may have grown the disk, too.
         let sectors = sectors + rng.below(room - sectors + 1);
         let built = self.scene.another(sectors, number, rng);
-        let device = machine.world.contents(FileId(0)).clone();
+        let device = machine.world.contents(IMAGE).clone();
         if !device.is_fixed() || built.bytes.len() <= device.bytes().len() {
             machine.replace(built);
         }
@@ -567,9 +567,9 @@ impl Run<'_> {
             // What was promised of another disk counts no more.
             let promises = model.promises_at(now) | past << 48;
             // What lies where, with everything that is pending in place.
-            let owners = checker::check(machine.world.contents(FileId(0)).bytes()).owners;
+            let owners = checker::check(machine.world.contents(IMAGE).bytes()).owners;
             let classify = |file: FileId, change: &Change| match file {
-                FileId(0) => Class::from(owners.at(change.range().0)),
+                IMAGE => Class::from(owners.at(change.range().0)),
                 _ => Class::Data,
             };
             let mut violation = None;

@@ -368,13 +368,12 @@ impl SimWorld {
     pub(crate) fn bury(&self) {
         self.settle();
         let mut world = self.0.borrow_mut();
-        let (dead, running) = std::mem::take(&mut world.running)
-            .into_iter()
-            .partition(|op| world.handles[op.handle].closed);
-        world.running = running;
-        let dead: Vec<Running> = dead;
-        for op in dead {
-            world.record(Event::Dropped { op: op.op });
+        for op in std::mem::take(&mut world.running) {
+            if world.handles[op.handle].closed {
+                world.record(Event::Dropped { op: op.op });
+            } else {
+                world.running.push(op);
+            }
         }
     }
 

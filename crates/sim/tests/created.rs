@@ -3,6 +3,7 @@
 
 use std::collections::HashSet;
 use std::ops::ControlFlow;
+use std::rc::Rc;
 
 use urus_engine::create::{Found, New, create};
 use urus_engine::planted::{Bug, plant};
@@ -106,7 +107,7 @@ fn cut(
         world.handle(),
         IMAGE,
         "new".to_owned(),
-        New::Qcow2(Box::new(new.clone())),
+        New::Qcow2(Rc::new(new.clone())),
         found,
     );
     if let Some(complaint) = world.complaints().first() {

@@ -10,8 +10,7 @@ use urus_sim::machine::{Driving, Machine};
 use urus_sim::memory::SimMemory;
 use urus_sim::model::Model;
 use urus_sim::rng::Rng;
-use urus_sim::world::IMAGE;
-use urus_sim::world::{FileSpec, SimConfig, SimWorld};
+use urus_sim::world::{FileSpec, IMAGE, SimConfig, SimWorld};
 
 const DISK: u64 = 128 << 10;
 
@@ -25,11 +24,8 @@ fn open(bytes: &[u8]) -> Machine {
     let files = vec![FileSpec::new(bytes.to_vec())];
     let world = SimWorld::new(1, SimConfig::default(), files);
     let driving = Driving {
-        queues: 1,
-        depth: 8,
-        spurious: false,
         errors: true,
-        outlives: false,
+        ..Driving::plain(1)
     };
     let layers = layers(&[bytes], &[false]).expect("its header parses");
     let model = Model::new(Vec::new(), 1);

@@ -10,8 +10,7 @@ use urus_sim::model::Model;
 use urus_sim::rng::Rng;
 use urus_sim::stamp::Content;
 use urus_sim::workload::Ask;
-use urus_sim::world::IMAGE;
-use urus_sim::world::{FileSpec, SimConfig, SimWorld};
+use urus_sim::world::{FileSpec, IMAGE, SimConfig, SimWorld};
 
 /// Sectors of one request.
 const COUNT: u64 = 16;
@@ -31,11 +30,8 @@ fn open(
     let world = SimWorld::new(rng.next_u64(), SimConfig::random(rng), vec![file]);
     world.give_room(IMAGE, blocks);
     let driving = Driving {
-        queues: 2,
-        depth: 8,
-        spurious: false,
         errors: true,
-        outlives: false,
+        ..Driving::plain(2)
     };
     let layers = layers(&[&built.bytes], &[false]).expect("its header parses");
     let machine = Machine::open(
@@ -146,11 +142,8 @@ fn open_device(bits: u32, sectors: u64, spare: usize, rng: &mut Rng) -> (SimWorl
     let file = FileSpec::new(built.bytes.clone()).block_device(len, rng.next_u64());
     let world = SimWorld::new(rng.next_u64(), SimConfig::random(rng), vec![file]);
     let driving = Driving {
-        queues: 2,
-        depth: 8,
-        spurious: false,
         errors: true,
-        outlives: false,
+        ..Driving::plain(2)
     };
     let layers = layers(&[&built.bytes], &[false]).expect("its header parses");
     let machine = Machine::open(
@@ -253,11 +246,8 @@ fn a_raw_disk_follows_its_block_device() {
     let bytes = file.contents.clone();
     let world = SimWorld::new(1, SimConfig::random(&mut rng), vec![file]);
     let driving = Driving {
-        queues: 1,
-        depth: 8,
-        spurious: false,
         errors: true,
-        outlives: false,
+        ..Driving::plain(1)
     };
     let layers = layers(&[&bytes], &[true]).expect("raw has no header");
     // Nothing is read of it.
@@ -335,11 +325,8 @@ fn open_without_punch(bits: u32, sectors: u64, spare: u64, rng: &mut Rng) -> (Si
     config.unsupported = 256;
     let world = SimWorld::new(rng.next_u64(), config, vec![file]);
     let driving = Driving {
-        queues: 2,
-        depth: 8,
-        spurious: false,
         errors: true,
-        outlives: false,
+        ..Driving::plain(2)
     };
     let layers = layers(&[&built.bytes], &[false]).expect("its header parses");
     let machine = Machine::open(

@@ -47,13 +47,7 @@ fn every_change_is_told_and_no_data_goes_past_a_cipher() {
             transform: Some(Arc::new(Xor)),
             observer: Some(Arc::clone(&told) as Arc<dyn Observer>),
         };
-        let driving = Driving {
-            queues: 2,
-            depth: 8,
-            spurious: false,
-            errors: false,
-            outlives: false,
-        };
+        let driving = Driving::plain(2);
         let mut machine = Machine::open(
             &world,
             layers(&[&built.bytes], &[false]).unwrap(),
@@ -160,13 +154,7 @@ fn whoever_observes_is_told_before_anything_is_changed() {
         let told = Arc::new(Early::default());
         let mut options = Options::default();
         options.hooks.observer = Some(Arc::clone(&told) as Arc<dyn Observer>);
-        let driving = Driving {
-            queues: 1,
-            depth: 8,
-            spurious: false,
-            errors: false,
-            outlives: false,
-        };
+        let driving = Driving::plain(1);
         let layers = layers(&[&bytes], &[raw]).unwrap();
         let model = Model::new(built.active, 1);
         let mut machine =

@@ -8,8 +8,7 @@ use urus_sim::machine::{Driving, Machine};
 use urus_sim::model::Model;
 use urus_sim::rng::Rng;
 use urus_sim::workload::Ask;
-use urus_sim::world::IMAGE;
-use urus_sim::world::{FileSpec, SimConfig, SimWorld};
+use urus_sim::world::{FileSpec, IMAGE, SimConfig, SimWorld};
 
 /// Guards against clusters behind the image that count as zeroes, though the file has something there: a write of a part of one would show it
 /// (refcount blocks cover some of what lies there, or nothing of it). And against a file that is cut where it was longer before: what lies there is
@@ -30,13 +29,7 @@ fn what_lies_behind_an_image_neither_shows_nor_goes() {
         );
         let file = FileSpec::new(bytes.clone());
         let world = SimWorld::new(rng.next_u64(), SimConfig::random(&mut rng), vec![file]);
-        let driving = Driving {
-            queues: 2,
-            depth: 8,
-            spurious: false,
-            errors: false,
-            outlives: false,
-        };
+        let driving = Driving::plain(2);
         let mut options = Options::default();
         if rng.chance(128) {
             options.sizes = TINY;

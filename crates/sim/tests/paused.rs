@@ -10,8 +10,7 @@ use urus_sim::machine::{Driving, Machine};
 use urus_sim::memory::SimMemory;
 use urus_sim::model::Model;
 use urus_sim::rng::Rng;
-use urus_sim::world::IMAGE;
-use urus_sim::world::{FileSpec, SimConfig, SimWorld};
+use urus_sim::world::{FileSpec, IMAGE, SimConfig, SimWorld};
 
 fn built(sectors: u64, seed: u64) -> Built {
     let mut plan = image::plan(sectors * 512, 9, 3, 4);
@@ -24,11 +23,8 @@ fn open(bytes: &[u8], read_only: bool) -> Machine {
     let files = vec![FileSpec::new(bytes.to_vec())];
     let world = SimWorld::new(1, SimConfig::default(), files);
     let driving = Driving {
-        queues: 2,
-        depth: 8,
-        spurious: false,
         errors: true,
-        outlives: false,
+        ..Driving::plain(2)
     };
     let layers = layers(&[bytes], &[false]).expect("its header parses");
     let mut options = Options::default();

@@ -10,8 +10,7 @@ use urus_sim::machine::{Driving, Machine};
 use urus_sim::memory::SimMemory;
 use urus_sim::model::Model;
 use urus_sim::rng::Rng;
-use urus_sim::world::IMAGE;
-use urus_sim::world::{FileSpec, SimConfig, SimWorld};
+use urus_sim::world::{FileSpec, IMAGE, SimConfig, SimWorld};
 
 const DISK: u64 = 128 << 10;
 const COPIED: u64 = 1 << 63;
@@ -63,23 +62,17 @@ impl Image {
     }
 
     fn open(&self, world: &SimWorld) -> Result<Machine, String> {
+        self.open_with(world, Options::default())
+    }
+
+    fn open_with(&self, world: &SimWorld, options: Options) -> Result<Machine, String> {
         let driving = Driving {
-            queues: 1,
-            depth: 8,
-            spurious: false,
             errors: true,
-            outlives: false,
+            ..Driving::plain(1)
         };
         let layers = layers(&[&self.bytes], &[false])?;
         let model = Model::new(Vec::new(), 1);
-        Machine::open(
-            world,
-            layers,
-            Options::default(),
-            model,
-            driving,
-            Rng::new(1),
-        )
+        Machine::open(world, layers, options, model, driving, Rng::new(1))
     }
 }
 
@@ -285,19 +278,9 @@ fn autoclear_bits_that_are_not_known_go_before_the_first_write() {
 fn without_discard_what_is_allocated_stays_so() {
     let image = Image::new(false);
     let world = image.world();
-    let driving = Driving {
-        queues: 1,
-        depth: 8,
-        spurious: false,
-        errors: true,
-        outlives: false,
-    };
     let mut options = Options::default();
     options.discard = false;
-    let layers = layers(&[&image.bytes], &[false]).expect("its header parses");
-    let model = Model::new(Vec::new(), 1);
-    let mut machine =
-        Machine::open(&world, layers, options, model, driving, Rng::new(1)).expect("it opens");
+    let mut machine = image.open_with(&world, options).expect("it opens");
     for unmap in [true, false] {
         machine.submit_kind(RequestKind::WriteZeroes {
             offset: 0,

@@ -13,8 +13,7 @@ use urus_sim::fault::{ACTIONS, Action, Fault, Trigger};
 use urus_sim::memory::SimMemory;
 use urus_sim::rng::Rng;
 use urus_sim::storage::SimStorage;
-use urus_sim::world::IMAGE;
-use urus_sim::world::{FileSpec, SimConfig, SimWorld};
+use urus_sim::world::{FileSpec, IMAGE, SimConfig, SimWorld};
 
 fn calm() -> SimConfig {
     SimConfig {

@@ -17,6 +17,9 @@ use crate::{CacheMode, Error, Format, Layer, OpenOptions, Result, foreign, limit
 use urus_engine::storage::FileId;
 use urus_engine::{LayerFormat, LayerSpec};
 
+/// The image's own file in a set of files: its backing files follow.
+pub(crate) const IMAGE: FileId = FileId(0);
+
 /// A file of the chain, open, locked, and known to be usable.
 pub(crate) struct ChainFile {
     pub(crate) file: OpenFile,

@@ -3,7 +3,6 @@
 use std::path::Path;
 
 use urus_engine::check::{CheckReport, Repair};
-use urus_engine::storage::FileId;
 use urus_format::FaultKind;
 use urus_ring::{Driver, DriverKind, FileSet, LockMode, OpenFile};
 
@@ -96,7 +95,7 @@ pub fn check_with(path: impl AsRef<Path>, options: &CheckOptions) -> Result<Chec
         .map_err(Error::io("open a driver for", path))?;
     Ok(urus_engine::check_image(
         driver,
-        FileId(0),
+        chain::IMAGE,
         name,
         header,
         repair,

@@ -6,9 +6,9 @@ use std::fs;
 use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
+use std::rc::Rc;
 
 use urus_engine::create::{Found, New};
-use urus_engine::storage::FileId;
 use urus_format::{BackingName, names};
 use urus_ring::{Driver, DriverKind, FileSet, LockMode, OpenFile};
 
@@ -350,7 +350,7 @@ fn plan_qcow2(path: &Path, options: &CreateOptions, size: u64) -> Result<Plan> {
     .map_err(Error::format(path))?;
     Ok(Plan {
         file_bytes: layout.file_bytes,
-        new: New::Qcow2(Box::new(layout)),
+        new: New::Qcow2(Rc::new(layout)),
     })
 }
 
@@ -410,7 +410,7 @@ fn write(target: fs::File, path: &Path, plan: &Plan, old: Option<&OpenFile>) -> 
     };
     Ok(urus_engine::create::create(
         driver,
-        FileId(0),
+        chain::IMAGE,
         name,
         plan.new.clone(),
         found,

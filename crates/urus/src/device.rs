@@ -10,7 +10,6 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-use urus_engine::storage::FileId;
 use urus_format::Header;
 use urus_ring::{Driver, DriverKind, FileSet, LockMode};
 
@@ -239,7 +238,7 @@ impl Device {
     /// other is taken too.
     #[must_use]
     pub fn alignment(&self) -> u32 {
-        self.core.files.file(FileId(0)).properties().alignment
+        self.core.files.file(chain::IMAGE).properties().alignment
     }
 
     /// Whether everything that changes the disk is refused.
@@ -264,7 +263,7 @@ impl Device {
     pub fn zeroes_fast(&self, offset: u64, len: u64, unmap: bool) -> bool {
         let unmap = unmap && self.core.unmaps;
         let Some(geometry) = self.core.shared.geometry() else {
-            let file = self.core.files.file(FileId(0)).properties();
+            let file = self.core.files.file(chain::IMAGE).properties();
             return file.can_zero_range || (unmap && file.can_punch);
         };
         let backed = self.layers().len() > 1;
@@ -643,7 +642,7 @@ impl Core {
             return Ok(None);
         };
         let path = &self.layers[0].path;
-        let new = chain::read_header(self.files.file(FileId(0)), path)?;
+        let new = chain::read_header(self.files.file(chain::IMAGE), path)?;
         new.check_supported(!self.shared.read_only())
             .map_err(Error::format(path))?;
         let same = new.geometry() == old.geometry()
